@@ -1,0 +1,64 @@
+"""The distribution: all metadata stands here, literally; pyproject.toml holds tools only."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="emoverse",
+    version="0.1.0",
+    description=(
+        "Multistage multitask sentiment and emotion instruction tuning for multimodal language "
+        "models: data shards, training under DeepSpeed ZeRO, evaluation"
+    ),
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Operating System :: POSIX :: Linux",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        # `launch` is a common name: an index would let two distributions overwrite each other.
+        "Private :: Do Not Upload",
+    ],
+    packages=find_packages(
+        include=["data_shards", "data_shards.*", "emoverse", "emoverse.*", "launch", "launch.*"]
+    ),
+    package_data={
+        "data_shards": ["py.typed"],
+        "emoverse": ["py.typed", "assets/**"],
+        "launch": ["py.typed"],
+    },
+    include_package_data=False,
+    zip_safe=False,
+    install_requires=[
+        "av>=14",
+        "deepspeed>=0.19",
+        "numpy>=2",
+        "peft>=0.21",
+        "pillow>=11",
+        "pydantic>=2.11",
+        "ruamel.yaml>=0.18",
+        "safetensors>=0.5",
+        "sentencepiece>=0.2",
+        "submitit>=1.5",
+        "tensorboard>=2.19",
+        "torch>=2.13",
+        "transformers>=5.23",
+        "webdataset>=1.0",
+    ],
+    extras_require={
+        "demo": ["simplejpeg>=1.8"],
+        # Needs the CUDA toolkit and: pip install --no-build-isolation -e .[flash-attn]
+        "flash-attn": ["flash-attn>=2.8"],
+        "test": [
+            "hypothesis>=6.100",
+            "mypy>=2",
+            "playwright>=1.60",
+            "pytest>=9",
+            "pytest-timeout>=2.3",
+            "ruff>=0.17",
+            "scikit-learn>=1.7",
+        ],
+    },
+    entry_points={"console_scripts": ["emoverse=launch.cli:main"]},
+)
