@@ -1,0 +1,110 @@
+"""Frames to model-sized pixels: InternVL's resize and tiling, exact, with Pillow and numpy.
+
+In: uint8 RGB [H, W, 3]. Out: uint8 RGB at the model's image size. Floats are made in the model, so
+a worker ships bytes. Flow: video -> here -> stream.
+Letters: H, W pixels; P tiles.
+"""
+
+import io
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+try:
+    import simplejpeg
+except ImportError:  # optional: about twice as fast as Pillow
+    simplejpeg = None
+
+Pixels = NDArray[np.uint8]
+
+
+def resize_frame(rgb_HW3: Pixels, size: int) -> Pixels:
+    """One bicubic resize to [size, size, 3]; it does not keep the aspect ratio (InternVL)."""
+    return _resize(rgb_HW3, size, size)
+
+
+def tile_grid(
+    width: int, height: int, *, max_tiles: int = 12, size: int = 448, min_tiles: int = 1
+) -> tuple[int, int]:
+    """(columns, rows) of the grid whose aspect ratio is nearest to width / height.
+
+    Candidates come in order of rising number of tiles; on an exact tie the later one wins only if
+    the image has more than half of its pixels.
+    """
+    if width < 1 or height < 1 or not 1 <= min_tiles <= max_tiles:
+        raise ValueError(
+            "tile_grid: width, height and min_tiles must be at least 1 and max_tiles not below "
+            f"min_tiles, found {width}x{height}, tiles {min_tiles} to {max_tiles}"
+        )
+    grids = sorted(
+        (
+            (columns, rows)
+            for columns in range(1, max_tiles + 1)
+            for rows in range(1, max_tiles // columns + 1)
+            if columns * rows >= min_tiles
+        ),
+        key=lambda grid: grid[0] * grid[1],
+    )
+    best, best_distance = grids[0], float("inf")
+    for columns, rows in grids:
+        # Floats on purpose: equality here is what decides a tie in the original.
+        distance = abs(width / height - columns / rows)
+        if distance < best_distance:
+            best, best_distance = (columns, rows), distance
+        elif distance == best_distance and width * height > 0.5 * size * size * columns * rows:
+            best = (columns, rows)
+    return best
+
+
+def tile_image(
+    rgb_HW3: Pixels, *, max_tiles: int = 12, size: int = 448, thumbnail: bool = True
+) -> Pixels:
+    """Dynamic tiling of a still image: uint8 [P, size, size, 3], row by row, left to right.
+
+    With more than one tile the whole image at `size` follows as the last tile (`thumbnail`).
+    """
+    height, width = rgb_HW3.shape[:2]
+    columns, rows = tile_grid(width, height, max_tiles=max_tiles, size=size)
+    whole = _resize(rgb_HW3, size * columns, size * rows)
+    tiles_P = whole.reshape(rows, size, columns, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)
+    if thumbnail and len(tiles_P) > 1:
+        tiles_P = np.concatenate([tiles_P, resize_frame(rgb_HW3, size)[None]])
+    return np.ascontiguousarray(tiles_P)
+
+
+def _resize(rgb_HW3: Pixels, width: int, height: int) -> Pixels:
+    if rgb_HW3.dtype != np.uint8 or rgb_HW3.ndim != 3 or rgb_HW3.shape[2] != 3:
+        raise ValueError(
+            f"pixels: an image must be uint8 [H, W, 3], found {rgb_HW3.dtype} {list(rgb_HW3.shape)}"
+        )
+    if rgb_HW3.shape[:2] == (height, width):
+        return rgb_HW3
+    image = Image.fromarray(rgb_HW3)
+    return np.asarray(image.resize((width, height), resample=Image.Resampling.BICUBIC))
+
+
+def jpeg_encode(rgb_HW3: Pixels, quality: int = 90) -> bytes:
+    """Baseline JPEG with 4:2:0 colour; the bytes depend on the library that is installed."""
+    if simplejpeg is not None:
+        contiguous = np.ascontiguousarray(rgb_HW3)
+        encoded = simplejpeg.encode_jpeg(contiguous, quality, "RGB", "420")
+        return bytes(encoded)
+    buffer = io.BytesIO()
+    Image.fromarray(rgb_HW3).save(buffer, format="JPEG", quality=quality, subsampling="4:2:0")
+    return buffer.getvalue()
+
+
+def jpeg_decode(jpeg: bytes) -> Pixels:
+    """uint8 RGB [H, W, 3] of a JPEG.
+
+    Raises:
+        ValueError: the bytes are no JPEG, or are cut short.
+    """
+    try:
+        if simplejpeg is not None:
+            return np.asarray(simplejpeg.decode_jpeg(jpeg, "RGB"), dtype=np.uint8)
+        with Image.open(io.BytesIO(jpeg), formats=["JPEG"]) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"cannot decode a JPEG of {len(jpeg)} bytes: {error}") from error

@@ -1,0 +1,276 @@
+"""The frame rule, and that skipping packets never changes a byte of a frame."""
+
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_shards import video
+from data_shards.video import (
+    DamagedVideo,
+    clip_indices,
+    count_frames,
+    decode_frames,
+    encode_mp4,
+)
+
+
+def moving_frames(num_frames: int, height: int = 48, width: int = 64, seed: int = 0) -> np.ndarray:
+    """Textured frames that move, so that the encoder uses references. F H W 3."""
+    noise = np.random.default_rng(seed).integers(0, 255, (height, width + num_frames, 3))
+    smooth = (noise + np.roll(noise, 1, 0) + np.roll(noise, 1, 1)) // 3
+    return np.stack([smooth[:, j : j + width] for j in range(num_frames)]).astype(np.uint8)
+
+
+def encode_with_times(
+    times: list[int], options: dict[str, str], frames: np.ndarray, codec: str = "libx264"
+) -> bytes:
+    """An mp4 whose frame j is shown at times[j] thousandths of a second."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream(codec, rate=25, options=options)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for time, rgb in zip(times, frames, strict=True):
+            frame = av.VideoFrame.from_ndarray(rgb, format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return buffer.getvalue()
+
+
+def decode_linear(mp4: bytes) -> np.ndarray:
+    """Every frame in order of presentation, by PyAV's plain loop."""
+    with av.open(io.BytesIO(mp4)) as container:
+        return np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "expected"),
+    [
+        (1, (0, 0, 0, 0, 0, 0, 0, 0)),
+        (2, (0, 0, 0, 0, 0, 1, 1, 1)),
+        (4, (0, 0, 1, 1, 2, 2, 2, 3)),
+        (10, (0, 1, 2, 3, 4, 6, 7, 8)),
+        (60, (3, 10, 18, 25, 33, 40, 47, 55)),
+        (90, (5, 16, 27, 38, 49, 61, 72, 83)),
+        (150, (9, 28, 46, 65, 83, 102, 121, 139)),
+        (250, (15, 46, 77, 108, 139, 171, 202, 233)),
+    ],
+)
+def test_clip_indices_equal_internvl(num_frames: int, expected: tuple[int, ...]) -> None:
+    assert clip_indices(num_frames, 8) == expected
+
+
+@settings(deadline=None)
+@given(num_frames=st.integers(1, 2000), count=st.integers(1, 32))
+def test_clip_indices_are_sorted_frames_of_the_clip(num_frames: int, count: int) -> None:
+    indices = clip_indices(num_frames, count)
+    segment = (num_frames - 1) / count
+    assert indices == tuple(int(segment / 2 + np.round(segment * i)) for i in range(count))
+    assert list(indices) == sorted(indices) and 0 <= indices[0] <= indices[-1] < num_frames
+
+
+def test_clip_indices_refuse_an_empty_clip() -> None:
+    with pytest.raises(ValueError, match="must be at least 1, found 0 and 8"):
+        clip_indices(0, 8)
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_decoding_equals_linear_decoding(data: st.DataObject) -> None:
+    """Over lengths, groups of pictures, B-frames and uneven times of presentation."""
+    num_frames = data.draw(st.integers(1, 40))
+    gaps = data.draw(st.lists(st.integers(1, 90), min_size=num_frames, max_size=num_frames))
+    options = {
+        "crf": data.draw(st.sampled_from(["10", "30"])),
+        "g": str(data.draw(st.integers(1, 30))),
+        "bf": str(data.draw(st.integers(0, 4))),
+        "x264-params": data.draw(
+            st.sampled_from(["b-pyramid=strict", "b-pyramid=none", "open-gop=1", "interlaced=1"])
+        ),
+        "threads": "1",
+        "preset": "veryfast",
+    }
+    mp4 = encode_with_times(np.cumsum(gaps).tolist(), options, moving_frames(num_frames, 32, 32))
+    linear = decode_linear(mp4)
+    assert len(linear) == count_frames(mp4) == num_frames
+    indices = data.draw(st.lists(st.integers(0, num_frames - 1), min_size=1, max_size=9))
+    np.testing.assert_array_equal(decode_frames(mp4, indices), linear[indices])
+
+
+def test_skipping_drops_packets(monkeypatch: pytest.MonkeyPatch) -> None:
+    mp4 = encode_mp4(moving_frames(60), 25, gop=20, b_frames=3)
+    fed = []
+    feed = video._Decoder.feed
+    monkeypatch.setattr(
+        video._Decoder, "feed", lambda self, packet: (fed.append(packet), feed(self, packet))[1]
+    )
+    decode_frames(mp4, [21])
+    packets = [packet for packet in fed if packet is not None]
+    assert packets[0].is_keyframe and len(packets) <= 4  # one group of pictures, its start only
+
+
+@pytest.mark.parametrize("codec", ["mpeg4", "libvpx-vp9"])
+def test_other_codecs_are_decoded_linearly(codec: str) -> None:
+    frames = moving_frames(20)
+    mp4 = encode_with_times(list(range(0, 800, 40)), {"g": "7", "bf": "2"}, frames, codec)
+    np.testing.assert_array_equal(decode_frames(mp4, [19, 3]), decode_linear(mp4)[[19, 3]])
+
+
+def test_encoding_is_deterministic_and_close_to_the_frames() -> None:
+    frames = moving_frames(30)
+    mp4 = encode_mp4(frames, 25)
+    assert mp4 == encode_mp4(iter(frames), 25)
+    flat = np.broadcast_to(np.array([200, 30, 90], np.uint8), (10, 32, 32, 3))
+    decoded = decode_frames(encode_mp4(flat, 25), range(10)).astype(int)
+    assert np.abs(decoded - flat).max() < 4
+    with av.open(io.BytesIO(mp4)) as container:
+        context = container.streams.video[0].codec_context
+        assert (context.name, context.pix_fmt) == ("h264", "yuv420p")
+        assert container.streams.video[0].average_rate == 25
+
+
+def test_encoding_does_not_read_unwritten_memory() -> None:
+    """The C library fills fresh memory with a byte of our choice; the video must not change."""
+    program = (
+        "import hashlib, numpy as np; from data_shards.video import encode_mp4;"
+        "noise = np.random.default_rng(0).integers(-30, 30, (60, 64, 90, 3));"
+        "ramp = np.linspace(0, 255, 64 * 90 * 3).reshape(64, 90, 3);"
+        "clip = [np.clip(ramp + noise[i] + 10 * i, 0, 255).astype(np.uint8) for i in range(60)];"
+        "print(hashlib.sha256(encode_mp4(clip, 25)).hexdigest())"
+    )
+    outputs = [run_python(program, perturb) for perturb in ("1", "85", "200")]
+    assert len(set(outputs)) == 1, outputs
+
+
+def run_python(program: str, perturb: str) -> str:
+    env = {**os.environ, "MALLOC_PERTURB_": perturb, "PYTHONPATH": os.getcwd()}
+    return subprocess.run(
+        [sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True
+    ).stdout
+
+
+@pytest.mark.parametrize(
+    ("frames", "rule"),
+    [
+        (np.zeros((2, 33, 32, 3), np.uint8), "even H and W"),
+        (np.zeros((2, 32, 32, 3), np.float32), "must be uint8"),
+        (np.zeros((0, 32, 32, 3), np.uint8), "at least one frame"),
+        ([np.zeros((32, 32, 3), np.uint8), np.zeros((34, 32, 3), np.uint8)], "the shape"),
+    ],
+)
+def test_encoding_refuses_bad_frames(frames: np.ndarray, rule: str) -> None:
+    with pytest.raises(ValueError, match=rule):
+        encode_mp4(frames, 25)
+
+
+def test_too_few_frames_are_damage() -> None:
+    mp4 = encode_mp4(moving_frames(10), 25)
+    with pytest.raises(DamagedVideo, match="frame 10 asked, the video has 10 frames"):
+        decode_frames(mp4, [0, 10])
+    with pytest.raises(ValueError, match="need frame numbers of 0 or more"):
+        decode_frames(mp4, [-1])
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage" * 100])
+def test_no_video_is_damage(content: bytes) -> None:
+    with pytest.raises(DamagedVideo, match="cannot read"):
+        count_frames(content)
+    with pytest.raises(DamagedVideo, match="cannot decode"):
+        decode_frames(content, [0])
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_a_video_cut_short_is_damage(share: float) -> None:
+    mp4 = encode_mp4(moving_frames(40), 25)
+    with pytest.raises(DamagedVideo):
+        decode_frames(mp4[: int(len(mp4) * share)], [0])
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9, 0.99])
+def test_a_video_with_its_header_first_cut_short_is_damage(share: float, tmp_path: Path) -> None:
+    """With the header in front, libav opens a torn file and gives as many packets as there are."""
+    mp4 = remux(encode_mp4(moving_frames(40), 25), tmp_path / "a.mp4", {"movflags": "+faststart"})
+    assert count_frames(mp4) == 40 and mp4.index(b"moov") < mp4.index(b"mdat")
+    with pytest.raises(DamagedVideo, match="cut short: a packet is incomplete"):
+        count_frames(mp4[: int(len(mp4) * share)])
+
+
+def test_time_stamps_against_the_order_of_pictures_are_damage(tmp_path: Path) -> None:
+    def show_as_decoded(packet: av.Packet) -> None:
+        packet.pts = packet.dts = packet.dts + 4 * packet.duration
+
+    mp4 = encode_mp4(moving_frames(40), 25, b_frames=3)
+    assert np.array_equal(
+        decode_frames(remux(mp4, tmp_path / "a.mp4"), [7]), decode_linear(mp4)[[7]]
+    )
+    disordered = remux(mp4, tmp_path / "b.mp4", change=show_as_decoded)
+    with pytest.raises(DamagedVideo, match="do not follow the order of the pictures"):
+        decode_frames(disordered, range(40))
+
+
+def test_frames_outside_the_edit_list_are_not_counted(tmp_path: Path) -> None:
+    """As after a cut without encoding again: packets before the cut are decoded, never shown."""
+
+    def start_earlier(packet: av.Packet) -> None:
+        packet.pts -= 10 * packet.duration
+        packet.dts -= 10 * packet.duration
+
+    whole = encode_mp4(moving_frames(40), 25, b_frames=3)
+    cut = remux(whole, tmp_path / "a.mp4", {"avoid_negative_ts": "disabled"}, start_earlier)
+    assert count_frames(cut) == 30 == len(decode_linear(cut))
+    np.testing.assert_array_equal(decode_frames(cut, range(30)), decode_linear(whole)[10:])
+
+
+def remux(
+    mp4: bytes,
+    path: Path,
+    options: dict[str, str] | None = None,
+    change: Callable[[av.Packet], None] = lambda packet: None,
+) -> bytes:
+    """The same packets, each after `change`, in a new mp4 file."""
+    with (
+        av.open(io.BytesIO(mp4)) as source,
+        av.open(path, "w", options=options or {}) as container,
+    ):
+        stream = container.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                change(packet)
+                packet.stream = stream
+                container.mux(packet)
+    return path.read_bytes()
+
+
+def test_a_sound_track_alone_is_damage() -> None:
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("aac", rate=16000, layout="mono")
+        silence = av.AudioFrame.from_ndarray(
+            np.zeros((1, 1024), np.float32), format="fltp", layout="mono"
+        )
+        silence.sample_rate = 16000
+        container.mux(stream.encode(silence))
+        container.mux(stream.encode(None))
+    with pytest.raises(DamagedVideo, match="no video track"):
+        count_frames(buffer.getvalue())
+
+
+def test_frames_the_decoder_marks_as_corrupt_are_damage() -> None:
+    mp4 = bytearray(encode_mp4(moving_frames(40), 25))
+    start = mp4.index(b"mdat") + 2000  # past the parameter sets
+    for at in range(start, start + 4000, 100):
+        mp4[at] ^= 0xFF
+    with pytest.raises(DamagedVideo):
+        decode_frames(bytes(mp4), range(40))
