@@ -1,0 +1,184 @@
+"""Bytes of one record from a local shard, every read verified.
+
+In: an address (shard, slot) and the index. Out: the Record, or DamagedRecord that says where and
+why. One `pread` per record, then crc32, then the tar headers; nothing is decoded here.
+`iter_plain` streams any WebDataset tars without an index. Flow: index -> here -> video, stream.
+"""
+
+import os
+import re
+import tarfile
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from data_shards.index import ShardIndex
+from data_shards.record import Record, from_members
+
+_BLOCK: Final = tarfile.BLOCKSIZE
+_FILE_TYPES: Final = (tarfile.REGTYPE, tarfile.AREGTYPE)
+_EXTENSION: Final = re.compile(r"json|mp4|f[0-9]+\.jpg|peak\.jpg")
+
+
+class DamagedRecord(ValueError):
+    """A record whose bytes are not what the builder wrote."""
+
+    def __init__(self, *, shard: str, key: str, offset: int, cause: str) -> None:
+        super().__init__(f"record {key} in {shard} at byte {offset}: {cause}")
+        self.shard = shard  # file name of the tar
+        self.key = key
+        self.offset = offset  # of the record in the tar
+        self.cause = cause
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Crosses from data workers by its fields; the default would pass the message only."""
+        return _damaged_record, (self.shard, self.key, self.offset, self.cause)
+
+
+def _damaged_record(shard: str, key: str, offset: int, cause: str) -> DamagedRecord:
+    return DamagedRecord(shard=shard, key=key, offset=offset, cause=cause)
+
+
+class ShardReader:
+    """Random access to the records of a shard folder.
+
+    Holds at most `max_open` open tars. Safe to fork (reads never move a file position) and to
+    pickle (open files stay behind); one reader serves one thread.
+    """
+
+    def __init__(self, folder: Path | str, index: ShardIndex, *, max_open: int = 64) -> None:
+        if max_open < 1:
+            raise ValueError(f"max_open must be at least 1, found {max_open}")
+        self.folder = Path(folder)
+        self.index = index
+        self._max_open = max_open
+        self._descriptors: OrderedDict[int, int] = OrderedDict()
+
+    def read(self, shard: int, slot: int) -> Record:
+        """The record at an address.
+
+        Raises:
+            DamagedRecord: cut short, wrong checksum, or not the members of one record.
+            FileNotFoundError: the shard's tar is gone.
+        """
+        entry = self.index.entries(shard)[slot]
+        key = self.index.key(shard, slot)
+        offset, size = int(entry["offset"]), int(entry["size"])
+        try:
+            blocks = _read_exactly(self._descriptor(shard), size, offset)
+            checksum = zlib.crc32(blocks)
+            if checksum != entry["crc32"]:
+                raise ValueError(f"checksum must be {entry['crc32']:08x}, found {checksum:08x}")
+            return from_members(key, untar(key, blocks))
+        except ValueError as error:
+            cause = str(error).removeprefix(f"record {key}: ")
+            raise self.damaged(shard, slot, cause) from error
+        except OSError as error:  # the storage fails, not the record: never a reason to replace it
+            error.add_note(f"while reading record {key} in shard {shard} at byte {offset}")
+            raise
+
+    def damaged(self, shard: int, slot: int, cause: str) -> DamagedRecord:
+        """The error for a record whose bytes turn out to be damaged, here or in decoding."""
+        return DamagedRecord(
+            shard=self.index.shards[shard].name,
+            key=self.index.key(shard, slot),
+            offset=int(self.index.entries(shard)[slot]["offset"]),
+            cause=cause,
+        )
+
+    def close(self) -> None:
+        """Close all open tars; the reader opens them again when needed."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def _descriptor(self, shard: int) -> int:
+        if shard not in self._descriptors:
+            path = self.folder / self.index.shards[shard].name
+            try:
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError as error:
+                raise FileNotFoundError(
+                    f"{path}: the shard was there when the index was loaded and is gone; put it "
+                    "back or copy the shard folder again"
+                ) from error
+            if len(self._descriptors) >= self._max_open:
+                os.close(self._descriptors.popitem(last=False)[1])
+            self._descriptors[shard] = descriptor
+        self._descriptors.move_to_end(shard)
+        return self._descriptors[shard]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_descriptors": OrderedDict()}
+
+
+def _read_exactly(descriptor: int, size: int, offset: int) -> bytes:
+    blocks = os.pread(descriptor, size, offset)
+    while (
+        len(blocks) < size
+    ):  # one call returns at most 2 GiB, or less on some network file systems
+        more = os.pread(descriptor, size - len(blocks), offset + len(blocks))
+        if not more:
+            raise ValueError(f"the tar is cut short: {size} bytes wanted, found {len(blocks)}")
+        blocks += more
+    return blocks
+
+
+def untar(key: str, blocks: bytes) -> dict[str, bytes]:
+    """Members of one record's tar blocks: extension -> content.
+
+    Raises:
+        ValueError: broken headers, anything but regular files `{key}.{extension}` of a record, or
+            a member that comes twice.
+    """
+    members: dict[str, bytes] = {}
+    at = 0
+    while at < len(blocks):
+        try:
+            info = tarfile.TarInfo.frombuf(blocks[at : at + _BLOCK], "utf-8", "strict")
+        except (tarfile.HeaderError, UnicodeDecodeError) as error:
+            raise ValueError(f"no tar header at byte {at} of the record: {error}") from error
+        at += _BLOCK
+        if info.type not in _FILE_TYPES:
+            raise ValueError(
+                f"member {info.name!r} must be a regular file, found tar type {info.type!r}"
+            )
+        extension = info.name.removeprefix(f"{key}.")
+        if extension == info.name or not _EXTENSION.fullmatch(extension):
+            raise ValueError(f"member {info.name!r} does not belong to a record with this key")
+        if extension in members:
+            raise ValueError(f"member {info.name!r} comes twice")
+        if not 0 <= info.size <= len(blocks) - at:
+            raise ValueError(
+                f"member {info.name!r} claims {info.size} bytes, {len(blocks) - at} are left"
+            )
+        members[extension] = blocks[at : at + info.size]
+        at += info.size + -info.size % _BLOCK
+    return members
+
+
+def iter_plain(source: Path | str | Iterable[Path | str]) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """(key, members) of every sample of a folder's tars, or of some tars, as webdataset reads them.
+
+    For tars without an index; webdataset verifies nothing, so damage may pass or end the stream.
+
+    Raises:
+        FileNotFoundError: no tar there.
+    """
+    # Here and not above: importing webdataset takes seconds, and reading by index never needs it.
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+
+    if isinstance(source, (str, Path)):
+        folder = Path(source)
+        tars = sorted(folder.glob("*.tar")) if folder.is_dir() else [folder]
+    else:
+        tars = [Path(tar) for tar in source]
+    missing = [str(tar) for tar in tars if not tar.is_file()]
+    if missing or not tars:
+        raise FileNotFoundError(f"no tar to read: {', '.join(missing) or source}")
+    for tar in tars:
+        with tar.open("rb") as stream:  # webdataset's own opener leaves files open
+            for sample in group_by_keys(tar_file_expander([{"url": str(tar), "stream": stream}])):
+                members = {k: v for k, v in sample.items() if not k.startswith("__")}
+                yield sample["__key__"], members
