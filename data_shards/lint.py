@@ -1,0 +1,239 @@
+"""Is a shard folder whole? Checks every file, every record's checksum and structure, every clip.
+
+In: a shard folder. Out: a `LintReport` with all problems found, not only the first. Reading checks
+checksums too; this is for whoever copied a folder and wants to know before a run does.
+Flow: build -> here; `emoverse lint DIR [--decode]`.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_shards.index import INDEX_FILE, LENGTH_MAX, ShardIndex, ShardInfo, sidecar
+from data_shards.pixels import jpeg_decode
+from data_shards.reader import DamagedRecord, ShardReader
+from data_shards.record import Frames, Record, Video
+from data_shards.tasks import tasks_in
+from data_shards.video import count_frames, decode_frames
+
+_END_OF_TAR: Final = 1024  # two empty blocks
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """One thing that is wrong; what does not apply is empty."""
+
+    shard: str  # file name of the tar
+    key: str
+    offset: int | None  # of the record in the tar, bytes
+    cause: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LintReport:
+    """What `lint` looked at and what it found."""
+
+    folder: str
+    shards: int  # listed in index.json
+    records: int  # read and checked
+    decoded: int  # clips decoded in full; 0 unless asked for
+    problems: tuple[Problem, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object: the fields and `ok`."""
+        return {"ok": self.ok, **asdict(self), "problems": [asdict(p) for p in self.problems]}
+
+
+def lint(
+    folder: Path | str, *, decode: bool = False, progress: Callable[[int], None] | None = None
+) -> LintReport:
+    """Check a shard folder.
+
+    Args:
+        decode: also decode every frame of every clip.
+        progress: called with the number of records done so far, once per record.
+
+    Raises:
+        FileNotFoundError: no folder, or no index.json in it.
+    """
+    folder = Path(folder)
+    index, problems = _open(folder)
+    if index is None:
+        return LintReport(
+            folder=str(folder), shards=0, records=0, decoded=0, problems=tuple(problems)
+        )
+    problems += _unlisted(folder, index)
+    reader = ShardReader(folder, index, max_open=1)
+    seen: set[str] = set()
+    records = decoded = 0
+    for shard, info in enumerate(index.shards):
+        broken = list(_file_problems(folder, info))
+        problems += broken
+        if not all(path.is_file() for path in _files(folder, info)):
+            continue
+        try:
+            entries, keys = index.entries(shard), index.keys(shard)
+        except ValueError as error:
+            problems.append(_problem(info.name, "", None, str(error)))
+            continue
+        if not broken:
+            problems += _gap_problems(folder / info.name, entries)
+        for slot, key in enumerate(keys):
+            at = (info.name, key, int(entries[slot]["offset"]))
+            if key in seen:
+                problems.append(_problem(*at, "the key comes twice in the dataset"))
+            seen.add(key)
+            try:
+                record = reader.read(shard, slot)
+            except DamagedRecord as error:
+                problems.append(_problem(*at, error.cause))
+            else:
+                causes = list(_record_causes(record, entries[slot], index.options))
+                if decode:
+                    decoded += 1
+                    causes += _decode_causes(record)
+                problems += [_problem(*at, cause) for cause in causes]
+            records += 1
+            if progress is not None:
+                progress(records)
+    reader.close()
+    return LintReport(
+        folder=str(folder),
+        shards=index.num_shards,
+        records=records,
+        decoded=decoded,
+        problems=tuple(problems),
+    )
+
+
+def _problem(shard: str, key: str, offset: int | None, cause: str) -> Problem:
+    return Problem(shard=shard, key=key, offset=offset, cause=cause)
+
+
+def _open(folder: Path) -> tuple[ShardIndex | None, list[Problem]]:
+    """The index; None with the reason when index.json itself is unusable."""
+    try:
+        return ShardIndex.load(folder), []
+    except (FileNotFoundError, ValueError) as error:
+        if not (folder / INDEX_FILE).is_file():
+            raise
+        cause = str(error)
+    # `load` stops at the first file that is missing or short; here all of them shall be named.
+    try:
+        document = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+        shards = tuple(ShardInfo.from_json(item) for item in document["shards"])
+        index = ShardIndex(folder, shards, document["options"], document["provenance"])
+    except (ValueError, KeyError, TypeError):
+        return None, [_problem("", "", None, cause)]
+    named = any(True for info in shards for _ in _file_problems(folder, info))
+    return index, [] if named else [_problem("", "", None, cause)]
+
+
+def _unlisted(folder: Path, index: ShardIndex) -> list[Problem]:
+    listed = {info.name for info in index.shards}
+    found = sorted(path.name for path in folder.glob("*.tar") if path.name not in listed)
+    return [_problem(name, "", None, f"is not listed in {INDEX_FILE}") for name in found]
+
+
+def _files(folder: Path, info: ShardInfo) -> tuple[Path, Path, Path]:
+    tar = folder / info.name
+    return tar, sidecar(tar, ".idx"), sidecar(tar, ".keys")
+
+
+def _file_problems(folder: Path, info: ShardInfo) -> Iterator[Problem]:
+    for path in _files(folder, info):
+        if not path.is_file():
+            yield _problem(info.name, "", None, f"{path.name} is missing")
+        elif path.suffix == ".tar" and path.stat().st_size != info.bytes:
+            cause = f"{path.name} must have {info.bytes} bytes, found {path.stat().st_size}"
+            yield _problem(info.name, "", None, cause)
+
+
+def _gap_problems(tar: Path, entries: NDArray[np.void]) -> list[Problem]:
+    """Records must follow each other without a gap, and the tar must end with empty blocks."""
+    problems = []
+    end = 0
+    for entry in entries:
+        offset = int(entry["offset"])
+        if offset != end:
+            cause = f"bytes {end} to {offset} of the tar belong to no record"
+            problems.append(_problem(tar.name, "", end, cause))
+        end = offset + int(entry["size"])
+    with tar.open("rb") as stream:
+        stream.seek(end)
+        tail = stream.read()
+    if len(tail) < _END_OF_TAR or any(tail):
+        problems.append(_problem(tar.name, "", end, "the tar does not end with empty blocks"))
+    return problems
+
+
+def _record_causes(record: Record, entry: np.void, options: Mapping[str, Any]) -> Iterator[str]:
+    """Where a readable record and its index entry, or the folder's options, do not agree."""
+    if record.mask != entry["tasks"]:
+        listed = ", ".join(tasks_in(int(entry["tasks"])))
+        yield f"the index lists the tasks {listed}, the record has {', '.join(record.tasks)}"
+    if min(record.num_frames, LENGTH_MAX) != entry["frames"]:
+        yield f"the index lists {entry['frames']} frames, the record has {record.num_frames}"
+    stored = options.get("frames")
+    if stored == "video" and not isinstance(record.media, Video):
+        yield f"{INDEX_FILE} says frames: video, the record has extracted frames"
+    if stored == "extracted":
+        count = len(record.media.jpegs) if isinstance(record.media, Frames) else 0
+        if count != options.get("frames_per_clip"):
+            wanted = options.get("frames_per_clip")
+            yield f"{INDEX_FILE} says {wanted} extracted frames, the record has {count}"
+
+
+def _decode_causes(record: Record) -> list[str]:
+    """Decode all that a clip holds."""
+    try:
+        if isinstance(record.media, Frames):
+            for jpeg in (*record.media.jpegs, record.media.peak_jpeg):
+                if jpeg is not None:
+                    jpeg_decode(jpeg)
+            return []
+        found = count_frames(record.media.mp4)
+        if found != record.num_frames:
+            return [f"the record says {record.num_frames} frames, the video has {found}"]
+        decode_frames(record.media.mp4, range(found))
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `emoverse lint`."""
+    parser.add_argument("dir", type=Path, metavar="DIR", help="shard folder")
+    parser.add_argument("--decode", action="store_true", help="also decode every clip in full")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """The report as JSON; its `ok` decides the exit code (0 or 1)."""
+    return lint(args.dir, decode=args.decode).to_json()
+
+
+def report_text(report: Mapping[str, Any]) -> str:
+    """The report as lines for people: one per problem, then the count."""
+    lines = []
+    for problem in report["problems"]:
+        place = " ".join(part for part in (problem["shard"], problem["key"]) if part)
+        if problem["offset"] is not None:
+            place += f" at byte {problem['offset']}"
+        lines.append(f"{place}: {problem['cause']}" if place else problem["cause"])
+    decoded = f", {report['decoded']} decoded" if report["decoded"] else ""
+    verdict = "ok" if report["ok"] else f"{len(report['problems'])} problem(s)"
+    lines.append(
+        f"{report['folder']}: {report['shards']} shards, {report['records']} records{decoded}: "
+        f"{verdict}"
+    )
+    return "\n".join(lines)

@@ -1,0 +1,184 @@
+"""The first records of a shard folder or of a plain WebDataset tar, as the model would meet them.
+
+In: a folder or a tar. Out: per record its key, tasks with query and answer, frames and duration;
+with `save` also the media as files to look at. Flow: build -> here; `emoverse preview DIR`.
+"""
+
+import argparse
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from data_shards.index import INDEX_FILE, ShardIndex
+from data_shards.reader import ShardReader, iter_plain
+from data_shards.record import Frames, Record, Video, from_members
+from data_shards.tasks import TASKS, Task, build_query, format_answer
+
+_BOX_HEADER: Final = 8  # size and type
+
+
+def preview(
+    source: Path | str,
+    count: int = 5,
+    *,
+    task: Task | None = None,
+    give_emotion: bool = False,
+    save: Path | None = None,
+) -> list[dict[str, Any]]:
+    """Describe the first `count` records, in the order of the shards.
+
+    Args:
+        source: a shard folder (read through its index, checksums verified), a folder of tars
+            without index, or one tar.
+        task: only records that serve this task, and only this task of them.
+        give_emotion: state the gold emotion in ECPE queries.
+        save: folder for the media: KEY.mp4, or KEY.f0.jpg, ...; made if missing.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: `count` below 1, or a record that cannot be read; names key and cause.
+    """
+    if count < 1:
+        raise ValueError(f"preview: the number of records must be at least 1, found {count}")
+    shown: list[dict[str, Any]] = []
+    for record in _records(Path(source)):
+        if task is not None and task not in record.tasks:
+            continue
+        shown.append(describe(record, task=task, give_emotion=give_emotion))
+        if save is not None:
+            _save(record, save)
+        if len(shown) == count:
+            break
+    return shown
+
+
+def describe(
+    record: Record, *, task: Task | None = None, give_emotion: bool = False
+) -> dict[str, Any]:
+    """One record as a JSON object; the tasks with their query and answer texts."""
+    tasks = record.tasks if task is None else (task,)
+    media = record.media
+    return {
+        "key": record.key,
+        "source": record.source,
+        "split": record.split,
+        "tasks": {
+            str(each): {
+                "query": build_query(record, each, give_emotion=give_emotion),
+                "answer": format_answer(each, record.answer(each)),
+            }
+            for each in tasks
+        },
+        "num_frames": record.num_frames,
+        "peak_frame": record.peak_frame,
+        "duration_s": mp4_seconds(media.mp4) if isinstance(media, Video) else None,
+        "stored": "video" if isinstance(media, Video) else f"{len(media.jpegs)} frames",
+        "media_bytes": sum(len(content) for content in _media_files(record).values()),
+        "notes": record.notes,
+    }
+
+
+def mp4_seconds(mp4: bytes) -> float | None:
+    """Duration that the file's movie header states (ISO 14496-12, box moov/mvhd); None without."""
+    movie = _box(mp4, b"moov")
+    header = None if movie is None else _box(movie, b"mvhd")
+    if header is None or len(header) < 32:
+        return None
+    # version 1 has 64-bit times; both versions hold creation, modification, time scale, duration
+    layout, start = (">IQ", 20) if header[0] == 1 else (">II", 12)
+    scale, duration = struct.unpack_from(layout, header, start)
+    return float(duration / scale) if scale else None
+
+
+def _box(content: bytes, name: bytes) -> bytes | None:
+    """The content of the first box with this name, one level deep."""
+    at = 0
+    while at + _BOX_HEADER <= len(content):
+        size, kind = struct.unpack_from(">I4s", content, at)
+        head = _BOX_HEADER
+        if size == 1 and at + 16 <= len(content):
+            (size,) = struct.unpack_from(">Q", content, at + _BOX_HEADER)
+            head = 16
+        end = len(content) if size == 0 else at + size
+        if kind == name:
+            return content[at + head : end]
+        if end <= at:
+            return None
+        at = end
+    return None
+
+
+def _records(source: Path) -> Iterator[Record]:
+    if (source / INDEX_FILE).is_file():
+        index = ShardIndex.load(source)
+        reader = ShardReader(source, index, max_open=1)
+        try:
+            for shard, info in enumerate(index.shards):
+                for slot in range(info.records):
+                    yield reader.read(shard, slot)
+        finally:
+            reader.close()
+        return
+    if not source.exists():
+        raise FileNotFoundError(f"{source}: no such folder or tar; give a shard folder or a tar")
+    for key, members in iter_plain(source):
+        yield from_members(key, members)
+
+
+def _media_files(record: Record) -> dict[str, bytes]:
+    if isinstance(record.media, Video):
+        return {f"{record.key}.mp4": record.media.mp4}
+    return _frame_files(record.key, record.media)
+
+
+def _frame_files(key: str, media: Frames) -> dict[str, bytes]:
+    files = {f"{key}.f{n}.jpg": jpeg for n, jpeg in enumerate(media.jpegs)}
+    return files if media.peak_jpeg is None else files | {f"{key}.peak.jpg": media.peak_jpeg}
+
+
+def _save(record: Record, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in _media_files(record).items():
+        (folder / name).write_bytes(content)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `emoverse preview`."""
+    add = parser.add_argument
+    add("dir", type=Path, metavar="DIR", help="shard folder, folder of WebDataset tars, or one tar")
+    add("-n", "--count", type=int, default=5, help="number of records (default: 5)")
+    names = [task.value for task in TASKS]
+    add("--task", choices=names, help="only records and entries of this task")
+    add("--give-emotion", action="store_true", help="state the gold emotion in ECPE queries")
+    add("--save", type=Path, metavar="FOLDER", help="write the records' media there")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """`{"records": [...]}`, each as `describe` gives it."""
+    task = None if args.task is None else Task(args.task)
+    records = preview(
+        args.dir, args.count, task=task, give_emotion=args.give_emotion, save=args.save
+    )
+    return {"records": records}
+
+
+def report_text(report: Mapping[str, Any]) -> str:
+    """The records as text blocks for people."""
+    blocks = []
+    for record in report["records"]:
+        seconds = "" if record["duration_s"] is None else f", {record['duration_s']:.2f} s"
+        peak = "" if record["peak_frame"] is None else f", peak {record['peak_frame']}"
+        lines = [
+            f"{record['key']}  [{record['source']}/{record['split']}]  "
+            f"{record['num_frames']} frames{seconds}{peak}, {record['stored']}, "
+            f"{record['media_bytes']} bytes"
+        ]
+        for task, entry in record["tasks"].items():
+            query = entry["query"].replace("\n", "\n          ")
+            lines += [f"  {task:<5} q: {query}", f"        a: {entry['answer']}"]
+        if record["notes"]:
+            notes = ", ".join(f"{name}={value}" for name, value in record["notes"].items())
+            lines.append(f"  notes {notes}")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks) if blocks else "no such record"

@@ -1,0 +1,230 @@
+"""The whole way of a rank's samples, composed; every step is a pure function of its number.
+
+(1) plan     `sampler.share(step)`: which (record, task) stand at which positions, this rank's share
+(2) read     `reader.read(shard, slot)`: one record's bytes, checksum verified
+(3) decode   only now, only the frames that the task's view needs, and none that nobody wants
+(4) Sample   record, task and uint8 frames [F, H, W, 3] at the model's size, ready to encode
+
+A damaged record stops the run, or its position goes to the plan's next substitute of the same task.
+Nothing is kept between steps: workers hold no state, any order of steps gives the same samples.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_shards.index import ShardIndex
+from data_shards.pixels import jpeg_decode, resize_frame
+from data_shards.plan import Placement
+from data_shards.reader import DamagedRecord, ShardReader
+from data_shards.record import Frames, Record
+from data_shards.sampler import Slot, WeightedTaskSampler
+from data_shards.tasks import Task
+from data_shards.video import clip_indices, decode_frames
+
+View = Literal["clip", "peak"]
+OnDamage = Literal["stop", "replace"]
+
+MAX_ATTEMPTS: Final = 16  # substitutes tried for one position before the run stops
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViewOptions:
+    """What decoding needs to know."""
+
+    num_frames: int  # frames of a clip view
+    image_size: int  # height and width of a frame in pixels
+    visual: Literal["video", "peak_frame"] = "video"  # peak_frame: one frame where a record has it
+
+    def __post_init__(self) -> None:
+        if self.num_frames < 1 or self.image_size < 1:
+            raise ValueError(
+                "num_frames and image_size must be at least 1, found "
+                f"{self.num_frames} and {self.image_size}"
+            )
+        if self.visual not in ("video", "peak_frame"):
+            raise ValueError(f"visual must be 'video' or 'peak_frame', found {self.visual!r}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Damage:
+    """A record that was passed over: where it stood in the plan and on disk, and why."""
+
+    position: int
+    task: Task
+    shard: str
+    key: str
+    offset: int
+    cause: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """One record with exactly one task, at its position in the plan."""
+
+    position: int
+    task: Task
+    record: Record
+    view: View
+    frames: NDArray[np.uint8] | None  # F H W 3, peak view: F = 1; None if they were not wanted
+    quarantine: tuple[Damage, ...] = ()  # damaged records that stood here before
+
+    @property
+    def replaced(self) -> int:
+        """How many substitutes it took; 0 is the plan's own record."""
+        return len(self.quarantine)
+
+
+class DamagedSample(ValueError):
+    """A position of the plan that cannot be filled."""
+
+    def __init__(self, damage: Damage, advice: str) -> None:
+        super().__init__(
+            f"position {damage.position} (task {damage.task}): record {damage.key} in "
+            f"{damage.shard} at byte {damage.offset} is damaged: {damage.cause}; {advice}"
+        )
+        self.damage = damage
+        self.advice = advice
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Crosses from data workers by its fields; the default would pass the message only."""
+        return DamagedSample, (self.damage, self.advice)
+
+
+def view_of(record: Record, task: Task, options: ViewOptions) -> View:
+    """FER looks at the peak frame, the other tasks at the clip; `peak_frame` prefers the peak."""
+    if isinstance(record.media, Frames):
+        has_peak = record.media.peak_jpeg is not None
+    else:
+        has_peak = record.peak_frame is not None
+    prefers_peak = task is Task.FER or options.visual == "peak_frame"
+    return "peak" if prefers_peak and has_peak else "clip"
+
+
+def decode_view(record: Record, view: View, options: ViewOptions) -> NDArray[np.uint8]:
+    """Frames of a view, uint8 [F, size, size, 3].
+
+    Raises:
+        ValueError: the media are damaged, or hold another number of frames than the view has.
+    """
+    if isinstance(record.media, Frames):
+        jpegs = record.media.jpegs
+        if view == "peak":
+            assert record.media.peak_jpeg is not None, "a peak view needs a peak frame"
+            jpegs = (record.media.peak_jpeg,)
+        elif len(jpegs) != options.num_frames:
+            raise ValueError(f"{len(jpegs)} extracted frames, the view has {options.num_frames}")
+        frames = [jpeg_decode(jpeg) for jpeg in jpegs]
+    elif view == "peak":
+        assert record.peak_frame is not None, "a peak view needs a peak frame"
+        frames = list(decode_frames(record.media.mp4, [record.peak_frame]))
+    else:
+        indices = clip_indices(record.num_frames, options.num_frames)
+        frames = list(decode_frames(record.media.mp4, indices))
+    return np.stack([resize_frame(frame, options.image_size) for frame in frames])
+
+
+def require_view(index: ShardIndex, options: ViewOptions) -> None:
+    """Raise ValueError if the folder stores extracted frames that cannot serve the view."""
+    stored = index.options
+    if stored.get("frames") == "extracted" and stored["frames_per_clip"] != options.num_frames:
+        raise ValueError(
+            f"frames_per_clip: shard folder {index.folder} stores {stored['frames_per_clip']} "
+            f"extracted frames per clip, found {options.num_frames}; set it to "
+            f"{stored['frames_per_clip']} or build the folder again"
+        )
+
+
+class StepStream:
+    """Map from step to this rank's samples; `stream[step]` is a pure function.
+
+    Args:
+        wants_frames: asked with (key, view) before decoding; False leaves `Sample.frames` None
+            (cached features, blank frames).
+
+    Raises:
+        ValueError: from the constructor if the shard folder cannot serve the view.
+        DamagedSample: from a step, with position, task, shard, key, offset and cause.
+    """
+
+    def __init__(
+        self,
+        sampler: WeightedTaskSampler,
+        reader: ShardReader,
+        view: ViewOptions,
+        *,
+        on_damage: OnDamage = "stop",
+        wants_frames: Callable[[str, View], bool] | None = None,
+    ) -> None:
+        if on_damage not in ("stop", "replace"):
+            raise ValueError(f"on_damage must be 'stop' or 'replace', found {on_damage!r}")
+        require_view(reader.index, view)
+        self.sampler = sampler
+        self.reader = reader
+        self.view = view
+        self.on_damage = on_damage
+        self.wants_frames = wants_frames
+
+    def __len__(self) -> int:
+        return self.sampler.num_steps
+
+    def __getitem__(self, step: int) -> list[Sample]:
+        if not 0 <= step < len(self):
+            raise IndexError(f"step must be 0..{len(self) - 1}, found {step}")
+        return [self._sample(slot) for slot in self.sampler.share(step)]
+
+    def _sample(self, slot: Slot) -> Sample:
+        """The sample at a slot, or the first intact substitute."""
+        quarantine: list[Damage] = []
+        placement = slot.placement
+        while True:
+            try:
+                return self._read(slot.position, placement, tuple(quarantine))
+            except DamagedRecord as error:
+                damage = Damage(
+                    position=slot.position,
+                    task=placement.task,
+                    shard=error.shard,
+                    key=error.key,
+                    offset=error.offset,
+                    cause=error.cause,
+                )
+                quarantine.append(damage)
+                placement = self._substitute(damage, len(quarantine))
+
+    def _substitute(self, damage: Damage, attempt: int) -> Placement:
+        """The plan's attempt-th stand-in at a damaged position; DamagedSample if none may come."""
+        if self.on_damage == "stop":
+            raise DamagedSample(
+                damage,
+                "set data.on_damage to 'replace' to train on without it, or build the shards again",
+            )
+        if attempt > MAX_ATTEMPTS:
+            raise DamagedSample(
+                damage, f"{MAX_ATTEMPTS} substitutes are damaged too; build the shards again"
+            )
+        try:
+            return self.sampler.stage_plan.substitute(damage.position, attempt)
+        except ValueError as error:  # no record of the task is left
+            raise DamagedSample(damage, str(error)) from error
+
+    def _read(self, position: int, placement: Placement, quarantine: tuple[Damage, ...]) -> Sample:
+        record = self.reader.read(placement.shard, placement.slot)
+        view = view_of(record, placement.task, self.view)
+        frames: NDArray[np.uint8] | None = None
+        if self.wants_frames is None or self.wants_frames(record.key, view):
+            try:
+                frames = decode_view(record, view, self.view)
+            except ValueError as error:
+                raise self.reader.damaged(placement.shard, placement.slot, str(error)) from error
+        return Sample(
+            position=position,
+            task=placement.task,
+            record=record,
+            view=view,
+            frames=frames,
+            quarantine=quarantine,
+        )
