@@ -1,0 +1,353 @@
+"""The config of a run: one tree of sections, read from YAML, complete before anything starts.
+
+In: YAML files and dotted overrides. Out: a frozen `Config`, or a `ConfigError` that holds every
+mistake with its place. Where: the first thing of every verb, so it must not import torch.
+All relative paths are resolved against the working directory of the command.
+"""
+
+import io
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from math import lcm
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+)
+from ruamel.yaml import YAML
+
+from data_shards.tasks import TASKS, Task
+from emoverse.config_errors import ConfigError, Problem, problems_of, show
+from emoverse.config_rules import cross_field_problems
+from emoverse.yaml_tree import ExactFloat, Node, load_tree
+
+# Bounds that keep the order of tasks a small table: of one rate, and common to those of a stage.
+MAX_DENOMINATOR = 10_000
+MAX_COMMON_DENOMINATOR = 100_000
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def parse_rate(value: object) -> Fraction:
+    """A share of samples, exactly as written: `2/5`, `'0.4'` and `0.4` are the same Fraction.
+
+    Raises ValueError for anything else, below 0, above 1, or finer than 1/10000.
+    """
+    if isinstance(value, bool) or not isinstance(value, (str, int, float, Fraction)):
+        raise ValueError("a rate is a fraction such as 2/5 or a decimal such as 0.4")
+    # The decimal text of a float, never its binary value: 0.4 is 2/5.
+    text = value.text if isinstance(value, ExactFloat) else str(value)
+    try:
+        rate = Fraction(text)
+    except ZeroDivisionError:
+        raise ValueError("the denominator of a rate must not be 0") from None
+    except ValueError:
+        raise ValueError("a rate is a fraction such as 2/5 or a decimal such as 0.4") from None
+    if not 0 <= rate <= 1:
+        raise ValueError("a rate lies between 0 and 1")
+    if rate.denominator > MAX_DENOMINATOR:
+        raise ValueError(
+            f"the denominator of a rate is at most {MAX_DENOMINATOR}, this one has "
+            f"{rate.denominator}; write a simpler fraction such as {rate.limit_denominator(100)}"
+        )
+    return rate
+
+
+def _check_rates(rates: dict[Task, Fraction]) -> dict[Task, Fraction]:
+    """Rates that sum to 1, in the canonical order of tasks; a rate of 0 leaves the task out."""
+    total = sum(rates.values(), Fraction(0))
+    if total != 1:
+        terms = " + ".join(str(rate) for rate in rates.values())
+        found = f"but {terms} = {total}" if rates else "but there are none"
+        gap = f"{1 - total} is missing" if total < 1 else f"{total - 1} is too much"
+        raise ValueError(f"the rates of a stage sum to exactly 1, {found}; {gap}")
+    common = lcm(*(rate.denominator for rate in rates.values()))
+    if common > MAX_COMMON_DENOMINATOR:
+        raise ValueError(
+            f"the common denominator of a stage's rates is at most {MAX_COMMON_DENOMINATOR}, here "
+            f"it is {common}; write them over one simpler denominator"
+        )
+    return {task: rates[task] for task in TASKS if rates.get(task)}
+
+
+def _one_or_many(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
+
+
+def _fill_tokens(given: dict[Task, int]) -> dict[Task, int]:
+    return {task: given.get(task, DEFAULT_NEW_TOKENS[task]) for task in TASKS}
+
+
+# Room for the longest correct answer of each task, in tokens of the coarsest of our tokenizers.
+DEFAULT_NEW_TOKENS = {Task.MSA: 8, Task.ER: 8, Task.FER: 96, Task.ERI: 160, Task.ECPE: 96}
+
+TaskKey = Annotated[Task, Field(strict=False)]
+Rate = Annotated[
+    Fraction, BeforeValidator(parse_rate), PlainSerializer(str, return_type=str, when_used="json")
+]
+Rates = Annotated[dict[TaskKey, Rate], AfterValidator(_check_rates)]
+NewTokens = Annotated[dict[TaskKey, Annotated[int, Field(ge=1)]], AfterValidator(_fill_tokens)]
+Names = Annotated[tuple[str, ...], Field(strict=False), BeforeValidator(_one_or_many)]
+LoosePath = Annotated[Path, Field(strict=False)]
+Betas = Annotated[
+    tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]],
+    Field(strict=False),
+]
+StageName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+
+
+class Section(BaseModel):
+    """A part of the config: immutable, and every key is known."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class RunSection(Section):
+    """What the run is called and where it writes."""
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
+        description="Name of the run: letters, digits, and _ . - inside.",
+    )
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="Seed of everything random: plan, initial adapters, dropout."
+    )
+    run_dir: LoosePath = Field(
+        default_factory=lambda data: Path("runs") / data["name"],
+        description="Folder for all that the run writes; relative to the working directory.",
+    )
+
+
+class LoraSection(Section):
+    """The low-rank adapters of the language model."""
+
+    preset: Literal["paper", "authors", "custom"] = Field(
+        "paper",
+        description="Linear layers of the language model with adapters: all (paper), all and those "
+        "of the projector too (authors), or the ones that `targets` names (custom).",
+    )
+    r: int = Field(8, ge=1, description="Rank of the adapters.")
+    alpha: int = Field(32, ge=1, description="Scale of the adapters: their output times alpha / r.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Share of adapter inputs set to 0.")
+    targets: Names = Field(
+        (), description="Names of the language model's linear layers with adapters (custom only)."
+    )
+
+
+class ModelSection(Section):
+    """The base model and what of it is trained."""
+
+    base: str = Field(
+        min_length=1,
+        description="The packaged nano, a folder in InternVL2's released layout relative to the "
+        "working directory, or, for plan only, internvl2-4b or internvl2-8b.",
+    )
+    projector: Literal["full", "lora", "frozen"] = Field(
+        "full", description="How the projector is trained: all weights, adapters only, or not."
+    )
+    lora: LoraSection = Field(
+        default_factory=LoraSection, description="The adapters of the language model."
+    )
+    blank_frames: bool = Field(
+        False, description="Replace every frame by a grey one: the text-only baseline."
+    )
+    cache_features: bool = Field(
+        False, description="Keep the frozen vision features of every clip in memory (small models)."
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        "bf16", description="Number format of weights and activations; masters stay fp32."
+    )
+    attention: Literal["auto", "sdpa", "flash"] = Field(
+        "auto", description="Attention for packed batches: the fastest there is, or one by name."
+    )
+
+
+class DataSection(Section):
+    """Which records are read and how they become samples."""
+
+    shards: LoosePath = Field(
+        description="Shard folder of the training split; relative to the working directory."
+    )
+    frames_per_clip: int = Field(8, ge=1, le=64, description="Frames taken from a clip.")
+    visual: Literal["video", "peak_frame"] = Field(
+        "video",
+        description="What of a clip is seen: its frames, or only the peak where one is known.",
+    )
+    history_frames: int = Field(
+        0, ge=0, le=0, description="Frames of earlier turns that ECPE sees; only 0 so far."
+    )
+    give_emotion: bool = Field(
+        False, description="Tell ECPE the true emotion of the target in its query."
+    )
+    max_tokens: int = Field(4096, ge=64, le=4096, description="Most tokens of one sample.")
+    pack_tokens: int = Field(
+        4096, ge=64, description="Most tokens of one packed batch: the knob for memory."
+    )
+    workers: int = Field(2, ge=0, description="Processes per rank that read and decode.")
+    block_shards: int = Field(
+        16, ge=1, description="Shards that are shuffled together: more mixes better, reads wider."
+    )
+    on_damage: Literal["stop", "replace"] = Field(
+        "stop", description="At a damaged record: end the run, or take another of the same task."
+    )
+    max_damaged: int = Field(
+        10, ge=0, description="Damaged records a stage may replace before it stops after all."
+    )
+
+
+class PoolSection(Section):
+    """The records that a stage draws from: exactly one of the two keys."""
+
+    take: int | None = Field(None, ge=1, description="Number of records to draw at random.")
+    rest_of: Names | None = Field(
+        None,
+        description="Earlier stages; the pool is all the records that they leave.",
+    )
+
+
+class OptimSection(Section):
+    """AdamW with linear warm-up and cosine decay."""
+
+    lr_lora: float = Field(1e-5, ge=0, description="Peak learning rate of the adapters.")
+    lr_projector: float = Field(1e-5, ge=0, description="Peak learning rate of the projector.")
+    weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay per unit of lr.")
+    betas: Betas = Field((0.9, 0.95), description="Decay rates of the two moments.")
+    eps: float = Field(1e-8, gt=0, description="Added to the root of the second moment.")
+    warmup: float = Field(0.05, ge=0, lt=1, description="Share of the stage's steps that warm up.")
+    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="Last learning rate over the peak.")
+    clip: float = Field(1.0, gt=0, description="Largest L2 norm of the whole gradient.")
+
+
+class StageSection(Section):
+    """One step of the curriculum."""
+
+    pool: PoolSection = Field(description="The records the stage draws from.")
+    rates: Rates = Field(description="Share of the stage's samples per task, exactly.")
+    epochs: int = Field(2, ge=1, description="Times the stage's samples are seen.")
+    shortage: Literal["error", "repeat", "shrink"] = Field(
+        "error",
+        description="When a rate asks for more records than offer the task: stop, use scarce "
+        "records again, or take fewer samples.",
+    )
+    epoch_tasks: Literal["keep", "redraw"] = Field(
+        "keep", description="Whether a record keeps its task over the epochs."
+    )
+    start_from: str = Field("base", description="base, or the earlier stage it continues.")
+    optim: OptimSection = Field(default_factory=OptimSection, description="The optimiser.")
+
+
+class TrainSection(Section):
+    """What both stages share in the training loop."""
+
+    global_batch_size: int = Field(
+        ge=1, description="Samples per optimiser step over all ranks together."
+    )
+    loss: Literal["sample", "token", "square"] = Field(
+        "sample",
+        description="What counts equally in a step: samples, supervised tokens, or between both.",
+    )
+    zero_stage: int = Field(2, ge=0, le=3, description="ZeRO stage of DeepSpeed, 0 to 3.")
+    processes: int = Field(
+        1, ge=1, description="Local processes that `emoverse train` starts, one rank each."
+    )
+    log_every: int = Field(10, ge=1, description="Steps between two log lines.")
+    save_every: int = Field(500, ge=1, description="Steps between two checkpoints.")
+    keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints kept per stage.")
+    tensorboard: bool = Field(True, description="Also write event files for tensorboard.")
+
+
+class EvaluationSection(Section):
+    """How answers are generated and scored."""
+
+    shards: LoosePath = Field(
+        description="Shard folder of the held-out split; relative to the working directory."
+    )
+    batch_size: int = Field(16, ge=1, description="Queries answered at the same time.")
+    max_new_tokens: NewTokens = Field(
+        default_factory=lambda: dict(DEFAULT_NEW_TOKENS),
+        description="Most tokens of an answer, per task.",
+    )
+    max_records: int | None = Field(
+        None, ge=1, description="Most records scored per task; blank means all."
+    )
+    when: Names = Field(
+        ("base", "stage1", "stage2"), description="Scored states: base, or a stage by its name."
+    )
+
+
+class Config(Section):
+    """A whole run: what to train. Where to run it is not its business."""
+
+    run: RunSection = Field(description="What the run is called and where it writes.")
+    model: ModelSection = Field(description="The base model and what of it is trained.")
+    data: DataSection = Field(description="Which records are read and how.")
+    stages: dict[StageName, StageSection] = Field(
+        min_length=1,
+        description="Stages in the order of training, by name: small letters, digits, _.",
+    )
+    train: TrainSection = Field(description="What all stages share in the training loop.")
+    evaluation: EvaluationSection = Field(description="How answers are generated and scored.")
+
+
+def load_config(paths: Sequence[Path], overrides: Sequence[str] = ()) -> Config:
+    """Merge YAML files and `key.key=value` overrides left to right, and check everything.
+
+    Raises ConfigError with all problems at once.
+    """
+    return load_model(Config, paths, overrides, rules=cross_field_problems, closed="stages")
+
+
+def load_model(
+    model: type[Model],
+    paths: Sequence[Path],
+    overrides: Sequence[str] = (),
+    *,
+    rules: Callable[[Node], list[Problem]] = lambda tree: [],
+    closed: str = "",
+) -> Model:
+    """Like `load_config` for any pydantic model.
+
+    rules: checks across fields, which see the tree also when fields are wrong.
+    closed: the key whose entries have names of the user's own, see `load_tree`.
+    """
+    tree, problems = load_tree(paths, overrides, closed=closed)
+    known = {problem.path for problem in problems}
+    loaded = None
+    try:
+        loaded = model.model_validate(tree.plain())
+    except ValidationError as error:
+        # A value that the loader refused is null in the tree; complaining again would confuse.
+        problems += [p for p in problems_of(error, model, tree) if p.path not in known]
+    problems += rules(tree)
+    if problems or loaded is None:
+        order = [str(path) for path in paths]
+        raise ConfigError(sorted(problems, key=lambda problem: problem.position(order)))
+    return loaded
+
+
+def to_yaml(config: BaseModel) -> str:
+    """The resolved config as YAML; loading this text alone gives the same config again."""
+    stream = io.StringIO()
+    yaml = YAML(typ="rt")
+    yaml.default_flow_style = False
+    yaml.width = 10_000
+    yaml.dump(config.model_dump(mode="json"), stream)
+    return stream.getvalue()
+
+
+def describe(config: BaseModel) -> list[tuple[str, str]]:
+    """Every key of the resolved config as (dotted path, value), in order, for logs and reports."""
+
+    def walk(prefix: str, value: object) -> list[tuple[str, str]]:
+        if isinstance(value, dict):
+            return [row for key, below in value.items() for row in walk(f"{prefix}.{key}", below)]
+        return [(prefix.lstrip("."), show(value))]
+
+    return walk("", config.model_dump(mode="json"))

@@ -1,0 +1,87 @@
+"""What a stage is to the plan, and how one stage hands over to the next.
+
+In: the config, the shard index. Out: the plan of the whole run, the stages to train in order, and
+what each of them starts from. Where: between the config and the training loop; no torch.
+
+The hand-over: a stage passes on what was trained, adapters and projector, and nothing else.
+Optimiser moments, learning-rate schedule and position start anew, since the tasks, their rates
+and the records have changed.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from data_shards.index import ShardIndex
+from data_shards.plan import Plan, StageSpec, plan_stages
+from emoverse.config import Config
+from emoverse.config_errors import did_you_mean
+
+BASE = "base"
+DONE = "DONE"
+
+
+def stage_specs(config: Config) -> tuple[StageSpec, ...]:
+    """The stages as the plan wants them, in the order of training."""
+    return tuple(
+        StageSpec(
+            name=name,
+            rates=tuple(stage.rates.items()),
+            take=stage.pool.take,
+            rest_of=stage.pool.rest_of or (),
+            epochs=stage.epochs,
+            shortage=stage.shortage,
+            epoch_tasks=stage.epoch_tasks,
+        )
+        for name, stage in config.stages.items()
+    )
+
+
+def run_plan(config: Config, index: ShardIndex) -> Plan:
+    """The plan of all stages together.
+
+    It does not depend on which stages are trained now, so a stage trained alone sees the same
+    samples as in a run of all.
+    """
+    return plan_stages(
+        index,
+        stage_specs(config),
+        seed=config.run.seed,
+        block_shards=config.data.block_shards,
+    )
+
+
+def stages_to_train(config: Config, only: Sequence[str] | None) -> tuple[str, ...]:
+    """The chosen stages, or all of them, in the order of the config.
+
+    Raises ValueError if a chosen stage is not in the config.
+    """
+    names = tuple(config.stages)
+    for name in only or ():
+        if name not in names:
+            raise ValueError(
+                f"--stage {name}: the config has no such stage{did_you_mean(name, names)}; "
+                f"it has {', '.join(names)}"
+            )
+    return tuple(name for name in names if not only or name in only)
+
+
+def stage_dir(config: Config, stage: str) -> Path:
+    """The folder of a stage in the run directory."""
+    return config.run.run_dir / stage
+
+
+def starting_stage(config: Config, stage: str) -> Path | None:
+    """The folder of the finished stage whose weights `stage` starts with, None for the base.
+
+    Raises FileNotFoundError if that stage is not finished.
+    """
+    start = config.stages[stage].start_from
+    if start == BASE:
+        return None
+    folder = stage_dir(config, start)
+    if not (folder / DONE).is_file():
+        raise FileNotFoundError(
+            f"stages.{stage}.start_from: {start} is not finished, {folder / DONE} does not exist; "
+            f"train it first (--stage {start}) or check run.run_dir = {config.run.run_dir}"
+        )
+    return folder

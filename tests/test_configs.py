@@ -1,0 +1,80 @@
+"""Every YAML in configs/ loads, says what it needs, and plans against a likely index."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from data_shards.index import ShardIndex
+from data_shards.tasks import Task
+from emoverse.config import load_config, load_model, to_yaml
+from emoverse.pretrain_config import PretrainConfig
+from launch.plan_report import make_plan, plan_text
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+PRETRAIN = [path for path in sorted(CONFIGS.glob("*.yaml")) if "pretrain" in path.name]
+RUNS = [path for path in sorted(CONFIGS.glob("*.yaml")) if path not in PRETRAIN]
+
+# As the corpora are: MSA and ER nearly everywhere, FER where a face is seen, few ERI entries.
+SENTIMENT = (Task.MSA, Task.ER, Task.FER)
+REASONS = (Task.MSA, Task.ER, Task.ERI)
+CAUSES = (Task.ER, Task.ECPE)
+CORPUS = {
+    "nano": {(*SENTIMENT, Task.ERI): 2500, (*SENTIMENT, Task.ERI, Task.ECPE): 1500},
+    "other": {SENTIMENT: 15870, (Task.MSA, Task.ER): 5150, REASONS: 4839, CAUSES: 7081},
+}
+
+
+def test_there_are_configs() -> None:
+    names = {path.stem for path in RUNS}
+    assert names >= {"nano", "emoverse_4b", "emoverse_8b", "emoverse_4b_2x3090", "debug_3090"}
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_a_config_plans(path: Path, tmp_path: Path, make_index: Callable[..., ShardIndex]) -> None:
+    corpus = CORPUS.get(path.stem, CORPUS["other"])
+    make_index(tmp_path / "shards", corpus, num_shards=20)
+    config = load_config([path], [f"data.shards={tmp_path / 'shards'}"])
+    _, plan, report = make_plan(config)
+    assert set(report["stages"]) == {"stage1", "stage2"}
+    for name, stage in config.stages.items():
+        told = report["stages"][name]
+        assert told["steps"] > 0
+        assert sum(task["given"] for task in told["tasks"].values()) == told["samples_per_epoch"]
+        assert sum(task["total"] for task in told["tasks"].values()) == told["samples"]
+        assert plan.stages[name].at(0).task in stage.rates
+    assert report["plan_fingerprint"] in plan_text(report)
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_a_config_survives_being_resolved(path: Path, tmp_path: Path) -> None:
+    config = load_config([path])
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_config([tmp_path / "config.yaml"]) == config
+
+
+@pytest.mark.parametrize("path", PRETRAIN, ids=lambda path: path.stem)
+def test_a_pretraining_config_loads(path: Path) -> None:
+    assert load_model(PretrainConfig, [path]).processes >= 1
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_a_config_says_how_it_is_run_and_where(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    end = next(number for number, line in enumerate(lines) if not line.startswith("#"))
+    text = "\n".join(lines[:end])
+    assert f"configs/{path.name}" in text
+    for word in ("Command:", "Hardware:", "Duration:", "Result:"):
+        assert word in text, f"{path.name}: the header lacks {word}"
+
+
+@pytest.mark.parametrize(
+    ("name", "trainable"), [("emoverse_4b", 34_617_344), ("emoverse_8b", 54_542_336)]
+)
+def test_the_trainable_parameters_of_the_large_models(
+    name: str, trainable: int, tmp_path: Path, make_index: Callable[..., ShardIndex]
+) -> None:
+    make_index(tmp_path / "shards", CORPUS["other"])
+    path = CONFIGS / f"{name}.yaml"
+    _, _, report = make_plan(load_config([path], [f"data.shards={tmp_path / 'shards'}"]))
+    assert report["parameters"]["trainable"] == trainable
