@@ -1,0 +1,1 @@
+"""The hot operations behind plain functions: attention over packed segments, the loss head."""

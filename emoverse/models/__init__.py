@@ -1,0 +1,1 @@
+"""The model: released checkpoints in, EmoVerse out (architecture, import/export, LoRA, forward)."""

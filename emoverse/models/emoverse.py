@@ -1,0 +1,315 @@
+"""EmoVerse: frozen vision tower -> projector -> visual tokens spliced into the text -> LLM -> loss.
+
+In:  a packed batch (collate.py): ids, segment boundaries, frames or their cached features.
+Out: StepOutput, the weighted loss sum and its shares by task; or inputs for transformers' generate.
+Legend: B samples, T packed tokens, L padded tokens, D hidden, F frames, P visual tokens of a frame,
+C feature channels, R supervised rows.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import InternVLForConditionalGeneration
+
+from data_shards.tasks import TASKS
+from emoverse.kernels import attention
+from emoverse.kernels.head import sums_by_group, supervised_cross_entropy
+from emoverse.models.architecture import Architecture, base_folder
+from emoverse.models.internvl2 import import_checkpoint
+from emoverse.models.lora import AdapterSettings, attach_lora, is_adapter
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+# Frames per forward of the vision tower; bounds the memory of evaluation batches.
+MAX_FRAMES = 64
+
+# A 4-D mask is handed through by transformers untouched. With cu_seqlens nobody reads it, and
+# without it every forward would build a T x T mask.
+_UNREAD_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+
+
+class ModelSettings(Protocol):
+    """The config's `model` section."""
+
+    @property
+    def projector(self) -> str: ...
+    @property
+    def lora(self) -> AdapterSettings: ...
+    @property
+    def attention(self) -> str: ...
+
+
+class PackedBatch(Protocol):
+    """What forward() reads of a batch."""
+
+    ids_T: Tensor
+    position_ids_T: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    pixels: Tensor | None
+    features: Tensor | None
+    supervised_rows: Tensor
+    targets: Tensor
+    row_weights: Tensor
+    task_of_row: Tensor
+
+
+class StepOutput(NamedTuple):
+    """A tuple, because DeepSpeed looks for tensors in tuples and not in dataclasses."""
+
+    loss_sum: Tensor  # sum of weight * cross entropy, fp32, differentiable
+    task_loss: Tensor  # the same by task, detached, in the order of TASKS
+    task_weight: Tensor  # sum of weights by task
+    task_tokens: Tensor  # supervised tokens by task
+
+
+class EmoVerse(nn.Module):
+    """The native model with EmoVerse's forward.
+
+    Args:
+        train_vision: gradients flow into the vision tower (pretraining a base); otherwise it is
+            frozen, in eval mode and without a graph.
+    """
+
+    def __init__(
+        self,
+        native: InternVLForConditionalGeneration,
+        architecture: Architecture,
+        *,
+        train_vision: bool = False,
+    ) -> None:
+        super().__init__()
+        native.set_attn_implementation({"text_config": attention.NAME, "vision_config": "sdpa"})
+        self.native = native
+        self.architecture = architecture
+        self.train_vision = train_vision
+        self.image_token_id = int(native.config.image_token_id)
+        if not train_vision:
+            native.model.vision_tower.requires_grad_(False)
+        self.train(native.training)
+
+    def train(self, mode: bool = True) -> "EmoVerse":
+        """As nn.Module, except that a frozen vision tower stays in eval mode."""
+        super().train(mode)
+        if not self.train_vision:
+            self.native.model.vision_tower.eval()
+        return self
+
+    def trainable_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
+        """Trained parameters by part: lora and projector; vision and llm when all are trained."""
+        groups: dict[str, list[tuple[str, nn.Parameter]]] = {}
+        for name, parameter in self.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if is_adapter(name):
+                part = "lora"
+            elif ".multi_modal_projector." in name:
+                part = "projector"
+            else:
+                part = "vision" if ".vision_tower." in name else "llm"
+            groups.setdefault(part, []).append((name, parameter))
+        return groups
+
+    def vision_features(self, pixels_FHWC: Tensor) -> Tensor:
+        """Frames -> visual tokens before the projector.
+
+        Args:
+            pixels_FHWC: uint8 frames at the model's image size.
+        Returns:
+            F, P, C in the model's dtype; without a graph unless train_vision.
+        """
+        size = self.architecture.vision.image_size
+        if pixels_FHWC.dtype != torch.uint8 or pixels_FHWC.shape[1:] != (size, size, 3):
+            raise ValueError(
+                f"frames must be uint8 of shape F, {size}, {size}, 3, found "
+                f"{pixels_FHWC.dtype} of shape {tuple(pixels_FHWC.shape)}; resize them to the base "
+                "model's image size when they are decoded"
+            )
+        if self.train_vision:
+            return self._vision(pixels_FHWC)
+        with torch.no_grad():
+            return self._vision(pixels_FHWC)
+
+    def _vision(self, pixels_FHWC: Tensor) -> Tensor:
+        tower = self.native.model.vision_tower
+        weight = tower.embeddings.patch_embeddings.projection.weight
+        mean, std = (
+            torch.tensor(values, device=pixels_FHWC.device).view(1, 3, 1, 1)
+            for values in (IMAGENET_MEAN, IMAGENET_STD)
+        )
+        # Normalised in fp32 and cast afterwards, as the released pipeline does.
+        values_FCHW = (pixels_FHWC.permute(0, 3, 1, 2).float() / 255 - mean) / std
+        hidden = tower(pixel_values=values_FCHW.to(weight.dtype)).last_hidden_state[:, 1:]
+        side = self.architecture.vision.image_size // self.architecture.vision.patch_size
+        shuffled = self.native.model.pixel_shuffle(
+            hidden.unflatten(1, (side, side)), scale_factor=1 / self.architecture.shuffle
+        )
+        features: Tensor = shuffled.flatten(1, 2)
+        return features
+
+    def embed(self, ids_T: Tensor, features_FPC: Tensor | None, *, dummy: bool = False) -> Tensor:
+        """Token embeddings with projected visual tokens in place of the context tokens: T, D.
+
+        Args:
+            dummy: the features belong to no context token and change nothing (times 0.0).
+        Raises:
+            ValueError: the ids hold another number of context tokens than there are features.
+        """
+        embeddings_TD = self.native.get_input_embeddings()(ids_T)
+        places = (ids_T == self.image_token_id).nonzero().squeeze(1)
+        shape = (self.architecture.visual_tokens_per_frame, self.architecture.feature_channels)
+        frames = 0 if features_FPC is None or dummy else features_FPC.shape[0]
+        if features_FPC is not None and features_FPC.shape[1:] != shape:
+            raise ValueError(
+                f"features must have shape F, {shape[0]}, {shape[1]}, found "
+                f"{tuple(features_FPC.shape)}; they belong to another base model"
+            )
+        if len(places) != frames * shape[0]:
+            raise ValueError(
+                f"the ids hold {len(places)} image context tokens (id {self.image_token_id}) but "
+                f"{frames} frames give {frames * shape[0]} visual tokens; write exactly {shape[0]} "
+                "context tokens per frame into the prompt"
+            )
+        if features_FPC is None:
+            return embeddings_TD
+        visual_FPD = self.native.model.multi_modal_projector(features_FPC.to(embeddings_TD.dtype))
+        if dummy:
+            return embeddings_TD + 0.0 * visual_FPD.sum()
+        return embeddings_TD.index_copy(0, places, visual_FPD.flatten(0, 1))
+
+    def hidden_states(self, batch: PackedBatch) -> Tensor:
+        """Last hidden states of all packed tokens: T, D. Segments do not see each other."""
+        pixels, features = batch.pixels, batch.features
+        dummy = pixels is None and features is None
+        if dummy:
+            # A batch of text alone must call the same modules in the same order, and have gradients
+            # for the same parameters, as those of other ranks: ZeRO exchanges them one by one.
+            size = self.architecture.vision.image_size
+            pixels = batch.ids_T.new_zeros(1, size, size, 3, dtype=torch.uint8)
+        if pixels is not None:
+            features = self.vision_features(pixels)
+        return self._decode(self.embed(batch.ids_T, features, dummy=dummy), batch)
+
+    def _decode(self, embeddings_TD: Tensor, batch: PackedBatch) -> Tensor:
+        output = self.native.model.language_model(
+            inputs_embeds=embeddings_TD.unsqueeze(0),
+            position_ids=batch.position_ids_T.unsqueeze(0),
+            attention_mask=_UNREAD_MASK.to(embeddings_TD.device),
+            use_cache=False,
+            cu_seq_lens_q=batch.cu_seqlens,
+            max_length_q=batch.max_seqlen,
+        )
+        hidden: Tensor = output.last_hidden_state.squeeze(0)
+        return hidden
+
+    def forward(self, batch: PackedBatch) -> StepOutput:
+        """Loss of a packed batch; logits exist only at supervised rows."""
+        hidden_TD = self.hidden_states(batch)
+        losses_R = supervised_cross_entropy(
+            hidden_TD, batch.supervised_rows, batch.targets, self.native.lm_head
+        )
+        weighted_R = losses_R * batch.row_weights
+        tasks_R, count = batch.task_of_row, len(TASKS)
+        return StepOutput(
+            loss_sum=weighted_R.sum(),
+            task_loss=sums_by_group(weighted_R, tasks_R, count),
+            task_weight=sums_by_group(batch.row_weights, tasks_R, count),
+            task_tokens=sums_by_group(torch.ones_like(losses_R), tasks_R, count),
+        )
+
+    @torch.no_grad()
+    def prepare_generation(
+        self,
+        items: Sequence[tuple[Sequence[int] | NDArray[Any] | Tensor, NDArray[Any] | Tensor | None]],
+    ) -> dict[str, Tensor]:
+        """Left-padded inputs for `native.generate(**inputs, use_cache=True, ...)`.
+
+        Args:
+            items: per sample its ids and its uint8 frames (F, H, W, 3), its features (F, P, C) or
+                None for text only.
+        Returns:
+            inputs_embeds (B, L, D) and attention_mask (B, L).
+        """
+        device = next(self.native.lm_head.parameters()).device
+        all_ids = [to_tensor(ids).to(device, torch.long) for ids, _ in items]
+        visuals = [None if visual is None else to_tensor(visual).to(device) for _, visual in items]
+        features = self._features_of(visuals)
+        longest = max(len(ids) for ids in all_ids)
+        rows, mask_BL = [], torch.zeros(len(items), longest, dtype=torch.long, device=device)
+        for row, (ids, feature) in enumerate(zip(all_ids, features, strict=True)):
+            embeddings_TD = self.embed(ids, feature)
+            padding = embeddings_TD.new_zeros(longest - len(ids), embeddings_TD.shape[1])
+            rows.append(torch.cat((padding, embeddings_TD)))
+            mask_BL[row, longest - len(ids) :] = 1
+        return {"inputs_embeds": torch.stack(rows), "attention_mask": mask_BL}
+
+    def _features_of(self, visuals: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Features of each item; all uint8 frames go through the tower together."""
+        features: list[Tensor | None] = list(visuals)
+        live = [i for i, x in enumerate(visuals) if x is not None and x.dtype == torch.uint8]
+        if live:
+            clips = [x for x in (visuals[i] for i in live) if x is not None]
+            chunks = torch.cat(clips).split(MAX_FRAMES)
+            computed = torch.cat([self.vision_features(chunk) for chunk in chunks])
+            for i, part in zip(live, computed.split([len(clip) for clip in clips]), strict=True):
+                features[i] = part
+        return features
+
+
+def to_tensor(values: Sequence[int] | NDArray[Any] | Tensor) -> Tensor:
+    """As torch.as_tensor; read-only arrays, such as decoders hand over, are copied first."""
+    if isinstance(values, np.ndarray):
+        return torch.from_numpy(np.require(values, requirements=("C", "W")))
+    return torch.as_tensor(values)
+
+
+def compose(
+    native: InternVLForConditionalGeneration,
+    config_json: Mapping[str, Any],
+    settings: ModelSettings | None,
+    *,
+    train: str = "lora",
+    seed: int = 0,
+) -> EmoVerse:
+    """EmoVerse around a native model.
+
+    Args:
+        settings: the config's model section; may be None unless train is lora.
+        train: lora (adapters and projector, as in both stages), all (pretraining a base: every
+            parameter) or none (answering with the base as it is).
+    """
+    architecture = Architecture.from_config_json(config_json)
+    if settings is not None:
+        attention.configure_attention(settings.attention)
+    if train == "all":
+        native.requires_grad_(True)
+    elif train == "none":
+        native.requires_grad_(False)
+    elif train == "lora" and settings is not None:
+        attach_lora(native, architecture, settings.lora, settings.projector, seed=seed)
+    else:
+        raise ValueError(f"train must be lora (with model settings), all or none, found {train!r}")
+    return EmoVerse(native, architecture, train_vision=train == "all")
+
+
+def build_model(
+    base: str | Path,
+    settings: ModelSettings,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    train: str = "lora",
+    seed: int = 0,
+) -> EmoVerse:
+    """Import the base checkpoint and make it EmoVerse (see compose). In eval mode.
+
+    Raises:
+        FileNotFoundError, ValueError: see base_folder and import_checkpoint.
+    """
+    native, config_json = import_checkpoint(base_folder(base), dtype)
+    return compose(native, config_json, settings, train=train, seed=seed).to(device)

@@ -1,0 +1,214 @@
+"""LoRA through PEFT: which layers carry adapters, the trainable set, files in PEFT's format.
+
+In:  the native model of internvl2.py and the config's `model.lora` and `model.projector`.
+Out: the same model with adapters inside, frozen everywhere else; adapter folders that
+PeftModel.from_pretrained reads. No other file imports peft.
+"""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from peft import LoraConfig, PeftConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import InternVLForConditionalGeneration
+
+from emoverse.models.architecture import (
+    PROJECTOR_LINEARS,
+    Architecture,
+    LoraSettings,
+    check_projector,
+    lora_linears,
+)
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+PROJECTOR = "model.multi_modal_projector"
+LAYERS = "model.language_model.layers"
+FILE_PREFIX = "base_model.model."
+ATTENTION = ("qkv_proj", "q_proj", "k_proj", "v_proj", "o_proj")
+
+
+class AdapterSettings(LoraSettings, Protocol):
+    """The config's `model.lora` section."""
+
+    @property
+    def alpha(self) -> int: ...
+    @property
+    def dropout(self) -> float: ...
+
+
+def adapter_pattern(architecture: Architecture, lora: LoraSettings, projector: str) -> str:
+    """Regular expression for the full names of the adapted modules.
+
+    Anchored at the decoder's layers: plain names such as q_proj exist in the vision tower too.
+
+    Raises:
+        ValueError: see check_projector and lora_linears.
+    """
+    check_projector(lora, projector)
+    names = lora_linears(architecture, lora.preset, lora.targets)
+    pattern = rf"{LAYERS}\.\d+\.(?:self_attn|mlp)\.(?:{'|'.join(names)})"
+    if projector == "lora":
+        pattern += rf"|{PROJECTOR}\.(?:{'|'.join(PROJECTOR_LINEARS)})"
+    return pattern.replace("model.", r"model\.")
+
+
+def attach_lora(
+    native: InternVLForConditionalGeneration,
+    architecture: Architecture,
+    lora: AdapterSettings,
+    projector: str,
+    *,
+    seed: int = 0,
+) -> None:
+    """Put adapters into `native` in place and freeze everything else (see trainable_names).
+
+    The same seed gives the same A matrices; B starts at zero, so the model's output is unchanged.
+    """
+    settings = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=adapter_pattern(architecture, lora, projector),
+        bias="none",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        # PEFT would make adapters fp32 beside a bf16 base: ZeRO-3 refuses mixed types, and
+        # DeepSpeed keeps fp32 masters anyway.
+        with warnings.catch_warnings():
+            # PEFT asks for an attribute that transformers is about to rename.
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
+            get_peft_model(native, settings, autocast_adapter_dtype=False)
+    if projector == "full":
+        native.model.multi_modal_projector.requires_grad_(True)
+    found = {name for name, value in native.named_parameters() if value.requires_grad}
+    expected = trainable_names(architecture, lora, projector)
+    assert found == expected, sorted(found ^ expected)[:5]
+
+
+def trainable_names(
+    architecture: Architecture, lora: LoraSettings, projector: str
+) -> frozenset[str]:
+    """Names of all trained parameters of the native model, derived without the model."""
+    modules = []
+    for layer in range(architecture.llm.layers):
+        for name in lora_linears(architecture, lora.preset, lora.targets):
+            block = "self_attn" if name in ATTENTION else "mlp"
+            modules.append(f"{LAYERS}.{layer}.{block}.{name}")
+    names = set()
+    if projector == "lora":
+        modules += [f"{PROJECTOR}.{name}" for name in PROJECTOR_LINEARS]
+    elif projector == "full":
+        parts = ("layer_norm", *PROJECTOR_LINEARS)
+        names = {f"{PROJECTOR}.{part}.{leaf}" for part in parts for leaf in ("weight", "bias")}
+    return frozenset(
+        names | {f"{module}.lora_{ab}.default.weight" for module in modules for ab in "AB"}
+    )
+
+
+def is_adapter(name: str) -> bool:
+    """Is this parameter an adapter's (and not the projector's own)?"""
+    return ".lora_A." in name or ".lora_B." in name
+
+
+def save_adapter(
+    native: InternVLForConditionalGeneration,
+    folder: str | Path,
+    *,
+    base: str,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write everything trained in PEFT's format: adapter_config.json + adapter_model.safetensors.
+
+    A fully trained projector is stored as PEFT's modules_to_save.
+
+    Args:
+        base: what the adapter belongs to, stored as base_model_name_or_path.
+        tensors: values by parameter name instead of the model's own (gathered ZeRO-3 weights,
+            fp32 masters); must cover every trained parameter.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    trained = {name: value for name, value in native.named_parameters() if value.requires_grad}
+    source = trained if tensors is None else tensors
+    missing = sorted(set(trained) - set(source))
+    if missing:
+        raise ValueError(
+            f"cannot save the adapter to {folder}: {len(missing)} trained tensors have no value "
+            f"(first: {missing[0]}); pass all of them"
+        )
+    state = {
+        FILE_PREFIX + name.replace(".default.", "."): source[name].detach().cpu().contiguous()
+        for name in trained
+    }
+    save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    settings = LoraConfig(**_peft_config(native).to_dict())
+    settings.base_model_name_or_path = base
+    settings.inference_mode = True
+    if any(not is_adapter(name) for name in trained):
+        settings.modules_to_save = [PROJECTOR.rpartition(".")[2]]
+    settings.save_pretrained(str(folder))
+
+
+def load_adapter(native: InternVLForConditionalGeneration, folder: str | Path) -> None:
+    """Copy an adapter folder's values into a model with the same adapters attached.
+
+    Raises:
+        FileNotFoundError: no adapter there.
+        ValueError: another rank, or other layers than the model's.
+    """
+    path = Path(folder) / WEIGHTS_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; point to a folder with a saved adapter")
+    saved = PeftConfig.from_pretrained(str(folder))
+    own = _peft_config(native)
+    for key in ("r", "lora_alpha"):
+        wanted, found = getattr(own, key), getattr(saved, key)
+        if wanted != found:
+            raise ValueError(
+                f"{folder}: the adapter has {key} {found}, the config asks for {wanted}; "
+                "set model.lora to the adapter's values"
+            )
+    state = load_file(path)
+    trained = {
+        FILE_PREFIX + name.replace(".default.", "."): value
+        for name, value in native.named_parameters()
+        if value.requires_grad
+    }
+    if state.keys() != trained.keys():
+        raise ValueError(
+            f"{path} holds other layers than the config trains: "
+            f"{sorted(state.keys() ^ trained.keys())[0]} is on one side only; "
+            "set model.lora and model.projector as they were when it was saved"
+        )
+    with torch.no_grad():
+        for name, value in trained.items():
+            if state[name].shape != value.shape:
+                raise ValueError(
+                    f"{path}: {name} must have shape {tuple(value.shape)}, found "
+                    f"{tuple(state[name].shape)}; the adapter belongs to another base model"
+                )
+            value.copy_(state[name])
+
+
+def merge_adapters(native: InternVLForConditionalGeneration) -> None:
+    """Fold the adapters into the base weights, in place; the model is plain again afterwards."""
+    adapted = [
+        (name, module) for name, module in native.named_modules() if isinstance(module, LoraLayer)
+    ]
+    for name, module in adapted:
+        module.merge(safe_merge=True)
+        parent, _, leaf = name.rpartition(".")
+        setattr(native.get_submodule(parent), leaf, module.get_base_layer())
+
+
+def _peft_config(native: InternVLForConditionalGeneration) -> LoraConfig:
+    configs: dict[str, LoraConfig] | None = getattr(native, "peft_config", None)
+    if not configs:
+        raise ValueError("this model has no adapters; attach_lora comes first")
+    return configs["default"]

@@ -1,0 +1,48 @@
+"""The supervised-rows head is exact: values and gradients of the full head."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from emoverse.kernels.head import sums_by_group, supervised_cross_entropy
+
+
+def test_equals_the_full_head() -> None:
+    torch.manual_seed(0)
+    hidden_TD = torch.randn(23, 12, dtype=torch.float64, requires_grad=True)
+    # The function's logits are fp32; a float64 copy of the same weights bounds the difference.
+    lm_head = nn.Linear(12, 31, bias=False).double()
+    labels = torch.full((23,), -100)
+    labels[[4, 5, 11, 22]] = torch.tensor([1, 30, 7, 7])
+    weights = torch.rand(23)
+    full = F.cross_entropy(lm_head(hidden_TD)[:-1], labels[1:], reduction="none")
+    expected = (full * weights[1:]).sum()
+    wanted = torch.autograd.grad(expected, (hidden_TD, lm_head.weight))
+    rows = (labels[1:] != -100).nonzero().squeeze(1)
+    losses = supervised_cross_entropy(hidden_TD, rows, labels[rows + 1], lm_head)
+    assert losses.dtype == torch.float32
+    ours = (losses * weights[rows + 1]).sum()
+    torch.testing.assert_close(ours.double(), expected, atol=1e-5, rtol=1e-6)
+    found = torch.autograd.grad(ours, (hidden_TD, lm_head.weight))
+    for left, right in zip(found, wanted, strict=True):
+        torch.testing.assert_close(left, right, atol=1e-6, rtol=1e-5)
+
+
+def test_no_rows_keep_the_graph() -> None:
+    hidden_TD = torch.randn(5, 4, requires_grad=True)
+    lm_head = nn.Linear(4, 7, bias=False)
+    none = torch.zeros(0, dtype=torch.long)
+    loss = supervised_cross_entropy(hidden_TD, none, none, lm_head).sum()
+    loss.backward()
+    assert loss.item() == 0.0
+    assert hidden_TD.grad is not None and not hidden_TD.grad.any()
+    assert lm_head.weight.grad is not None and not lm_head.weight.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums(dtype: torch.dtype) -> None:
+    values = torch.tensor([1.0, 2.0, 4.0, 8.0], dtype=dtype, requires_grad=True)
+    sums = sums_by_group(values, torch.tensor([0, 2, 2, 0]), 4)
+    assert sums.dtype == torch.float32 and not sums.requires_grad
+    assert sums.tolist() == [9.0, 0.0, 6.0, 0.0]
