@@ -1,0 +1,113 @@
+"""From a stage's sampler to its batches: reader, stream, features, encoding and packing, composed.
+
+In: the config, the index, this rank's sampler and the model (for frozen features). Out: a
+`StepLoader`. With `model.cache_features` every clip goes through the vision tower once per run
+directory; later epochs, stages and the other ranks read the result from one file.
+"""
+
+import torch
+
+from data_shards.index import ShardIndex
+from data_shards.reader import ShardReader
+from data_shards.sampler import WeightedTaskSampler
+from data_shards.stream import Sample, StepStream, ViewOptions
+from emoverse.collate import FrameShape
+from emoverse.config import Config
+from emoverse.encode import EncodeOptions
+from emoverse.loader import LoaderOptions, StepLoader
+from emoverse.models.architecture import base_folder
+from emoverse.models.emoverse import EmoVerse
+from emoverse.models.features import (
+    FeatureCache,
+    KeyedFeatures,
+    blank_feature,
+    cache_key,
+    compute_features,
+    record_ordinals,
+)
+from emoverse.tokenizer import Tokenizer
+
+
+class FeatureStream:
+    """A stream that sends frames through the frozen tower and stores the features, once per view.
+
+    The encoder then finds the features of every sample of the step, so batches never mix features
+    with pixels, damaged records and their substitutes included.
+    """
+
+    def __init__(self, stream: StepStream, model: EmoVerse, features: KeyedFeatures) -> None:
+        self._stream, self._model, self._features = stream, model, features
+
+    def __len__(self) -> int:
+        return len(self._stream)
+
+    def __getitem__(self, step: int) -> list[Sample]:
+        samples = self._stream[step]
+        for sample in samples:
+            if sample.frames is not None:
+                ordinal = self._features.ordinals[sample.record.key]
+                computed = compute_features(self._model, sample.frames)
+                self._features.cache.put(ordinal, sample.view, computed)
+        return samples
+
+
+def build_loader(
+    config: Config, index: ShardIndex, sampler: WeightedTaskSampler, model: EmoVerse
+) -> StepLoader:
+    """The loader of this rank.
+
+    Raises:
+        ValueError: the shards cannot serve the view.
+    """
+    data, architecture = config.data, model.architecture
+    cached, blank = config.model.cache_features, config.model.blank_frames
+    assert not (cached and data.workers), "the config allows cached features without workers only"
+    view = ViewOptions(
+        num_frames=data.frames_per_clip,
+        image_size=architecture.vision.image_size,
+        visual=data.visual,
+    )
+    features: KeyedFeatures | None = None
+    if cached and not blank:
+        key = cache_key(model, index, data.frames_per_clip)
+        cache = FeatureCache(config.run.run_dir / "cache", key)
+        features = KeyedFeatures(cache, record_ordinals(index))
+    reader = ShardReader(data.shards, index)
+    stream = StepStream(
+        sampler,
+        reader,
+        view,
+        on_damage=data.on_damage,
+        wants_frames=(lambda key, view: False)
+        if blank
+        else (features.wants_frames if features else None),
+    )
+    encode = EncodeOptions(
+        template=architecture.template,
+        tokens_per_frame=architecture.visual_tokens_per_frame,
+        image_size=architecture.vision.image_size,
+        max_tokens=data.max_tokens,
+        frames_per_clip=data.frames_per_clip,
+        give_emotion=data.give_emotion,
+        blank_frames=blank,
+        features=features,
+        blank_feature=blank_feature(model) if cached and blank else None,
+    )
+    tokenizer = Tokenizer.load(base_folder(config.model.base))
+    return StepLoader(
+        FeatureStream(stream, model, features) if features else stream,
+        tokenizer,
+        encode,
+        LoaderOptions(
+            pack_tokens=data.pack_tokens,
+            loss_mode=config.train.loss,
+            workers=data.workers,
+            pin_memory=torch.cuda.is_available(),
+        ),
+        frame_shape=FrameShape(
+            image_context_id=tokenizer.image_context_id,
+            tokens_per_frame=architecture.visual_tokens_per_frame,
+            image_size=architecture.vision.image_size,
+            feature_channels=architecture.feature_channels if cached else None,
+        ),
+    )

@@ -1,0 +1,258 @@
+"""Checkpoints on disk: atomic, checksummed, free of pickle, of world size and of ZeRO stage.
+
+In: full tensors by parameter name and a JSON state. Out: one folder per checkpoint,
+    checkpoints/step_000500/{trained.safetensors, optimizer.safetensors, state.json, manifest.json}
+    checkpoints/latest            the name of the newest one
+A folder appears under its name by one rename, after everything in it is on the disk; reading
+verifies every byte and falls back to the previous checkpoint. Only what was trained is saved: no
+base weights.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+TRAINED = "trained.safetensors"  # master weights, fp32, by parameter name
+OPTIMIZER = "optimizer.safetensors"  # "exp_avg.<parameter>" and "exp_avg_sq.<parameter>", fp32
+STATE = "state.json"
+LATEST = "latest"
+_PREFIX, _TEMPORARY, _DISCARDED = "step_", ".saving-", ".discarded-"
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint folder is incomplete or its bytes differ from its manifest."""
+
+
+class OtherRun(ValueError):
+    """The checkpoint belongs to a run with other data, settings or base model."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """What a folder holds: tensors by parameter name, and the state of the training loop."""
+
+    path: Path
+    params: dict[str, Tensor]
+    exp_avg: dict[str, Tensor]
+    exp_avg_sq: dict[str, Tensor]
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Number of optimiser steps done."""
+        return int(self.state["step"])
+
+
+def step_name(step: int) -> str:
+    """Folder name of the checkpoint after `step` optimiser steps."""
+    return f"{_PREFIX}{step:06d}"
+
+
+# Writing ---------------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    root: Path,
+    *,
+    params: Mapping[str, Tensor],
+    exp_avg: Mapping[str, Tensor],
+    exp_avg_sq: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Writes `root`/step_NNNNNN and points `latest` at it; one rank calls it, alone.
+
+    `state["step"]` names the folder. Afterwards only the newest `keep` checkpoints remain. At any
+    moment in between a crash leaves the earlier checkpoints and `latest` as they were.
+
+    Raises:
+        OSError: the disk is full or not writable; nothing that existed is lost.
+    """
+    name = step_name(int(state["step"]))
+    final, temporary = root / name, root / f"{_TEMPORARY}{name}"
+    root.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(root)
+    temporary.mkdir()
+    save_file(dict(params), temporary / TRAINED)
+    moments = {f"exp_avg.{key}": value for key, value in exp_avg.items()}
+    moments |= {f"exp_avg_sq.{key}": value for key, value in exp_avg_sq.items()}
+    save_file(moments, temporary / OPTIMIZER)
+    (temporary / STATE).write_text(_to_json(state))
+    files = {file: _describe(temporary / file) for file in (TRAINED, OPTIMIZER, STATE)}
+    (temporary / MANIFEST).write_text(_to_json({"format": FORMAT, "files": files}))
+    for file in temporary.iterdir():
+        _sync(file)
+    _sync(temporary)
+    if final.exists():  # a damaged one, which the run fell back from and has now reached again
+        final.rename(root / f"{_DISCARDED}{name}")
+    temporary.rename(final)
+    _sync(root)
+    _write_atomic(root / LATEST, name + "\n")
+    for old in _folders(root)[keep:]:
+        if old != final:
+            shutil.rmtree(old)
+    _remove_leftovers(root)
+    return final
+
+
+def _remove_leftovers(root: Path) -> None:
+    for leftover in (*root.glob(f"{_TEMPORARY}*"), *root.glob(f"{_DISCARDED}*")):
+        shutil.rmtree(leftover)
+
+
+def _to_json(value: Any) -> str:
+    return json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+
+def _describe(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return {"bytes": file.stat().st_size, "sha256": digest}
+
+
+def _sync(path: Path) -> None:
+    """Forces a file, or a folder's list of names, onto the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_atomic(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{_TEMPORARY}{path.name}.tmp")
+    with temporary.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+    _sync(path.parent)
+
+
+# Reading ---------------------------------------------------------------------------------------
+
+
+def _folders(root: Path) -> list[Path]:
+    """Published checkpoints, newest first."""
+    folders = [path for path in root.glob(f"{_PREFIX}*") if path.is_dir()]
+    return sorted(folders, key=lambda path: (len(path.name), path.name), reverse=True)
+
+
+def verify_checkpoint(folder: Path) -> None:
+    """Compares every file with the manifest.
+
+    Raises:
+        DamagedCheckpoint: names the file, what the manifest says and what was found.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        expected = manifest["files"]
+        found_format = manifest["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedCheckpoint(f"{folder / MANIFEST} cannot be read: {error}") from error
+    if found_format != FORMAT:
+        raise DamagedCheckpoint(f"{folder} has format {found_format}, this version reads {FORMAT}")
+    for name in (TRAINED, OPTIMIZER, STATE):
+        try:
+            found = _describe(folder / name)
+        except OSError as error:
+            raise DamagedCheckpoint(f"{folder / name} cannot be read: {error}") from error
+        if found != expected.get(name):
+            raise DamagedCheckpoint(
+                f"{folder / name} differs from the manifest: "
+                f"expected {expected.get(name)}, found {found}"
+            )
+
+
+def find_checkpoint(root: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint whose bytes are intact; None if `root` holds no checkpoint at all.
+
+    Says through `warn` which ones it passed over, and why.
+
+    Raises:
+        DamagedCheckpoint: there are checkpoints and none is intact.
+    """
+    folders = _folders(root)
+    for folder in folders:
+        try:
+            verify_checkpoint(folder)
+        except DamagedCheckpoint as damage:
+            warn(f"checkpoint passed over: {damage}")
+            continue
+        return folder
+    if folders:
+        raise DamagedCheckpoint(
+            f"{root}: none of {len(folders)} checkpoints is intact; restore one from a copy, or "
+            "remove the folder to train this stage from its start"
+        )
+    return None
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Loads a folder that `find_checkpoint` returned."""
+    moments = load_file(folder / OPTIMIZER)
+    by_kind = {
+        kind: {
+            key.removeprefix(f"{kind}."): value
+            for key, value in moments.items()
+            if key.startswith(f"{kind}.")
+        }
+        for kind in ("exp_avg", "exp_avg_sq")
+    }
+    params = load_file(folder / TRAINED)
+    return Checkpoint(path=folder, params=params, state=read_state(folder), **by_kind)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The JSON state alone, of a folder that `find_checkpoint` returned."""
+    state: dict[str, Any] = json.loads((folder / STATE).read_text())
+    return state
+
+
+def load_trained(stage_dir: Path, warn: Callable[[str], None] = print) -> dict[str, Tensor]:
+    """Trained weights of a stage's newest intact checkpoint: fp32 by parameter name.
+
+    The way from a stage to the next one and to evaluation.
+
+    Raises:
+        FileNotFoundError: the stage has no checkpoint.
+        DamagedCheckpoint: it has some and none is intact.
+    """
+    folder = find_checkpoint(stage_dir / "checkpoints", warn)
+    if folder is None:
+        raise FileNotFoundError(
+            f"{stage_dir / 'checkpoints'} holds no checkpoint; train {stage_dir.name} first, or "
+            "check run.run_dir"
+        )
+    return load_file(folder / TRAINED)
+
+
+# Identity --------------------------------------------------------------------------------------
+
+
+def check_identity(found: Mapping[str, Any], expected: Mapping[str, Any], where: Path) -> None:
+    """Refuses to continue another run: both are flat {knob: value} of what decides the numbers.
+
+    Raises:
+        OtherRun: lists every knob that differs with the saved and the current value.
+    """
+    differences = [
+        f"{knob}: saved {found.get(knob)!r}, now {expected.get(knob)!r}"
+        for knob in sorted(set(found) | set(expected))
+        if found.get(knob) != expected.get(knob)
+    ]
+    if differences:
+        raise OtherRun(
+            f"{where} belongs to another run; a resumed run must keep what decides its numbers. "
+            f"Different: {'; '.join(differences)}. Undo the change, or choose another run.run_dir"
+        )

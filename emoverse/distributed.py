@@ -1,0 +1,216 @@
+"""Who this process is among the ranks, and how ranks agree.
+
+In: the five rank variables that a launcher sets. Out: a `World`, one vote per step, and errors that
+every rank raises together. A rank that fails alone leaves the others waiting inside a collective
+until the time-out; therefore what may fail on one rank only runs inside `agree` or before `vote`.
+"""
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+Value = TypeVar("Value")
+
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+WRONG_INPUT = (ValueError, FileNotFoundError)  # what a user can put right: exit code 2, not 1
+
+
+class RankError(RuntimeError):
+    """One or more ranks failed; raised on every rank with the same text."""
+
+    def __init__(self, text: str, *, wrong_input: bool) -> None:
+        super().__init__(text)
+        self.exit_code = 2 if wrong_input else 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class World:
+    """This process among all: `rank` of `world_size`, on `device`, met through `init_method`."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    init_method: str = "env://"
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that writes shared files and speaks to the user."""
+        return self.rank == 0
+
+    @property
+    def backend(self) -> str:
+        """The collective library of this device."""
+        return "nccl" if self.device.type == "cuda" else "gloo"
+
+
+def free_port() -> int:
+    """A TCP port of this host that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def read_world(environ: Mapping[str, str] = os.environ) -> World:
+    """The world described by the five rank variables; none of them means one process alone.
+
+    Raises:
+        ValueError: some variables are set and others are not, or a value is out of range.
+    """
+    present = [name for name in RANK_VARIABLES if environ.get(name)]
+    missing = [name for name in RANK_VARIABLES if name not in present]
+    cuda = torch.cuda.is_available()
+    if not present:
+        alone = f"tcp://127.0.0.1:{free_port()}"
+        device = torch.device("cuda", 0) if cuda else torch.device("cpu")
+        return World(rank=0, world_size=1, local_rank=0, device=device, init_method=alone)
+    if missing:
+        raise ValueError(
+            f"rank variables are half set: {', '.join(present)} are set, {', '.join(missing)} are "
+            "not; set all five (a launcher does) or unset all of them to run one process"
+        )
+    rank, local_rank, world_size = (
+        _integer(environ, name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    )
+    if not 0 <= rank < world_size or local_rank < 0:
+        raise ValueError(
+            f"RANK={rank}, LOCAL_RANK={local_rank}, WORLD_SIZE={world_size}: "
+            "the rule is 0 <= RANK < WORLD_SIZE and LOCAL_RANK >= 0; check the launcher"
+        )
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"LOCAL_RANK={local_rank} but this host shows {torch.cuda.device_count()} GPUs; "
+            "start at most one process per GPU"
+        )
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    return World(rank=rank, world_size=world_size, local_rank=local_rank, device=device)
+
+
+def _integer(environ: Mapping[str, str], name: str) -> int:
+    try:
+        return int(environ[name])
+    except ValueError:
+        raise ValueError(f"{name} must be an integer, found {environ[name]!r}") from None
+
+
+# Agreement -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def agree(world: World, doing: str) -> Iterator[None]:
+    """Runs a block that may fail on one rank only; then every rank raises the same `RankError`."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    raise_together(world, error, doing)
+
+
+def raise_together(world: World, error: Exception | None, doing: str) -> None:
+    """Collective: returns on every rank if no rank has an error, else raises on every rank.
+
+    Raises:
+        RankError: names what was being done, and the failing ranks with their reasons.
+    """
+    mine = None
+    if error is not None:
+        is_input = isinstance(error, WRONG_INPUT) or getattr(error, "exit_code", 1) == 2
+        mine = (f"{type(error).__name__}: {error}", is_input)
+    everyone: list[tuple[str, bool] | None] = [mine] * world.world_size
+    if world.world_size > 1:
+        dist.all_gather_object(everyone, mine)
+    reasons: dict[str, list[int]] = {}
+    for rank, found in enumerate(everyone):
+        if found is not None:
+            reasons.setdefault(found[0], []).append(rank)
+    if not reasons:
+        return
+    text = "; ".join(
+        reason if world.world_size == 1 else f"rank {', '.join(map(str, ranks))}: {reason}"
+        for reason, ranks in reasons.items()
+    )
+    wrong_input = all(found[1] for found in everyone if found is not None)
+    raise RankError(f"{doing}: {text}", wrong_input=wrong_input) from error
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Vote:
+    """What all ranks know before a step: most packs of a rank, normaliser of all, wish to stop.
+
+    `extra` holds each rank's further numbers, in rank order.
+    """
+
+    num_packs: int
+    normaliser: float
+    stop: bool
+    extra: list[list[float]]
+
+
+def vote(
+    world: World,
+    *,
+    num_packs: int,
+    normaliser: float,
+    stop: bool,
+    error: Exception | None,
+    doing: str,
+    extra: Sequence[float] = (),
+) -> Vote:
+    """The one collective before a step: MAX of packs, SUM of normalisers, ANY of stop and error.
+
+    Raises:
+        RankError: some rank could not prepare its share; on every rank.
+    """
+    mine = [float(num_packs), normaliser, float(stop), float(error is not None), *extra]
+    rows = gather_rows(world, mine)
+    if rows[:, 3].any():
+        raise_together(world, error, doing)
+    return Vote(
+        num_packs=int(rows[:, 0].max()),
+        # Summed in rank order on every rank: the same float everywhere.
+        normaliser=float(rows[:, 1].sum()),
+        stop=bool(rows[:, 2].any()),
+        extra=rows[:, 4:].tolist(),
+    )
+
+
+def gather_rows(world: World, row: Sequence[float]) -> torch.Tensor:
+    """Collective: each rank's row, float64 [world_size, len(row)], on the CPU."""
+    mine = torch.tensor(row, dtype=torch.float64, device=world.device)
+    if world.world_size == 1:
+        return mine.cpu()[None]
+    rows = [torch.empty_like(mine) for _ in range(world.world_size)]
+    dist.all_gather(rows, mine)
+    return torch.stack(rows).cpu()
+
+
+def sum_integers(world: World, values: Sequence[int]) -> list[int]:
+    """Collective: element-wise sum over ranks modulo 2**64 (hashes, counts)."""
+    # int64 wraps around like unsigned 64-bit arithmetic; only the reading of the sign differs.
+    signed = [value - (1 << 64) if value >= 1 << 63 else value for value in values]
+    total = torch.tensor(signed, dtype=torch.int64, device=world.device)
+    if world.world_size > 1:
+        dist.all_reduce(total)
+    return [value % (1 << 64) for value in total.tolist()]
+
+
+def from_main(world: World, value: Value) -> Value:
+    """Collective: rank 0's value on every rank (small, picklable; never read from a file)."""
+    box = [value]
+    if world.world_size > 1:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def shutdown() -> None:
+    """Leaves the process group, if this process is in one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

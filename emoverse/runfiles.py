@@ -1,0 +1,129 @@
+"""What a run directory says about the run: resolved config, provenance, plan, and its identity.
+
+In: the config, the plan, the stage that it starts from. Out: RUN/{config.yaml, provenance.json,
+plan/plan.json}, RUN/STAGE/deepspeed.json, and the flat {knob: value} that a resumed run must match.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from data_shards.index import ShardIndex
+from data_shards.plan import Plan
+from emoverse.checkpoint import MANIFEST, TRAINED, OtherRun, find_checkpoint, read_state
+from emoverse.config import Config, to_yaml
+from emoverse.models.architecture import base_folder
+from emoverse.provenance import append_launch, base_fingerprint, describe_launch
+from emoverse.stages import stage_dir
+
+# Knobs that may change between two launches: they decide where and how fast, not what is learned.
+# Paths are free too; the content behind them enters as the fingerprints of plan and base.
+FREE_SECTIONS = ("evaluation", "train")
+FREE_KNOBS = frozenset(
+    {
+        "run.name",
+        "run.run_dir",
+        "model.base",
+        "model.attention",
+        "model.cache_features",
+        "data.shards",
+        "data.pack_tokens",
+        "data.workers",
+        "data.max_damaged",
+    }
+)
+DECISIVE_TRAIN = ("train.global_batch_size", "train.loss")
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one level with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{path}.")
+        else:
+            flat[path] = value
+    return flat
+
+
+def decisive_knobs(config: Config, stage: str) -> dict[str, Any]:
+    """The knobs that decide this stage's numbers, as JSON values.
+
+    The other stages' data settings are among them: all stages are planned together.
+    """
+    knobs = {}
+    for path, value in flatten(config.model_dump(mode="json")).items():
+        section, *rest = path.split(".")
+        if section in FREE_SECTIONS and path not in DECISIVE_TRAIN:
+            continue
+        if path in FREE_KNOBS:
+            continue
+        if section == "stages" and rest[0] != stage and rest[1] in ("optim", "start_from"):
+            continue
+        knobs[path] = value
+    return knobs
+
+
+def run_identity(config: Config, stage: str, plan: Plan, parent: Path | None) -> dict[str, Any]:
+    """The knobs, and what lies behind paths: plan, base, and the weights it starts from.
+
+    Raises:
+        OtherRun: the stage to start from was trained under another plan.
+    """
+    base = base_fingerprint(base_folder(config.model.base))
+    identity = {**decisive_knobs(config, stage), "plan": plan.fingerprint, "base": base}
+    if parent is None:
+        return {**identity, "start": "base"}
+    folder = find_checkpoint(parent / "checkpoints", lambda message: None)
+    if folder is None:
+        raise FileNotFoundError(
+            f"{parent / 'checkpoints'} holds no checkpoint, so stages.{stage}.start_from: "
+            f"{parent.name} has nothing to hand over; restore it or train {parent.name} again"
+        )
+    theirs = read_state(folder)["identity"]
+    for part in ("plan", "base"):
+        if theirs[part] != identity[part]:
+            raise OtherRun(
+                f"stages.{stage}.start_from: {parent.name} was trained with another {part} "
+                f"({theirs[part][:12]}, now {identity[part][:12]}); stages are planned together, "
+                f"so undo the change to data or stages, or choose another run.run_dir and train "
+                f"{parent.name} again"
+            )
+    weights = json.loads((folder / MANIFEST).read_text())["files"][TRAINED]["sha256"]
+    return {**identity, "start": f"{parent.name} {folder.name} {weights[:16]}"}
+
+
+def write_run_files(
+    config: Config, stage: str, index: ShardIndex, plan: Plan, settings: Mapping[str, Any]
+) -> None:
+    """Writes what describes the run; called by one rank when everything has been checked."""
+    run_dir, folder = config.run.run_dir, stage_dir(config, stage)
+    folder.mkdir(parents=True, exist_ok=True)
+    (run_dir / "plan").mkdir(exist_ok=True)
+    (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    (folder / "deepspeed.json").write_text(json.dumps(settings, indent=1) + "\n")
+    plan_json = {
+        "fingerprint": plan.fingerprint,
+        "index": index.fingerprint,
+        "stages": {
+            name: {
+                "samples": part.num_samples,
+                "samples_per_epoch": part.samples_per_epoch,
+                "steps": part.num_steps(config.train.global_batch_size),
+                "tasks": {
+                    count.task.value: {
+                        "asked": count.asked,
+                        "available": count.available,
+                        "given": count.given,
+                        "total": count.total,
+                    }
+                    for count in part.counts
+                },
+            }
+            for name, part in plan.stages.items()
+        },
+    }
+    (run_dir / "plan" / "plan.json").write_text(json.dumps(plan_json, indent=1) + "\n")
+    append_launch(run_dir, describe_launch(stage=stage, shards=str(config.data.shards)))
