@@ -1,0 +1,248 @@
+"""Held-out entries in, generated and parsed answers out.
+
+`generate_answers` answers one batch greedily with transformers' own `generate` and left padding;
+the packed layers and kernels are for training. `Answerer` leads batches of entries through read,
+decode, encode (one batch ahead), generate and parse. The answer to a clip does not depend on its
+neighbours in the batch, except for floating-point noise. Stands between shards and `evaluate.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from data_shards.index import ShardIndex
+from data_shards.reader import ShardReader
+from data_shards.record import Record
+from data_shards.stream import Sample, ViewOptions, decode_view, require_view, view_of
+from data_shards.tasks import Task, build_query, format_answer, parse_answer
+from emoverse.config import Config
+from emoverse.encode import EncodeOptions, Example, encode_query
+from emoverse.models.architecture import base_folder
+from emoverse.models.emoverse import EmoVerse
+from emoverse.models.features import (
+    FeatureCache,
+    KeyedFeatures,
+    blank_feature,
+    cache_key,
+    compute_features,
+    record_ordinals,
+)
+from emoverse.predictions import Prediction
+from emoverse.scoring import Row
+from emoverse.tokenizer import Tokenizer
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answered:
+    """One generated text; `finished` is False when it was cut at the token limit."""
+
+    text: str
+    finished: bool
+
+
+def generate_answers(
+    model: EmoVerse, tokenizer: Tokenizer, examples: Sequence[Example], *, max_new_tokens: int
+) -> list[Answered]:
+    """Greedy answers to one batch of queries (`encode.encode_query`), in their order.
+
+    Give examples of similar length: every row is padded to the longest. The model is left in the
+    mode that it was in.
+    """
+    if not examples:
+        return []
+    was_training = model.training
+    model.eval()
+    try:
+        ids_BL = _generate(model, tokenizer, examples, max_new_tokens)
+    finally:
+        model.train(was_training)
+    return [read_answer(row.tolist(), tokenizer) for row in ids_BL]
+
+
+@torch.inference_mode()
+def _generate(
+    model: EmoVerse, tokenizer: Tokenizer, examples: Sequence[Example], max_new_tokens: int
+) -> Tensor:
+    """New ids, int64 [B, L], rows filled with the pad id behind their end token."""
+    inputs = model.prepare_generation([(one.ids_T, _visual(one)) for one in examples])
+    ids_BL: Tensor = model.native.generate(
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        eos_token_id=list(tokenizer.stop_ids),
+        pad_token_id=tokenizer.pad_id,
+    )
+    return ids_BL.cpu()
+
+
+def _visual(example: Example) -> Any:
+    return example.pixels_F if example.features is None else example.features
+
+
+def read_answer(ids: Sequence[int], tokenizer: Tokenizer) -> Answered:
+    """The text up to the first end token.
+
+    Rows of the output head behind the vocabulary (padding of the released models) mean nothing.
+    """
+    ends = [place for place, token in enumerate(ids) if token in tokenizer.stop_ids]
+    kept = ids[: ends[0]] if ends else ids
+    text = tokenizer.decode(token for token in kept if token < tokenizer.vocab_size)
+    return Answered(text=text.strip(), finished=bool(ends))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """One (record, task) entry to answer and where the record lies."""
+
+    task: Task
+    shard: int
+    slot: int
+
+
+class Answerer:
+    """Reads entries of one shard folder and lets a model answer them.
+
+    cache_dir: where frozen vision features are kept over states and processes, if the config says
+    `cache_features`; the training's own cache folder will do.
+    """
+
+    def __init__(self, config: Config, index: ShardIndex, cache_dir: Path) -> None:
+        self.config = config
+        self.index = index
+        self.reader = ShardReader(index.folder, index)
+        self.tokenizer = Tokenizer.load(base_folder(config.model.base))
+        self._cache_dir = cache_dir
+
+    def predict(
+        self, model: EmoVerse, batches: Sequence[Sequence[Entry]], log: Callable[[str], None]
+    ) -> list[Prediction]:
+        """The answers to some batches. Raises DamagedRecord: a held-out clip is never left out."""
+        architecture = model.architecture
+        blank = self.config.model.blank_frames
+        view = ViewOptions(
+            num_frames=self.config.data.frames_per_clip,
+            image_size=architecture.vision.image_size,
+            visual=self.config.data.visual,
+        )
+        require_view(self.index, view)
+        features = None
+        if self.config.model.cache_features and not blank:
+            key = cache_key(model, self.index, view.num_frames)
+            features = KeyedFeatures(
+                FeatureCache(self._cache_dir, key), record_ordinals(self.index)
+            )
+        options = EncodeOptions(
+            template=architecture.template,
+            tokens_per_frame=architecture.visual_tokens_per_frame,
+            image_size=view.image_size,
+            max_tokens=self.config.data.max_tokens,
+            frames_per_clip=view.num_frames,
+            give_emotion=self.config.data.give_emotion,
+            blank_frames=blank,
+            features=features,
+            blank_feature=blank_feature(model) if blank else None,
+        )
+
+        def load(batch: Sequence[Entry]) -> list[tuple[Entry, Record, Example]]:
+            return [self._load(entry, view, options, features) for entry in batch]
+
+        predictions: list[Prediction] = []
+        for number, (batch, loaded) in enumerate(_one_ahead(load, batches), start=1):
+            examples = [example for _, _, example in loaded]
+            if features is not None:
+                examples = [_with_features(model, one, features) for one in examples]
+            limit = self.config.evaluation.max_new_tokens[batch[0].task]
+            answers = generate_answers(model, self.tokenizer, examples, max_new_tokens=limit)
+            predictions += [
+                self._prediction(entry, record, answer)
+                for (entry, record, _), answer in zip(loaded, answers, strict=True)
+            ]
+            if number % 10 == 0 or number == len(batches):
+                log(f"{number}/{len(batches)} batches, {len(predictions)} answers")
+        return predictions
+
+    def _load(
+        self,
+        entry: Entry,
+        view: ViewOptions,
+        options: EncodeOptions,
+        features: KeyedFeatures | None,
+    ) -> tuple[Entry, Record, Example]:
+        """Read, decode what is not cached, encode."""
+        record = self.reader.read(entry.shard, entry.slot)
+        kind = view_of(record, entry.task, view)
+        frames = None
+        if not options.blank_frames and (
+            features is None or features.wants_frames(record.key, kind)
+        ):
+            try:
+                frames = decode_view(record, kind, view)
+            except ValueError as error:
+                raise self.reader.damaged(entry.shard, entry.slot, str(error)) from error
+        sample = Sample(position=0, task=entry.task, record=record, view=kind, frames=frames)
+        limit = self.config.evaluation.max_new_tokens[entry.task]
+        return entry, record, encode_query(sample, self.tokenizer, options, max_new_tokens=limit)
+
+    def _prediction(self, entry: Entry, record: Record, answer: Answered) -> Prediction:
+        parsed = parse_answer(entry.task, answer.text)
+        return Prediction(
+            row=replace(
+                truth_row(record, entry.task),
+                value=parsed.value,
+                response=answer.text,
+                status=parsed.status,
+            ),
+            label=format_answer(entry.task, record.answer(entry.task)),
+            rule=parsed.rule,
+            finished=answer.finished,
+            baseline=None,
+            question=build_query(record, entry.task, give_emotion=self.config.data.give_emotion),
+            shard=entry.shard,
+            slot=entry.slot,
+            source=record.source,
+        )
+
+
+def _with_features(model: EmoVerse, example: Example, features: KeyedFeatures) -> Example:
+    """The example with the features of its frames, which are stored for the next state."""
+    if example.pixels_F is None:
+        return example
+    computed = compute_features(model, example.pixels_F)
+    features.cache.put(features.ordinals[example.key], example.view, computed)
+    return replace(example, pixels_F=None, features=computed.float().numpy())
+
+
+def _one_ahead(load: Callable[[T], U], items: Sequence[T]) -> Iterator[tuple[T, U]]:
+    """`load(item)` for every item; one thread reads the next one while this one is answered."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        pending = [pool.submit(load, item) for item in items[:1]]
+        for place, item in enumerate(items):
+            loaded = pending.pop().result()
+            if place + 1 < len(items):
+                pending.append(pool.submit(load, items[place + 1]))
+            yield item, loaded
+
+
+def truth_row(record: Record, task: Task) -> Row:
+    """The scorers' row of one entry, before it is answered."""
+    return Row(
+        key=record.key,
+        task=task,
+        truth=record.answer(task),
+        value=None,
+        sentiment=record.sentiment,
+        emotion=record.emotion,
+        target=record.target,
+    )

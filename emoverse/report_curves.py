@@ -1,0 +1,115 @@
+"""What a stage logged, as curves for the report: loss per task and achieved rates.
+
+`RUN/<stage>/metrics.jsonl` goes in (its records are described in `telemetry.py`), `StageCurves`
+come out. Torch-free. A stage that is still running, or was killed while it wrote a line, has
+curves too.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_shards.tasks import Task
+from emoverse.config import Config
+
+Curve = tuple[Sequence[float], Sequence[float]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageCurves:
+    """One stage: (steps, values) per task, the asked rates, and a few facts in words.
+
+    share: of the samples of each logged interval.
+    """
+
+    name: str
+    steps: int
+    samples: int
+    loss: Mapping[Task, Curve]
+    share: Mapping[Task, Curve]
+    asked: Mapping[Task, float]
+    facts: Sequence[tuple[str, str]]
+
+
+def read_curves(run_dir: Path, config: Config) -> list[StageCurves]:
+    """The curves of every stage that has logged at least one interval, in the config's order."""
+    found = []
+    for name, stage in config.stages.items():
+        path = run_dir / name / "metrics.jsonl"
+        records = read_records(path) if path.is_file() else []
+        intervals = [record for record in records if record.get("kind") == "interval"]
+        if intervals:
+            asked = {task: float(rate) for task, rate in stage.rates.items()}
+            found.append(_stage_curves(name, asked, records, intervals))
+    return found
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics file; a last line that a crash cut off is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
+def _stage_curves(
+    name: str,
+    asked: Mapping[Task, float],
+    records: Sequence[Mapping[str, Any]],
+    intervals: Sequence[Mapping[str, Any]],
+) -> StageCurves:
+    loss: dict[Task, Curve] = {}
+    share: dict[Task, Curve] = {}
+    counts = [sum(_samples(one, task) for task in asked) for one in intervals]
+    steps = [float(one["step"]) for one in intervals]
+    for task in asked:
+        logged = [
+            (float(one["step"]), float(one["task"][task]["loss"]))
+            for one in intervals
+            if one["task"].get(task, {}).get("loss") is not None
+        ]
+        loss[task] = ([step for step, _ in logged], [value for _, value in logged])
+        given = [_samples(one, task) for one in intervals]
+        share[task] = (steps, [n / max(all_, 1) for n, all_ in zip(given, counts, strict=True)])
+    return StageCurves(
+        name=name,
+        steps=int(steps[-1]),
+        samples=sum(counts),
+        loss=loss,
+        share=share,
+        asked=asked,
+        facts=_facts(records, intervals),
+    )
+
+
+def _samples(interval: Mapping[str, Any], task: Task) -> int:
+    return int(interval["task"].get(task, {}).get("samples", 0))
+
+
+def _facts(
+    records: Sequence[Mapping[str, Any]], intervals: Sequence[Mapping[str, Any]]
+) -> list[tuple[str, str]]:
+    """Short facts of a stage; launches of a resumed stage add up."""
+    starts = [record for record in records if record.get("kind") == "start"]
+    ends = [record for record in records if record.get("kind") == "end"]
+    speed = statistics.median(float(one["samples_per_s"]) for one in intervals)
+    facts = [("samples per second", f"{speed:.1f}")]
+    if starts:
+        first = starts[-1]
+        facts.append(("processes", str(first.get("world_size", "-"))))
+        facts.append(("ZeRO stage", str(first.get("zero_stage", "-"))))
+        if len(starts) > 1:
+            facts.append(("launches", str(len(starts))))
+    if ends and ends[-1].get("reason") == "done":
+        facts.append(("minutes", f"{sum(float(end['seconds']) for end in ends) / 60:.1f}"))
+    return facts

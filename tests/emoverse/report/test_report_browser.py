@@ -1,0 +1,113 @@
+"""The report in a real browser, from disk: no error, no request, videos play, controls work."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from emoverse.report import write_report
+
+pytestmark = pytest.mark.browser
+MakeRun = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("no chromium on this machine")
+    with sync_api.sync_playwright() as playwright:
+        running = playwright.chromium.launch(
+            executable_path=chromium, args=["--no-sandbox", "--disable-gpu"]
+        )
+        yield running
+        running.close()
+
+
+@pytest.fixture(scope="module")
+def report(make_run: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("browser")
+    return write_report(make_run(root / "run"), text_only_run=make_run(root / "twin"))
+
+
+@pytest.fixture(params=["light", "dark"])
+def page(browser: Any, report: Path, request: pytest.FixtureRequest) -> Iterator[Any]:
+    found = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme=request.param)
+    complaints: list[str] = []
+    found.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
+    found.on("pageerror", lambda error: complaints.append(str(error)))
+    found.on("request", lambda one: complaints.append(one.url) if _outside(one.url) else None)
+    found.goto(report.as_uri())
+    yield found
+    found.close()
+    assert complaints == []
+
+
+def _outside(url: str) -> bool:
+    return not url.startswith(("file:", "data:"))
+
+
+def test_the_video_plays(page: Any) -> None:
+    page.locator(".play").first.click()
+    page.wait_for_function("document.querySelector('video').currentTime > 0.3", timeout=10_000)
+    state = page.evaluate(
+        "[...document.querySelectorAll('video')].map(v => [v.readyState, v.videoWidth, v.paused])"
+    )
+    assert state[0][:2] == [4, 96] and state[0][2] is False
+    page.locator(".play:visible").first.click()  # the next clip; one plays at a time
+    page.wait_for_function("!document.querySelectorAll('video')[1].paused")
+    page.wait_for_function("document.querySelector('video').paused")
+
+
+def test_every_clip_can_be_decoded(page: Any) -> None:
+    page.wait_for_function(
+        "[...document.querySelectorAll('video')].every(v => v.readyState >= 2 && !v.error)",
+        timeout=20_000,
+    )
+
+
+def test_filter_theme_and_chart_readout(page: Any) -> None:
+    page.locator("[data-filter=ecpe]").click()
+    assert page.locator(".clip:visible").count() == page.locator("[data-task=ecpe]").count()
+    page.locator("[data-filter='']").click()
+    background = "getComputedStyle(document.body).backgroundColor"
+    before = page.evaluate(background)
+    page.locator("#theme").click()
+    assert page.evaluate(background) != before
+    page.locator(".plot svg").first.hover()
+    assert "step" in page.locator(".readout:visible").inner_text()
+
+
+@pytest.mark.parametrize("width", [360, 768, 1600])
+def test_the_page_never_scrolls_sideways(browser: Any, report: Path, width: int) -> None:
+    found = browser.new_page(viewport={"width": width, "height": 800})
+    found.goto(report.as_uri())
+    assert found.evaluate("document.documentElement.scrollWidth") <= width
+    found.close()
+
+
+def test_text_has_enough_contrast(page: Any) -> None:
+    """WCAG AA: 4.5 to 1 for the text colours on the surfaces they stand on."""
+    script = """() => {
+      const css = getComputedStyle(document.documentElement);
+      const light = (name) => {
+        const hex = css.getPropertyValue(name).trim().slice(1);
+        const parts = [0, 2, 4].map((i) => parseInt(hex.slice(i, i + 2), 16) / 255);
+        const [r, g, b] = parts.map((c) => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+      };
+      const found = {};
+      for (const ink of ["--ink", "--soft", "--good", "--bad", "--mid", "--accent"])
+        for (const ground of ["--bg", "--card"]) {
+          const [low, high] = [light(ink), light(ground)].sort((a, b) => a - b);
+          found[ink + ground] = (high + 0.05) / (low + 0.05);
+        }
+      return found;
+    }"""
+    too_faint = {pair: ratio for pair, ratio in page.evaluate(script).items() if ratio < 4.5}
+    assert too_faint == {}
