@@ -1,10 +1,10 @@
 """The nano base: a small InternVL2, aligned on generic pairs, that has never seen the five tasks.
 
 In: a PretrainConfig. Out: a folder in InternVL2's released layout with tokenizer, provenance and
-the figures of its gates. Three phases: `look` (the vision tower alone names visible signs from all
-its tokens), `basics` (all parts on captions of single faces and word lists to repeat) and `align`
-(all parts on the mixture of image-text, video-text and text-only pairs). Only this program trains
-all parameters; the stages train the projector and LoRA.
+the figures of its gates. Four phases: `look` (the vision tower alone names visible signs from all
+its tokens), `basics` (all parts on captions of single faces and word lists to repeat), `align` (all
+parts on the mixture of image-text, video-text and text-only pairs) and `talk` (who said what).
+Only this program trains all parameters; the stages train the projector and LoRA.
 """
 
 import json
@@ -26,13 +26,13 @@ from torch.multiprocessing.spawn import start_processes
 from data_shards.tasks import TASKS
 from data_shards.world import pairs
 from data_shards.world.describe import SIGNS, VISIBLE_FROM
-from emoverse.collate import Batch, FrameShape, collate, zero_example
+from emoverse.collate import Batch, FrameShape, LossMode, collate, zero_example
 from emoverse.config import load_model, to_yaml
 from emoverse.distributed import World, gather_rows, shutdown
 from emoverse.encode import EncodeOptions
 from emoverse.engine import Engine, Packs, StepResult, deepspeed_config, start_process_group
 from emoverse.models.emoverse import EmoVerse, StepOutput, compose
-from emoverse.models.internvl2 import build_native, export_checkpoint
+from emoverse.models.internvl2 import build_native, export_checkpoint, import_checkpoint
 from emoverse.models.released_config import new_config, read_config_json
 from emoverse.optim import lr_factor
 from emoverse.pretrain_config import Phase, PretrainConfig
@@ -42,12 +42,13 @@ from emoverse.tokenizer import Tokenizer
 from emoverse.train_tokenizer import train_tokenizer
 
 # Streams of random numbers of one seed; the corpus draws from other streams (sources/synthetic.py).
-_STREAM = {"look": 102, "basics": 104, "align": 103}
-# What the five slots of a step's losses hold here, in the order of TASKS; the last is not used.
-_SLOT_NAMES = ("image", "video", "dialogue", "repeat")
+_STREAM = {"look": 102, "basics": 104, "align": 103, "talk": 105}
+# What the five slots of a step's losses hold here, in the order of TASKS.
+_SLOT_NAMES = ("image", "video", "dialogue", "repeat", "turns")
 _UNITS = tuple(SIGNS)
 _LOG_EVERY = 50  # steps
 _LOSSES = "losses.json"  # from rank 0 to the parent, removed at the end
+_PROGRESS = "progress.json"  # there while the first part is done and the second is not
 
 # (generator, how many) -> one pack of that many examples and the weight by which its loss counts.
 Draw = Callable[[np.random.Generator, int], tuple[Packs, float]]
@@ -100,7 +101,9 @@ def _draw_pictures(rng: np.random.Generator, count: int) -> tuple[_Pictures, flo
 # Phases 2 and 3: basics, align -----------------------------------------------------------------
 
 
-def _pair_drawer(tokenizer: Tokenizer, options: EncodeOptions, shares: Mapping[str, float]) -> Draw:
+def _pair_drawer(
+    tokenizer: Tokenizer, options: EncodeOptions, shares: Mapping[str, float], loss: LossMode
+) -> Draw:
     """Packs of generic pairs whose kinds are drawn by `shares`."""
     shape = FrameShape(
         image_context_id=tokenizer.image_context_id,
@@ -117,7 +120,7 @@ def _pair_drawer(tokenizer: Tokenizer, options: EncodeOptions, shares: Mapping[s
         # Gradients of all parameters are reduced over ranks, so every pack needs a frame.
         if not any(example.num_frames for example in examples):
             examples.append(zero_example(shape))
-        batch = collate(examples, "token")
+        batch = collate(examples, loss)
         return batch, batch.normaliser
 
     return draw
@@ -202,8 +205,8 @@ class _PhaseLog:
         )
 
 
-def _rank_main(rank: int, config: PretrainConfig, folder: str, meeting: str) -> None:
-    """One process of the pretraining; rank 0 exports the result to `folder`."""
+def _rank_main(rank: int, config: PretrainConfig, folder: str, meeting: str, part: str) -> None:
+    """One process of one part of the pretraining; rank 0 exports the result to `folder`."""
     torch.set_num_threads(1)
     world = World(
         rank=rank,
@@ -213,20 +216,31 @@ def _rank_main(rank: int, config: PretrainConfig, folder: str, meeting: str) -> 
         init_method=f"file://{meeting}",
     )
     start_process_group(world, timeout_s=600)
-    config_json = read_config_json(Path(folder))
+    if part == "new":
+        config_json = read_config_json(Path(folder))
+        native = build_native(config_json)
+    else:
+        native, config_json = import_checkpoint(folder, torch.float32)
     tokenizer = Tokenizer.load(folder)
     torch.manual_seed(config.seed)
-    model = compose(build_native(config_json), config_json, None, train="all")
+    model = compose(native, config_json, None, train="all")
     model.train()
-    _run_phase("look", _Looker(model), config.look, config, world, _draw_pictures)
     options = pair_options(
         model.architecture, config_json["template"], max_tokens=config.llm.max_positions
     )
-    # To look and to copy are slow to begin: amid the whole mixture both would start much later.
-    basics = _pair_drawer(tokenizer, options, pairs.BASICS)
-    _run_phase("basics", model, config.basics, config, world, basics)
-    mixture = _pair_drawer(tokenizer, options, pairs.MIXTURE)
-    losses = _run_phase("align", model, config.align, config, world, mixture)
+
+    def run(name: str, phase: Phase, shares: Mapping[str, float], loss: LossMode) -> list[float]:
+        draw = _pair_drawer(tokenizer, options, shares, loss)
+        return _run_phase(name, model, phase, config, world, draw)
+
+    if part == "new":
+        _run_phase("look", _Looker(model), config.look, config, world, _draw_pictures)
+        # To look and to copy are slow to begin: amid the whole mixture both would start later.
+        run("basics", config.basics, pairs.BASICS, "token")
+        losses = run("align", config.align, pairs.MIXTURE, "token")
+    else:
+        # By tokens, short answers would drown among captions.
+        losses = run("talk", config.talk, pairs.TALK, "sample")
     if world.is_main:
         export_checkpoint(model.native, config_json, folder)
         (Path(folder) / _LOSSES).write_text(json.dumps(losses), encoding="ascii")
@@ -266,43 +280,74 @@ def _prepare(config: PretrainConfig, folder: Path) -> None:
 def pretrain(config: PretrainConfig) -> dict[str, Any]:
     """Make a base in `config.out`. Returns its provenance with the gate figures.
 
+    The base is stored after `align` and again after `talk`; a run that was killed in between goes
+    on with `talk` when it is started again with the same config.
+
     Raises:
-        ValueError: `out` holds something already, or the finished base misses a gate; then the
+        ValueError: `out` holds something else already, or the finished base misses a gate; then the
             folder is kept for inspection.
     """
-    if config.out.exists() and any(config.out.iterdir()):
-        raise ValueError(f"out: {config.out} is not empty; remove it or choose another folder")
-    began = time.monotonic()
     # For the ranks: one thread each, and DeepSpeed's import of inductor costs a second.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    config.out.mkdir(parents=True, exist_ok=True)
-    _prepare(config, config.out)
-    # A server that has imported this file forks the ranks: they start at once and share nothing.
-    multiprocessing.set_forkserver_preload([__name__])
-    with tempfile.TemporaryDirectory() as meeting:
-        start_processes(
-            _rank_main,
-            args=(config, str(config.out), str(Path(meeting) / "ranks")),
-            nprocs=config.processes,
-            start_method="forkserver",
-        )
-    losses = json.loads((config.out / _LOSSES).read_text(encoding="ascii"))
-    (config.out / _LOSSES).unlink()
+    progress = config.out / _PROGRESS
+    minutes = _minutes_so_far(config)
+    if minutes is None:
+        config.out.mkdir(parents=True, exist_ok=True)
+        _prepare(config, config.out)
+        minutes, _ = _run_part(config, "new")
+        state = {"config": to_yaml(config), "minutes": minutes}
+        progress.write_text(json.dumps(state) + "\n", encoding="utf-8")
+    more, losses = _run_part(config, "talk")
     figures = measure_gates(config.out, seed=config.seed, samples=config.gates.samples)
     provenance = {
         "made_by": "emoverse pretrain",
         "config": to_yaml(config),
         "final_loss": float(np.mean(losses[-100:])),
-        "minutes": round((time.monotonic() - began) / 60, 1),
+        "minutes": round(minutes + more, 1),
         "versions": {"torch": torch.__version__, "numpy": np.__version__},
         "gates": figures,
     }
     (config.out / "provenance.json").write_text(
         json.dumps(provenance, indent=2) + "\n", encoding="utf-8"
     )
+    progress.unlink()
     check_gates(figures, config.gates)
     return provenance
+
+
+def _minutes_so_far(config: PretrainConfig) -> float | None:
+    """Minutes that a killed run of the same config spent on its first part; None: start anew."""
+    if not config.out.exists() or not any(config.out.iterdir()):
+        return None
+    progress = config.out / _PROGRESS
+    if not progress.is_file():
+        raise ValueError(f"out: {config.out} is not empty; remove it or choose another folder")
+    state = json.loads(progress.read_text(encoding="utf-8"))
+    if state["config"] != to_yaml(config):
+        raise ValueError(
+            f"out: {config.out} holds an unfinished run of another config; remove it, choose "
+            "another folder, or go on with its own config"
+        )
+    return float(state["minutes"])
+
+
+def _run_part(config: PretrainConfig, part: str) -> tuple[float, list[float]]:
+    """All ranks of one part; (minutes, losses of its last phase)."""
+    began = time.monotonic()
+    # A server that has imported this file forks the ranks: they start at once and share nothing.
+    multiprocessing.set_forkserver_preload([__name__])
+    with tempfile.TemporaryDirectory() as meeting:
+        start_processes(
+            _rank_main,
+            args=(config, str(config.out), str(Path(meeting) / "ranks"), part),
+            nprocs=config.processes,
+            start_method="forkserver",
+        )
+    file = config.out / _LOSSES
+    losses: list[float] = json.loads(file.read_text(encoding="ascii"))
+    file.unlink()
+    return (time.monotonic() - began) / 60, losses
 
 
 def run(paths: Sequence[Path], overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -101,11 +101,14 @@ class PretrainConfig(Section):
     align: Phase = Field(
         description="Third phase: tower, projector and language model on generic pairs."
     )
+    talk: Phase = Field(
+        description="Fourth phase: all parts, mostly on dialogues, from the stored third phase."
+    )
     weight_decay: float = Field(ge=0, description="AdamW weight decay of matrices.")
     clip: float = Field(gt=0, description="Largest gradient norm.")
     gates: Gates = Field(description="What the finished base must reach.")
 
-    @field_validator("look", "basics", "align")
+    @field_validator("look", "basics", "align", "talk")
     @classmethod
     def _check_batch(cls, phase: Phase, info: ValidationInfo) -> Phase:
         processes = info.data.get("processes")

@@ -45,7 +45,9 @@ def check_gates(figures: dict[str, float], gates: Gates) -> None:
         if figures[name] < least
     ]
     if missed:
-        raise ValueError("; ".join(missed) + "; train longer (align.steps) or lower the gate")
+        raise ValueError(
+            "; ".join(missed) + "; train longer (align.steps, talk.steps) or lower the gate"
+        )
 
 
 def measure_gates(folder: Path, *, seed: int, samples: int) -> dict[str, float]:
@@ -62,7 +64,7 @@ def measure_gates(folder: Path, *, seed: int, samples: int) -> dict[str, float]:
     rng = np.random.default_rng([seed, _HELD_OUT])
     captions = [pairs.draw_pair(rng, "face") for _ in range(samples)]
     videos = [pairs.draw_pair(rng, "video") for _ in range(samples)]
-    dialogues = [pairs.draw_pair(rng, "dialogue") for _ in range(samples)]
+    dialogues = [pairs.draw_pair(rng, "turns") for _ in range(samples)]
     caption_f1 = sign_f1(answers(model, tokenizer, options, captions), captions)
     video_f1 = sign_f1(answers(model, tokenizer, options, videos), videos)
     constant = max(sign_f1([guess] * samples, captions) for guess in constant_captions(captions))

@@ -190,15 +190,8 @@ def _event(rng: np.random.Generator) -> str:
 
 def _about_dialogue(rng: np.random.Generator) -> GenericPair:
     """Who said what: the turn or the speaker of a named event, and the words of a turn."""
-    num_turns = int(rng.integers(3, 9))
-    kinds = rng.permutation(len(grammar.EVENTS))[: int(rng.integers(1, min(4, num_turns - 1) + 1))]
-    events = [grammar.draw_event(rng, list(grammar.EVENTS)[int(k)]) for k in kinds]
-    dialogue = grammar.draw_dialogue(
-        rng, events, num_turns, target=int(rng.integers(1, num_turns + 1)), target_event=None
-    )
-    place = dialogue.named.index(events[int(rng.integers(len(events)))])
+    dialogue, place, turn = _draw_dialogue(rng)
     event = dialogue.named[place]
-    turn = int(rng.integers(num_turns))
     question, answer = (
         (f"Which turn names {event}?", f"{place + 1}."),
         (f"Who names {event}?", f"{dialogue.turns[place].speaker}."),
@@ -212,6 +205,38 @@ def _about_dialogue(rng: np.random.Generator) -> GenericPair:
     return GenericPair(
         kind="dialogue", question=f"{transcript(dialogue.turns)} {question}", answer=answer
     )
+
+
+def _who_said_what(rng: np.random.Generator) -> GenericPair:
+    """As `_about_dialogue`, in whole answers: they say again what they were asked about.
+
+    From the repeated number or event the rest can be found beside the same words in the dialogue; a
+    bare answer asks a small model to find it from the question alone.
+    """
+    dialogue, place, turn = _draw_dialogue(rng)
+    event = dialogue.named[place]
+    speaker, text = dialogue.turns[turn].speaker, dialogue.turns[turn].text
+    question, answer = (
+        (f"Which turn names {event}?", f"{event}: {place + 1}."),
+        (f"Who names {event}?", f"{event}: {dialogue.turns[place].speaker}."),
+        (f"Who speaks in turn {turn + 1}?", f"{turn + 1}. {speaker}."),
+        (f"What is said in turn {turn + 1}?", f"{turn + 1}. {speaker}: {text}"),
+    )[int(rng.integers(4))]
+    return GenericPair(
+        kind="turns", question=f"{transcript(dialogue.turns)} {question}", answer=answer
+    )
+
+
+def _draw_dialogue(rng: np.random.Generator) -> tuple[grammar.Dialogue, int, int]:
+    """A dialogue, the place of one of its events, and any turn; places count from 0."""
+    num_turns = int(rng.integers(3, 9))
+    kinds = rng.permutation(len(grammar.EVENTS))[: int(rng.integers(1, min(4, num_turns - 1) + 1))]
+    events = [grammar.draw_event(rng, list(grammar.EVENTS)[int(k)]) for k in kinds]
+    dialogue = grammar.draw_dialogue(
+        rng, events, num_turns, target=int(rng.integers(1, num_turns + 1)), target_event=None
+    )
+    place = dialogue.named.index(events[int(rng.integers(len(events)))])
+    return dialogue, place, int(rng.integers(num_turns))
 
 
 def transcript(turns: tuple[Turn, ...]) -> str:
@@ -270,10 +295,13 @@ _MAKERS: dict[str, Callable[[np.random.Generator], GenericPair]] = {
     "dialogue": _about_dialogue,
     "repeat": _repeat,
     "words": _words,
+    "turns": _who_said_what,
 }
 KINDS = tuple(_MAKERS)
-# Shares of the kinds. Basics: to look and to copy; all else builds on both.
+# Shares of the kinds. Basics: to look and to copy; all else builds on both. Talk: the dialogues,
+# which are learned last, with enough of the rest to keep it.
 BASICS = {"face": 0.5, "words": 0.5}
+TALK = {"turns": 0.6, "video": 0.18, "face": 0.14, "repeat": 0.04, "words": 0.04}
 MIXTURE = {
     "face": 0.26,
     "sign": 0.05,

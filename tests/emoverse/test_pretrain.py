@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from data_shards.world import pairs
+from emoverse import pretrain as pretrain_module
 from emoverse.config import ConfigError, load_model
 from emoverse.models.architecture import load_architecture
 from emoverse.models.internvl2 import build_native, import_checkpoint
@@ -53,6 +54,7 @@ def tiny(out: Path, **changes: Any) -> PretrainConfig:
         "look": {**phase, "steps": 2},
         "basics": {**phase, "steps": 1},
         "align": {**phase, "steps": 3},
+        "talk": {**phase, "steps": 2},
         "weight_decay": 0.02,
         "clip": 1.0,
         "gates": OPEN_GATES,
@@ -141,7 +143,7 @@ def test_a_missed_gate_ends_the_run_and_the_same_seed_gives_the_same_bytes(
     assert str(caught.value) == (
         f"gates.caption_margin: must be at least 0.9, found {found['caption_margin']:.3f}; "
         "gates.dialogue_accuracy: must be at least 1.0, found 0.000; "
-        "train longer (align.steps) or lower the gate"
+        "train longer (align.steps, talk.steps) or lower the gate"
     )
     one, two = made["one"]["folder"], made["two"]["folder"]
     for file in FILES - {"provenance.json"}:
@@ -149,6 +151,29 @@ def test_a_missed_gate_ends_the_run_and_the_same_seed_gives_the_same_bytes(
     # Two processes draw other pairs, with the same tokenizer.
     different = {file for file in FILES if (one / file).read_bytes() != (two / file).read_bytes()}
     assert different == {"model.safetensors", "provenance.json"}
+
+
+def test_a_killed_run_goes_on_after_its_first_part(
+    made: dict[str, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "killed"
+    run_part = pretrain_module._run_part
+
+    def die_in_the_second(config: PretrainConfig, part: str) -> tuple[float, list[float]]:
+        if part == "talk":
+            raise KeyboardInterrupt
+        return run_part(config, part)
+
+    monkeypatch.setattr(pretrain_module, "_run_part", die_in_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(tiny(out))
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"holds an unfinished run of another config"):
+        pretrain(tiny(out, seed=4))
+    pretrain(tiny(out))
+    one = made["one"]["folder"]
+    assert (out / "model.safetensors").read_bytes() == (one / "model.safetensors").read_bytes()
+    assert {path.name for path in out.iterdir()} == FILES
 
 
 def test_gates_that_are_met_say_nothing() -> None:
