@@ -1,5 +1,5 @@
 # setup: .venv with everything for CPU    demo: the whole way on this machine, into runs/demo/
-# test: the fast tests    test-all: also browser and slurm    lint: style, types, shell scripts
+# test: the fast tests    test-all: also browser, demo, slurm    lint: style, types, shell scripts
 #
 # TORCH_INDEX_URL may name another package index for torch, for example
 #   make setup TORCH_INDEX_URL=INDEX_WITH_CPU_BUILDS
@@ -30,7 +30,7 @@ demo: setup
 	$(BIN)/python -m launch.demo
 
 test: setup
-	$(BIN)/python -m pytest -m "not slurm and not browser and not gpu and not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slurm and not browser and not demo and not gpu and not slow" $(PYTEST_ARGS)
 
 test-all: setup
 	$(BIN)/python -m pytest -m "not gpu and not slow" $(PYTEST_ARGS)
