@@ -17,12 +17,7 @@ BASE = ROOT / "emoverse" / "assets" / "nano_base"
 CONFIG = load_model(PretrainConfig, [ROOT / "configs" / "nano_pretrain.yaml"])
 MOST_BYTES = 8_000_000
 
-pytestmark = [
-    pytest.mark.timeout(240),
-    pytest.mark.skipif(
-        not (BASE / "model.safetensors").is_file(), reason="the nano base is not there"
-    ),
-]
+pytestmark = pytest.mark.timeout(240)
 
 
 @pytest.fixture(autouse=True)

@@ -23,14 +23,7 @@ SHORT = (
 # What a reader of summary.json relies on.
 COLUMNS = {"metric", "majority", "text_only", "before", "stage1", "stage2"}
 
-pytestmark = [
-    pytest.mark.demo,
-    pytest.mark.timeout(600),
-    pytest.mark.skipif(
-        not (ROOT / "emoverse/assets/nano_base/model.safetensors").is_file(),
-        reason="the nano base is not there",
-    ),
-]
+pytestmark = [pytest.mark.demo, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
