@@ -159,7 +159,8 @@ class ModelSection(Section):
         False, description="Replace every frame by a grey one: the text-only baseline."
     )
     cache_features: bool = Field(
-        False, description="Keep every clip's frozen vision features in a file of the run (small models)."
+        False,
+        description="Keep every clip's frozen vision features in a file of the run (small models).",
     )
     precision: Literal["fp32", "bf16"] = Field(
         "bf16", description="Number format of weights and activations; masters stay fp32."
