@@ -1,4 +1,4 @@
-"""The answers of a system that never looks: the best constant, or for ECPE the neighbour rule.
+"""The answers of systems that never look: the best constant, or for ECPE rules of neighbourhood.
 
 Rows with training truths and rows to answer go in, the same rows answered by rule come out; the
 metrics of `scoring.py` then treat them like any model's. Each rule is the strongest constant that
@@ -12,8 +12,14 @@ from collections import Counter
 from collections.abc import Sequence
 
 from data_shards.tasks import Answer, Pair, Task
-from emoverse.scoring import Row, reason_emotion, rouge_l, set_f1
+from emoverse.scoring import Row, reason_emotion
+from emoverse.text_scores import rouge_l, set_f1
 
+# The rules that stand beside every model; the first is the one that the summary compares with.
+RULES: dict[Task, tuple[str, ...]] = {
+    **dict.fromkeys((Task.MSA, Task.ER, Task.FER, Task.ERI), ("majority",)),
+    Task.ECPE: ("self+previous", "self"),
+}
 MAX_FACES = 2000  # training answers that the constant phrase set is fitted on
 MAX_REASONS = 60  # training reasons among which the most central one is looked for
 
@@ -62,9 +68,9 @@ def central_reason(reasons: Sequence[str]) -> str:
     return max(distinct, key=lambda one: sum(rouge_l(one, other) for other in distinct))
 
 
-def neighbour_pairs(target: int, emotion: str) -> tuple[Pair, ...]:
-    """ECPE by rule: the target utterance and the one before it are the causes."""
-    causes = (target - 1, target) if target > 1 else (target,)
+def neighbour_pairs(target: int, emotion: str, *, previous: int = 1) -> tuple[Pair, ...]:
+    """ECPE by rule: the target utterance and the ones before it are the causes."""
+    causes = range(max(1, target - previous), target + 1)
     return tuple(Pair(target, emotion, cause) for cause in causes)
 
 
@@ -72,23 +78,29 @@ def _pair_emotions(rows: Sequence[Row]) -> list[str]:
     return [item.emotion for row in rows for item in row.truth if isinstance(item, Pair)]
 
 
-def majority_rows(
-    task: Task, training: Sequence[Row], rows: Sequence[Row], *, give_emotion: bool
+def rule_rows(
+    rule: str, task: Task, training: Sequence[Row], rows: Sequence[Row], *, give_emotion: bool
 ) -> list[Row]:
-    """`rows` answered by the task's rule, fitted on the truths of `training`.
+    """`rows` answered by one of the task's RULES, fitted on the truths of `training`.
 
-    MSA, ER: the most frequent label. FER: the best constant phrase set. ERI: the most frequent
-    emotion with its most central reason. ECPE: `neighbour_pairs` with the gold emotion where the
+    majority: MSA, ER: the most frequent label (and, beside answers that are numbers, the mean
+    intensity). FER: the best constant phrase set. ERI: the most frequent emotion with its most
+    central reason. self, self+previous (ECPE): `neighbour_pairs` with the gold emotion where the
     query gives it, else with the most frequent emotion of pairs. Without training truths the
-    evaluated ones are used, which can only favour the baseline.
+    evaluated ones are used, which can only favour the rule.
     """
+    assert rule in RULES[task]
     fit = training or rows
     if not fit:
         return []
     constant: Answer | None = None
+    number: float | None = None
     emotion = ""
     if task in (Task.MSA, Task.ER):
         constant = most_frequent([str(row.truth) for row in fit])
+        known = [row.sentiment for row in fit if row.sentiment is not None]
+        if task is Task.MSA and known and any(row.number is not None for row in rows):
+            number = sum(known) / len(known)
     elif task is Task.FER:
         constant = best_constant_phrases([tuple(map(str, row.truth)) for row in fit])
     elif task is Task.ERI:
@@ -102,8 +114,18 @@ def majority_rows(
         if constant is not None:
             return constant
         gold = row.emotion if give_emotion and row.emotion else emotion
-        return neighbour_pairs(row.target, gold)
+        return neighbour_pairs(row.target, gold, previous=int(rule == "self+previous"))
 
     return [
-        dataclasses.replace(row, value=answer(row), response="", status="parsed") for row in rows
+        dataclasses.replace(
+            row, value=answer(row), response="", status="parsed", number=number, judge=None
+        )
+        for row in rows
     ]
+
+
+def majority_rows(
+    task: Task, training: Sequence[Row], rows: Sequence[Row], *, give_emotion: bool
+) -> list[Row]:
+    """`rule_rows` of the task's first rule: the answer that is stored beside the model's."""
+    return rule_rows(RULES[task][0], task, training, rows, give_emotion=give_emotion)

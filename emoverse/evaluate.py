@@ -34,10 +34,12 @@ from emoverse.config import Config
 from emoverse.distributed import World, agree, read_world
 from emoverse.generate import Answerer, Entry, truth_row
 from emoverse.kernels.attention import attention_backend
+from emoverse.metric_table import primary
 from emoverse.models.emoverse import EmoVerse, build_model
 from emoverse.predictions import Prediction, rows_of_task, write_predictions, write_text_atomically
 from emoverse.provenance import package_versions
-from emoverse.scoring import Row, confusion, item_scores, primary
+from emoverse.score_tables import confusion, item_scores
+from emoverse.scoring import Row
 from emoverse.significance import Score, scores
 from emoverse.stages import BASE, DONE
 from emoverse.summary import load_run_config
@@ -150,7 +152,7 @@ def metrics_of(task: Task, predictions: Sequence[Prediction], fitted_on: int) ->
         "unfinished": sum(not one.finished for one in mine),
         "rules": dict(sorted(Counter(one.rule for one in mine).items())),
         "confusion": asdict(table) if table else None,
-        "items": [asdict(item) for item in item_scores(task, rows)],
+        "items": [asdict(item) for item in item_scores(rows)],
     }
 
 

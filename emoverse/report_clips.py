@@ -21,8 +21,9 @@ from data_shards.record import Frames, Record
 from data_shards.tasks import Task
 from data_shards.video import clip_indices, decode_frames, encode_mp4
 from emoverse.config import Config
+from emoverse.metric_table import primary
 from emoverse.predictions import Prediction
-from emoverse.scoring import Row, primary
+from emoverse.scoring import Row
 from emoverse.summary import BASE, Evaluation, TaskSummary
 
 NUM_CLIPS = 12
@@ -58,7 +59,7 @@ class Clip:
 def verdict(row: Row) -> Verdict:
     """Right, partly or wrong by the task's primary metric on this clip alone."""
     metric = primary(row.task)
-    alone = float(metric.finish(np.array(metric.contribution(row), dtype=np.float64)))
+    alone = metric.value([row])
     if math.isnan(alone):  # nothing is true: only saying nothing is right
         alone = float(row.value == row.truth)
     return "right" if alone >= 1 - 1e-9 else "wrong" if alone == 0 else "partly"

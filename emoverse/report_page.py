@@ -12,6 +12,7 @@ from html import escape
 from importlib import resources
 
 from data_shards.tasks import Task
+from emoverse.metric_table import primary
 from emoverse.report_charts import Mark, Series, line_chart, range_strip, share_chart
 from emoverse.report_curves import StageCurves
 from emoverse.report_sections import (
@@ -25,7 +26,6 @@ from emoverse.report_sections import (
     system_title,
     task_name,
 )
-from emoverse.scoring import primary
 from emoverse.significance import Score
 from emoverse.summary import MARGIN, TaskSummary
 

@@ -16,10 +16,12 @@ from typing import Any
 
 from data_shards.tasks import IDENTIFIER, Task
 from emoverse.config import Config, describe
+from emoverse.metric_table import METRICS
 from emoverse.report_charts import heat_table, tidy
 from emoverse.report_clips import Clip, Said
 from emoverse.report_curves import StageCurves
-from emoverse.scoring import METRICS, Row, confusion, item_scores
+from emoverse.score_tables import confusion, item_scores
+from emoverse.scoring import Row
 from emoverse.significance import Score, score
 from emoverse.summary import BASE, Evaluation, TaskSummary, majority_rows_of
 
@@ -150,7 +152,7 @@ def errors_section(page: PageData) -> str:
                 f'<div class="card">{heat_table(title, table.classes, table.answers, table.counts)}'
                 "</div>"
             )
-        items = item_scores(line.task, rows)
+        items = item_scores(rows)
         if items:
             body = "".join(
                 f'<tr><th scope="row">{escape(item.name)}</th><td class="meter">'

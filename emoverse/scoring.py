@@ -1,31 +1,42 @@
 """The metrics of the five tasks as pure functions: rows (truth, parsed answer) in, numbers out.
 
-Every metric is `finish(sum over clips of contribution(row))`; `significance.py` needs no more than
-this form for values, intervals and paired differences.
+Every metric is `finish(sum of contributions)`, over clips or, for the official ECPE protocol, over
+conversations; `significance.py` needs no more for values, intervals and paired differences.
 An answer that cannot be parsed (`value is None`) is wrong; it is never dropped.
 Stands after generate -> parse in `evaluate.py` and under `report.py`. Torch-free; scikit-learn is
-only the oracle of the tests. Shares are fractions of 1, not percent.
+only the oracle of the tests. Shares are fractions of 1, not percent. Definitions: docs/metrics.md.
 """
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_shards.tasks import EMOTIONS, POLARITIES, Answer, Pair, Task, polarity
+from emoverse.text_scores import concluded_emotion, rouge_l, set_f1
 
 Floats = NDArray[np.float64]
 
 PAIR_EMOTIONS = tuple(name for name in EMOTIONS if name != "neutral")
 
 
+END_OF_SCALE = 3.0  # sentiment lies between -3 and 3
+EPSILON = 1e-8  # what the official ECPE scorer adds to its denominators
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One answered (record, task) entry: what was true, what was said, and what the rules need."""
+    """One answered (record, task) entry: what was true, what was said, and what the rules need.
+
+    sentiment: the true intensity (-3..3). number: the intensity that was answered, where the answer
+    is one. conversation: equal for all records of one conversation, empty where there is none.
+    judge: what another model says of an ERI answer, 0..1.
+    """
 
     key: str
     task: Task
@@ -36,76 +47,21 @@ class Row:
     sentiment: float | None = None
     emotion: str | None = None
     target: int = 0
-
-
-# --- the word rules ---
-
-EMOTION_WORDS: dict[str, str] = {
-    **{name: name for name in EMOTIONS},
-    **dict.fromkeys(("calm", "neutrality"), "neutral"),
-    **dict.fromkeys(("surprised", "surprising", "astonished", "amazed"), "surprise"),
-    **dict.fromkeys(("afraid", "fearful", "scared", "frightened"), "fear"),
-    **dict.fromkeys(("sad", "sorrow", "unhappy"), "sadness"),
-    **dict.fromkeys(("happy", "happiness", "joyful", "glad"), "joy"),
-    **dict.fromkeys(("disgusted", "disgusting"), "disgust"),
-    **dict.fromkeys(("angry", "furious"), "anger"),
-}
-
-_CAUSE = re.compile(r"\b(?:because|since|due to)\b")
-
-
-def concluded_emotion(reason: str) -> str | None:
-    """The emotion that a free-text reason ends in, or None.
-
-    Rule: only the last sentence counts, and of it the part before "because" (since, due to), unless
-    no emotion is named there; the last emotion word in it decides (whole words, any case, the forms
-    of `EMOTION_WORDS`). "The words sound sad. She feels joy because of the sad old song." -> joy.
-    A reason whose last sentence names no emotion concludes nothing, whatever was said before.
-    """
-    sentences = [part for part in re.split(r"[.!?\n]+", reason.lower()) if part.strip()]
-    if not sentences:
-        return None
-    for part in (_CAUSE.split(sentences[-1])[0], sentences[-1]):
-        named = [EMOTION_WORDS[w] for w in re.findall(r"[a-z]+", part) if w in EMOTION_WORDS]
-        if named:
-            return named[-1]
-    return None
-
-
-def rouge_l(answer: str, truth: str) -> float:
-    """ROUGE-L F-measure (beta 1) of lower-cased alphanumeric tokens, in [0, 1].
-
-    Longest common subsequence L of the two token lists: P = L/len(answer), R = L/len(truth),
-    F = 2PR/(P+R); two empty texts agree fully, an empty one against a full one scores 0.
-    """
-    a, b = (re.findall(r"[a-z0-9]+", text.lower()) for text in (answer, truth))
-    if not a or not b:
-        return float(a == b)
-    longest = [0] * (len(b) + 1)
-    for word in a:
-        diagonal = 0
-        for j, other in enumerate(b, start=1):
-            above = longest[j]
-            longest[j] = diagonal + 1 if word == other else max(above, longest[j - 1])
-            diagonal = above
-    return 2 * longest[-1] / (len(a) + len(b))
-
-
-def set_f1(answer: Sequence[str], truth: Sequence[str]) -> float:
-    """F1 of two sets of phrases; two empty sets agree fully."""
-    said, true = set(answer), set(truth)
-    return 2 * len(said & true) / (len(said) + len(true)) if said or true else 1.0
+    number: float | None = None
+    conversation: str = ""
+    judge: float | None = None
 
 
 # --- contributions: one clip -> a short vector that may be summed over clips ---
 
 
-def _phrases(answer: Answer | None) -> tuple[str, ...]:
+def as_phrases(answer: Answer | None) -> tuple[str, ...]:
     """Phrases without regard to case, the parser's rule for equal phrases."""
     return tuple(str(item).casefold() for item in answer) if isinstance(answer, tuple) else ()
 
 
-def _pairs(answer: Answer | None) -> set[Pair]:
+def as_pairs(answer: Answer | None) -> set[Pair]:
+    """The pairs of an ECPE answer; none for an unreadable one."""
     items = answer if isinstance(answer, tuple) else ()
     return {item for item in items if isinstance(item, Pair)}
 
@@ -123,50 +79,110 @@ def _one_hot_counts(said: str | None, true: str, classes: Sequence[str]) -> list
     ]
 
 
-def _true_polarity(row: Row) -> str:
+def true_polarity(row: Row) -> str:
     """Non-negative is positive, as MMSA's Has0 columns; without a number the label itself."""
     return str(row.truth) if row.sentiment is None else polarity(row.sentiment)
 
 
-def _acc2_nn(row: Row) -> list[float]:
-    return [float(row.value == _true_polarity(row)), 1.0]
+def said_polarity(row: Row, *, zero: str = "positive") -> str | None:
+    """The answered polarity; a number of exactly 0 is `zero`: positive in N/N, negative in N/P."""
+    if row.number is not None:
+        return zero if row.number == 0 else polarity(row.number)
+    return None if row.value is None else str(row.value)
 
 
-def _acc2_np(row: Row) -> list[float]:
-    return [0.0, 0.0] if row.sentiment == 0 else _acc2_nn(row)
+def acc2_nn(row: Row) -> list[float]:
+    """Negative against non-negative, all clips."""
+    return [float(said_polarity(row) == true_polarity(row)), 1.0]
 
 
-def _f1_nn(row: Row) -> list[float]:
-    said = str(row.value) if row.value is not None else None
-    return _one_hot_counts(said, _true_polarity(row), POLARITIES)
+def acc2_np(row: Row) -> list[float]:
+    """Negative against positive: clips of sentiment 0 do not count; an answered 0 is negative."""
+    said = said_polarity(row, zero="negative")
+    return [0.0, 0.0] if row.sentiment == 0 else [float(said == true_polarity(row)), 1.0]
 
 
-def _f1_np(row: Row) -> list[float]:
-    return [0.0] * (3 * len(POLARITIES)) if row.sentiment == 0 else _f1_nn(row)
+def f1_nn(row: Row) -> list[float]:
+    """Counts of the two classes of `acc2_nn`."""
+    return _one_hot_counts(said_polarity(row), true_polarity(row), POLARITIES)
 
 
-def _accuracy(row: Row) -> list[float]:
+def f1_np(row: Row) -> list[float]:
+    """Counts of the two classes of `acc2_np`."""
+    if row.sentiment == 0:
+        return [0.0] * (3 * len(POLARITIES))
+    return _one_hot_counts(said_polarity(row, zero="negative"), true_polarity(row), POLARITIES)
+
+
+def said_number(row: Row) -> float:
+    """The answered intensity; an unreadable answer stands at the end of the scale that is farther.
+
+    So it is wrong in every class and as far off as can be, and no metric profits from leaving
+    answers unreadable.
+    """
+    assert row.sentiment is not None
+    if row.number is not None:
+        return row.number
+    return -END_OF_SCALE if row.sentiment >= 0 else END_OF_SCALE
+
+
+def same_class(limit: float) -> Callable[[Row], list[float]]:
+    """Both numbers clipped to +-limit and rounded half to even fall on the same integer."""
+
+    def contribution(row: Row) -> list[float]:
+        if row.sentiment is None:
+            return [0.0, 0.0]
+        said, true = (
+            float(np.round(min(max(number, -limit), limit)))
+            for number in (said_number(row), row.sentiment)
+        )
+        return [float(said == true), 1.0]
+
+    return contribution
+
+
+def absolute_error(row: Row) -> list[float]:
+    """Distance of the two intensities, not clipped."""
+    if row.sentiment is None:
+        return [0.0, 0.0]
+    return [abs(said_number(row) - row.sentiment), 1.0]
+
+
+def moments(row: Row) -> list[float]:
+    """n, x, y, xx, yy, xy of answered x and true y."""
+    if row.sentiment is None:
+        return [0.0] * 6
+    x, y = said_number(row), row.sentiment
+    return [1.0, x, y, x * x, y * y, x * y]
+
+
+def accuracy(row: Row) -> list[float]:
+    """The label itself."""
     return [float(row.value == row.truth), 1.0]
 
 
-def _emotion_counts(row: Row) -> list[float]:
+def emotion_counts(row: Row) -> list[float]:
+    """Counts per emotion; an unreadable answer belongs to none."""
     said = str(row.value) if row.value is not None else None
     return _one_hot_counts(said, str(row.truth), EMOTIONS)
 
 
-def _phrase_f1(row: Row) -> list[float]:
+def phrase_f1(row: Row) -> list[float]:
+    """Set F1 of one clip."""
     # None is not the empty set: an unparseable answer is wrong even where no phrase is true.
     said = row.value is not None
-    return [set_f1(_phrases(row.value), _phrases(row.truth)) if said else 0.0, 1.0]
+    return [set_f1(as_phrases(row.value), as_phrases(row.truth)) if said else 0.0, 1.0]
 
 
-def _phrase_exact(row: Row) -> list[float]:
-    same = row.value is not None and set(_phrases(row.value)) == set(_phrases(row.truth))
+def phrase_exact(row: Row) -> list[float]:
+    """The very set of phrases."""
+    same = row.value is not None and set(as_phrases(row.value)) == set(as_phrases(row.truth))
     return [float(same), 1.0]
 
 
-def _phrase_counts(row: Row) -> list[float]:
-    return _counts(set(_phrases(row.value)), set(_phrases(row.truth)))
+def phrase_counts(row: Row) -> list[float]:
+    """Phrases of all clips pooled."""
+    return _counts(set(as_phrases(row.value)), set(as_phrases(row.truth)))
 
 
 def reason_emotion(row: Row) -> str | None:
@@ -174,25 +190,33 @@ def reason_emotion(row: Row) -> str | None:
     return row.emotion if row.emotion is not None else concluded_emotion(str(row.truth))
 
 
-def _emotion_agreement(row: Row) -> list[float]:
+def emotion_agreement(row: Row) -> list[float]:
+    """The reason concludes the right emotion."""
     true = reason_emotion(row)
     if true is None:  # nothing to agree with: the clip does not count
         return [0.0, 0.0]
     return [float(row.value is not None and concluded_emotion(str(row.value)) == true), 1.0]
 
 
-def _rouge_l(row: Row) -> list[float]:
+def rouge(row: Row) -> list[float]:
+    """ROUGE-L of the reason."""
     return [rouge_l(str(row.value), str(row.truth)) if row.value is not None else 0.0, 1.0]
 
 
-def _pair_counts(row: Row) -> list[float]:
-    """Pairs are sets within one record, so the record's key is the conversation's key."""
-    said, true = _pairs(row.value), _pairs(row.truth)
+def judged(row: Row) -> list[float]:
+    """The verdict of the judge model, where there is one."""
+    return [0.0, 0.0] if row.judge is None else [row.judge, 1.0]
+
+
+def pair_counts(row: Row) -> list[float]:
+    """Pairs are sets within one record; a record without a true pair is left out (the paper)."""
+    said, true = as_pairs(row.value), as_pairs(row.truth)
+    if not true:
+        return [0.0, 0.0, 0.0]
     return [float(len(said & true)), float(len(said)), float(len(true))]
 
 
-def _pair_counts_by_emotion(row: Row) -> list[float]:
-    said, true = _pairs(row.value), _pairs(row.truth)
+def _counts_by_emotion(said: set[Pair], true: set[Pair]) -> list[float]:
     counts: list[float] = []
     for name in PAIR_EMOTIONS:
         p, t = ({pair for pair in pairs if pair.emotion == name} for pairs in (said, true))
@@ -200,9 +224,23 @@ def _pair_counts_by_emotion(row: Row) -> list[float]:
     return counts
 
 
-def _cause_counts(row: Row) -> list[float]:
-    said, true = ({str(pair.cause) for pair in _pairs(a)} for a in (row.value, row.truth))
-    return _counts(said, true)
+def pair_counts_by_emotion(row: Row) -> list[float]:
+    """`pair_counts` for each of the six emotions."""
+    true = as_pairs(row.truth)
+    return _counts_by_emotion(as_pairs(row.value) if true else set(), true)
+
+
+def conversation_counts(rows: Sequence[Row]) -> list[float]:
+    """One conversation of the official protocol: sets over all its targets, without neutral."""
+    said = {pair for row in rows for pair in as_pairs(row.value)}
+    true = {pair for row in rows for pair in as_pairs(row.truth)}
+    return _counts_by_emotion(said, true)
+
+
+def cause_counts(row: Row) -> list[float]:
+    """Cause numbers alone, by the rule of `pair_counts`."""
+    said, true = ({str(pair.cause) for pair in as_pairs(a)} for a in (row.value, row.truth))
+    return _counts(said, true) if true else [0.0, 0.0, 0.0]
 
 
 # --- finishes: sums [..., K] -> metric [...] ---
@@ -214,7 +252,7 @@ def _ratio(sums_K: Floats) -> Floats:
         return np.asarray(sums_K[..., 0] / sums_K[..., 1])
 
 
-def _weighted_f1(sums_K: Floats) -> Floats:
+def weighted_f1(sums_K: Floats) -> Floats:
     """Sum over classes of F1 * (support / all support); with one class it is the micro F1.
 
     A class without any hit has F1 0 (scikit-learn's zero_division=0); no support at all is nan.
@@ -225,142 +263,72 @@ def _weighted_f1(sums_K: Floats) -> Floats:
         return np.asarray((f1 * true).sum(-1) / true.sum(-1))
 
 
+def pearson(sums_K: Floats) -> Floats:
+    """Pearson's r of answered and true intensity; nan when either is constant."""
+    n, x, y, xx, yy, xy = (sums_K[..., place] for place in range(6))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        spread_x, spread_y = n * xx - x * x, n * yy - y * y
+        # What cancellation leaves of a constant is not a spread.
+        flat = (spread_x <= 1e-9 * n * xx) | (spread_y <= 1e-9 * n * yy)
+        r = (n * xy - x * y) / np.sqrt(np.where(flat, np.nan, spread_x * spread_y))
+        return np.asarray(np.clip(r, -1, 1))
+
+
+def _official_f1(hit: Floats, said: Floats, true: Floats) -> Floats:
+    precision, recall = hit / (said + EPSILON), hit / (true + EPSILON)
+    return np.asarray(2 * precision * recall / (precision + recall + EPSILON))
+
+
+def official_micro(sums_K: Floats) -> Floats:
+    """F1 over all pairs of the six emotions."""
+    hit, said, true = (sums_K[..., start::3].sum(-1) for start in range(3))
+    return _official_f1(hit, said, true)
+
+
+def official_weighted(sums_K: Floats) -> Floats:
+    """Per-emotion F1 weighted by the emotion's share of true pairs; nan without a true pair."""
+    hit, said, true = (sums_K[..., start::3] for start in range(3))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray((_official_f1(hit, said, true) * true).sum(-1) / true.sum(-1))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Metric:
-    """A metric's name and its two halves; `per_clip` says that it is a mean over clips."""
+    """A metric's name and its two halves; `per_clip` says that it is a mean over clips.
+
+    whole: contribution of all rows of one conversation together, instead of row by row.
+    needs: the field of Row without which the metric does not exist (word answers have no MAE).
+    """
 
     name: str
     title: str
-    contribution: Callable[[Row], list[float]]
+    contribution: Callable[[Row], list[float]] | None = None
     finish: Callable[[Floats], Floats] = _ratio
+    whole: Callable[[Sequence[Row]], list[float]] | None = None
+    needs: Literal["", "number", "judge"] = ""
 
     @property
     def per_clip(self) -> bool:
         return self.finish is _ratio
 
+    def applies(self, rows: Sequence[Row]) -> bool:
+        """Whether any of the rows has what the metric needs."""
+        return not self.needs or any(getattr(row, self.needs) is not None for row in rows)
 
-# The one table of what is measured. The first metric of a task is its primary metric.
-METRICS: dict[Task, tuple[Metric, ...]] = {
-    Task.MSA: (
-        Metric(name="acc2_nn", title="Acc-2 N/N", contribution=_acc2_nn),
-        Metric(name="f1_nn", title="weighted F1 N/N", contribution=_f1_nn, finish=_weighted_f1),
-        Metric(name="acc2_np", title="Acc-2 N/P", contribution=_acc2_np),
-        Metric(name="f1_np", title="weighted F1 N/P", contribution=_f1_np, finish=_weighted_f1),
-    ),
-    Task.ER: (
-        Metric(name="accuracy", title="accuracy", contribution=_accuracy),
-        Metric(
-            name="weighted_f1",
-            title="weighted F1",
-            contribution=_emotion_counts,
-            finish=_weighted_f1,
-        ),
-    ),
-    Task.FER: (
-        Metric(name="phrase_f1", title="phrase F1, mean of clips", contribution=_phrase_f1),
-        Metric(
-            name="phrase_f1_micro",
-            title="phrase F1, pooled",
-            contribution=_phrase_counts,
-            finish=_weighted_f1,
-        ),
-        Metric(name="exact", title="all phrases right", contribution=_phrase_exact),
-    ),
-    Task.ERI: (
-        Metric(
-            name="emotion_agreement", title="emotion agreement", contribution=_emotion_agreement
-        ),
-        Metric(name="rouge_l", title="ROUGE-L", contribution=_rouge_l),
-    ),
-    Task.ECPE: (
-        Metric(name="pair_f1", title="pair F1", contribution=_pair_counts, finish=_weighted_f1),
-        Metric(
-            name="weighted_f1",
-            title="weighted pair F1",
-            contribution=_pair_counts_by_emotion,
-            finish=_weighted_f1,
-        ),
-        Metric(
-            name="cause_f1",
-            title="cause F1, any emotion",
-            contribution=_cause_counts,
-            finish=_weighted_f1,
-        ),
-    ),
-}
-
-
-def primary(task: Task) -> Metric:
-    """The metric that stands for a task in summaries."""
-    return METRICS[task][0]
-
-
-# --- tables ---
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Confusion:
-    """`counts[i][j]`: clips of true class `classes[i]` answered `answers[j]` (last: no class)."""
-
-    classes: tuple[str, ...]
-    answers: tuple[str, ...]
-    counts: tuple[tuple[int, ...], ...]
-
-
-def confusion(task: Task, rows: Sequence[Row]) -> Confusion | None:
-    """The confusion matrix of MSA (N/N), ER and ERI's concluded emotion; None for set answers."""
-    if task not in (Task.MSA, Task.ER, Task.ERI):
-        return None
-    classes = POLARITIES if task is Task.MSA else EMOTIONS
-    counts = [[0] * (len(classes) + 1) for _ in classes]
-    for row in rows:
-        said = str(row.value) if row.value is not None else None
-        if task is Task.ERI:
-            true, said = reason_emotion(row), concluded_emotion(said or "")
+    def contributions(self, rows: Sequence[Row]) -> Floats:
+        """One vector per clip, or per conversation in the order of first appearance: [n, K]."""
+        if self.whole is None:
+            assert self.contribution is not None
+            parts = [self.contribution(row) for row in rows]
         else:
-            true = _true_polarity(row) if task is Task.MSA else str(row.truth)
-        if true in classes:
-            column = classes.index(said) if said in classes else len(classes)
-            counts[classes.index(true)][column] += 1
-    return Confusion(
-        classes=classes, answers=(*classes, "none"), counts=tuple(tuple(c) for c in counts)
-    )
+            together: dict[str, list[Row]] = {}
+            for row in rows:
+                together.setdefault(row.conversation or row.key, []).append(row)
+            parts = [self.whole(one) for one in together.values()]
+        return np.array(parts, dtype=np.float64)
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ItemScore:
-    """Precision, recall and F1 of one phrase (FER) or one emotion's pairs (ECPE)."""
-
-    name: str
-    precision: float
-    recall: float
-    f1: float
-    support: int
-
-
-def item_scores(task: Task, rows: Sequence[Row]) -> tuple[ItemScore, ...]:
-    """Scores per phrase or per emotion of pairs, most frequent first; () for the other tasks."""
-    tables: dict[str, list[int]] = {}
-    for row in rows:
-        if task is Task.FER:
-            said = {(phrase, phrase) for phrase in _phrases(row.value)}
-            true = {(phrase, phrase) for phrase in _phrases(row.truth)}
-        elif task is Task.ECPE:
-            said = {(pair.emotion, str(pair)) for pair in _pairs(row.value)}
-            true = {(pair.emotion, str(pair)) for pair in _pairs(row.truth)}
-        else:
-            return ()
-        for column, items in enumerate((said & true, said, true)):
-            for name, _ in items:
-                tables.setdefault(name, [0, 0, 0])[column] += 1
-    found = [
-        ItemScore(
-            name=name,
-            precision=hit / said if said else 0.0,
-            recall=hit / true if true else 0.0,
-            f1=2 * hit / (said + true),
-            support=true,
-        )
-        for name, (hit, said, true) in tables.items()
-    ]
-    return tuple(sorted(found, key=lambda item: (-item.support, item.name)))
+    def value(self, rows: Sequence[Row]) -> float:
+        """The metric of these rows; nan where it is not defined."""
+        if not rows or not self.applies(rows):
+            return math.nan
+        return float(self.finish(self.contributions(rows).sum(0)))

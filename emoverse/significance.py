@@ -2,7 +2,8 @@
 
 Rows of one system, or of two systems on the same clips, go in; `Score` and `Difference` come out.
 Means over clips have exact standard errors; every other metric those of a bootstrap over clips
-with a fixed seed, so that the same rows give the same numbers. Clips are taken as independent.
+with a fixed seed, so that the same rows give the same numbers. Clips (or, for official ECPE
+metrics, conversations) are taken as independent.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_shards.tasks import Task
-from emoverse.scoring import METRICS, Floats, Metric, Row
+from emoverse.metric_table import METRICS
+from emoverse.scoring import Floats, Metric, Row
 
 NUM_RESAMPLES = 2000
 BOOTSTRAP_SEED = 20250101
@@ -31,6 +33,9 @@ class Score:
     low: float
     high: float
     n: int
+
+
+NO_SCORE = Score(value=math.nan, standard_error=math.nan, low=math.nan, high=math.nan, n=0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,10 +57,6 @@ def _resample_counts(n: int) -> NDArray[np.float32]:
     return counts.reshape(NUM_RESAMPLES, n).astype(np.float32)
 
 
-def _contributions(metric: Metric, rows: Sequence[Row]) -> Floats:
-    return np.array([metric.contribution(row) for row in rows], dtype=np.float64)
-
-
 def _resampled(metric: Metric, parts_nK: Floats) -> Floats:
     """The metric of each bootstrap resample, [R]; sums are exact in float64."""
     sums_RK = _resample_counts(len(parts_nK)).astype(np.float64) @ parts_nK
@@ -71,15 +72,16 @@ def score(metric: Metric, rows: Sequence[Row]) -> Score:
     """Value, standard error and 95% percentile interval of one metric.
 
     A mean over clips has the exact standard error sd/sqrt(n); every other metric the bootstrap's.
-    `n` counts the clips that the metric counts (N/P leaves out sentiment 0). No rows: all nan.
+    `n` counts the clips that the metric counts (N/P leaves out sentiment 0), or the conversations
+    of an official ECPE metric. No rows, or a metric that does not exist for them: all nan.
     """
-    if not rows:
-        return Score(value=math.nan, standard_error=math.nan, low=math.nan, high=math.nan, n=0)
-    parts = _contributions(metric, rows)
+    if not rows or not metric.applies(rows):
+        return NO_SCORE
+    parts = metric.contributions(rows)
     if metric.per_clip:
         parts = parts[parts[:, 1] > 0]
     if not len(parts):
-        return Score(value=math.nan, standard_error=math.nan, low=math.nan, high=math.nan, n=0)
+        return NO_SCORE
     resampled = _resampled(metric, parts)
     finite = resampled[np.isfinite(resampled)]
     low, high = np.quantile(finite, (0.025, 0.975)) if len(finite) else (math.nan, math.nan)
@@ -94,8 +96,9 @@ def score(metric: Metric, rows: Sequence[Row]) -> Score:
 
 
 def scores(task: Task, rows: Sequence[Row]) -> dict[str, Score]:
-    """Every metric of the task's row in `METRICS`, by name."""
-    return {metric.name: score(metric, rows) for metric in METRICS[task]}
+    """Every metric of the task that exists for these rows, by name; without rows all of them."""
+    found = [one for one in METRICS[task] if not rows or one.applies(rows)]
+    return {metric.name: score(metric, rows) for metric in found}
 
 
 def paired_difference(metric: Metric, rows_a: Sequence[Row], rows_b: Sequence[Row]) -> Difference:
@@ -112,7 +115,7 @@ def paired_difference(metric: Metric, rows_a: Sequence[Row], rows_b: Sequence[Ro
             f"paired difference of {metric.name}: the two systems answered no clip in common "
             f"({len(rows_a)} and {len(rows_b)} clips); evaluate both on the same shards"
         )
-    a, b = (_contributions(metric, [pair[side] for pair in common]) for side in (0, 1))
+    a, b = (metric.contributions([pair[side] for pair in common]) for side in (0, 1))
     if metric.per_clip:
         counted = (a[:, 1] > 0) & (b[:, 1] > 0)
         a, b = a[counted], b[counted]

@@ -16,12 +16,13 @@ from typing import Any
 
 from data_shards.tasks import TASKS, Task
 from emoverse.config import Config, load_config
+from emoverse.metric_table import primary
 from emoverse.predictions import (
     Prediction,
     read_predictions,
     rows_of_task,
 )
-from emoverse.scoring import Row, primary
+from emoverse.scoring import Row
 from emoverse.significance import Difference, Score, paired_difference, score
 
 MARGIN = 0.05

@@ -20,18 +20,11 @@ from emoverse.baselines import (
     majority_rows,
     neighbour_pairs,
 )
-from emoverse.scoring import (
-    METRICS,
-    Metric,
-    Row,
-    concluded_emotion,
-    confusion,
-    item_scores,
-    primary,
-    rouge_l,
-    set_f1,
-)
+from emoverse.metric_table import METRICS, primary
+from emoverse.score_tables import confusion, item_scores
+from emoverse.scoring import Metric, Row
 from emoverse.significance import paired_difference, score, scores
+from emoverse.text_scores import concluded_emotion, rouge_l, set_f1
 
 
 def rows_of(
@@ -299,12 +292,15 @@ def test_confusion_has_a_column_for_answers_without_a_class() -> None:
 
 def test_item_scores_of_phrases_and_pairs() -> None:
     faces = rows_of(Task.FER, [("a", "b"), ("a",)], [("a",), ("b",)])
-    by_name = {item.name: item for item in item_scores(Task.FER, faces)}
+    by_name = {item.name: item for item in item_scores(faces)}
     assert (by_name["a"].precision, by_name["a"].recall, by_name["a"].support) == (1.0, 0.5, 2)
     assert by_name["b"].f1 == 0.0
     pairs = rows_of(Task.ECPE, [(Pair(1, "joy", 1),)], [(Pair(1, "joy", 1), Pair(1, "joy", 2))])
-    assert item_scores(Task.ECPE, pairs)[0].precision == 0.5
-    assert item_scores(Task.ER, coin_rows(3, 0.5, 1)) == ()
+    assert item_scores(pairs)[0].precision == 0.5
+    known = rows_of(Task.ER, ["joy", "joy", "fear"], ["joy", "fear", None])
+    (joy, fear) = item_scores(known)
+    assert (joy.name, joy.precision, joy.recall, joy.support) == ("joy", 1.0, 0.5, 2)
+    assert (fear.precision, fear.recall, fear.f1) == (0.0, 0.0, 0.0)
 
 
 # --- baselines ---

@@ -14,11 +14,11 @@ import pytest
 
 from data_shards.record import Frames, Record
 from data_shards.tasks import TASKS, Task
+from emoverse.metric_table import primary
 from emoverse.predictions import read_predictions, rows_of_task
 from emoverse.report import write_report
 from emoverse.report_charts import Series, line_chart, nice_ticks, share_chart, thin_out
 from emoverse.report_clips import NUM_CLIPS, playable_mp4
-from emoverse.scoring import primary
 from emoverse.significance import score
 from emoverse.summary import summary_text
 
