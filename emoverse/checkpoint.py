@@ -10,15 +10,15 @@ base weights.
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
+
+from emoverse import storage
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -26,7 +26,7 @@ TRAINED = "trained.safetensors"  # master weights, fp32, by parameter name
 OPTIMIZER = "optimizer.safetensors"  # "exp_avg.<parameter>" and "exp_avg_sq.<parameter>", fp32
 STATE = "state.json"
 LATEST = "latest"
-_PREFIX, _TEMPORARY, _DISCARDED = "step_", ".saving-", ".discarded-"
+_PREFIX, _TEMPORARY, _DISCARDED = "step_", "saving-", "discarded-"
 
 
 class DamagedCheckpoint(ValueError):
@@ -69,45 +69,48 @@ def save_checkpoint(
     exp_avg_sq: Mapping[str, Tensor],
     state: Mapping[str, Any],
     keep: int,
+    work: Path,
 ) -> Path:
     """Writes `root`/step_NNNNNN and points `latest` at it; one rank calls it, alone.
 
     `state["step"]` names the folder. Afterwards only the newest `keep` checkpoints remain. At any
-    moment in between a crash leaves the earlier checkpoints and `latest` as they were.
+    moment in between a crash leaves the earlier checkpoints and `latest` as they were. All is made
+    in, or moved through, `work`, a folder on the same file system: if a successor has taken that
+    away (see lease.py), every rename fails.
 
     Raises:
         OSError: the disk is full or not writable; nothing that existed is lost.
     """
     name = step_name(int(state["step"]))
-    final, temporary = root / name, root / f"{_TEMPORARY}{name}"
+    final, temporary = root / name, work / f"{_TEMPORARY}{name}"
     root.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(root)
-    temporary.mkdir()
-    save_file(dict(params), temporary / TRAINED)
+    _remove_leftovers(work)
+    storage.make_folder(temporary)
+    storage.write_tensors(temporary / TRAINED, params)
     moments = {f"exp_avg.{key}": value for key, value in exp_avg.items()}
     moments |= {f"exp_avg_sq.{key}": value for key, value in exp_avg_sq.items()}
-    save_file(moments, temporary / OPTIMIZER)
-    (temporary / STATE).write_text(_to_json(state))
+    storage.write_tensors(temporary / OPTIMIZER, moments)
+    storage.write_text(temporary / STATE, _to_json(state))
     files = {file: _describe(temporary / file) for file in (TRAINED, OPTIMIZER, STATE)}
-    (temporary / MANIFEST).write_text(_to_json({"format": FORMAT, "files": files}))
-    for file in temporary.iterdir():
-        _sync(file)
-    _sync(temporary)
+    storage.write_text(temporary / MANIFEST, _to_json({"format": FORMAT, "files": files}))
+    for file in (*files, MANIFEST):
+        storage.sync(temporary / file)
+    storage.sync(temporary)
     if final.exists():  # a damaged one, which the run fell back from and has now reached again
-        final.rename(root / f"{_DISCARDED}{name}")
-    temporary.rename(final)
-    _sync(root)
-    _write_atomic(root / LATEST, name + "\n")
+        storage.rename(final, work / f"{_DISCARDED}{name}")
+    storage.rename(temporary, final)
+    storage.sync(root)
+    storage.publish_text(root / LATEST, name + "\n", work=work)
     for old in _folders(root)[keep:]:
         if old != final:
-            shutil.rmtree(old)
-    _remove_leftovers(root)
+            storage.rename(old, work / f"{_DISCARDED}{old.name}")
+    _remove_leftovers(work)
     return final
 
 
-def _remove_leftovers(root: Path) -> None:
-    for leftover in (*root.glob(f"{_TEMPORARY}*"), *root.glob(f"{_DISCARDED}*")):
-        shutil.rmtree(leftover)
+def _remove_leftovers(work: Path) -> None:
+    for leftover in (*work.glob(f"{_TEMPORARY}*"), *work.glob(f"{_DISCARDED}*")):
+        storage.remove(leftover)
 
 
 def _to_json(value: Any) -> str:
@@ -118,25 +121,6 @@ def _describe(file: Path) -> dict[str, Any]:
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     return {"bytes": file.stat().st_size, "sha256": digest}
-
-
-def _sync(path: Path) -> None:
-    """Forces a file, or a folder's list of names, onto the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_atomic(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{_TEMPORARY}{path.name}.tmp")
-    with temporary.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-    _sync(path.parent)
 
 
 # Reading ---------------------------------------------------------------------------------------

@@ -260,6 +260,9 @@ class TrainSection(Section):
     )
     log_every: int = Field(10, ge=1, description="Steps between two log lines.")
     save_every: int = Field(500, ge=1, description="Steps between two checkpoints.")
+    max_minutes: float | None = Field(
+        None, gt=0, description="Minutes after which a launch saves and stops; blank is no limit."
+    )
     keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints kept per stage.")
     tensorboard: bool = Field(True, description="Also write event files for tensorboard.")
 

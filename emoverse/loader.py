@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from data_shards.stream import Sample
 from emoverse.collate import Batch, FrameShape, LossMode, make_batches, zero_batch
 from emoverse.encode import EncodeOptions, encode_sample
+from emoverse.stop import STOP_SIGNALS
 from emoverse.tokenizer import Tokenizer
 
 
@@ -148,5 +149,5 @@ def _portable(error: Exception) -> Exception:
 
 def _ignore_signals(worker: int) -> None:
     """The training process decides about stopping; schedulers signal its children as well."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

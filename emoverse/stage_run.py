@@ -7,7 +7,6 @@ left.
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +17,12 @@ import torch
 from data_shards.index import ShardIndex
 from data_shards.plan import Plan
 from data_shards.sampler import WeightedTaskSampler
-from emoverse import checkpoint
+from emoverse import checkpoint, storage
 from emoverse.batches import build_loader
 from emoverse.config import Config
 from emoverse.distributed import World, agree
 from emoverse.engine import Engine, TrainedState, deepspeed_config
+from emoverse.lease import Lease
 from emoverse.ledger import Ledger
 from emoverse.loader import StepLoader
 from emoverse.models.architecture import load_architecture, parameter_counts
@@ -142,14 +142,19 @@ class Run:
     world: World
     engine: Engine
     telemetry: Telemetry
+    lease: Lease | None  # of the run directory, on rank 0
+
+    def writing(self) -> contextlib.AbstractContextManager[Path | None]:
+        """The folder to publish from, on the rank that owns the run directory."""
+        return contextlib.nullcontext() if self.lease is None else self.lease.writing()
 
     def save(self, step: int) -> int:
         """Proves that the plan was trained, and writes a checkpoint; returns `step`."""
         parts, train = self.parts, self.parts.config.train
         data = parts.ledger.close_account(step)
         state = self.engine.export_state()
-        with agree(self.world, f"{parts.stage}: saving step {step}"):
-            if self.world.is_main:
+        with agree(self.world, f"{parts.stage}: saving step {step}"), self.writing() as work:
+            if work is not None:
                 checkpoint.save_checkpoint(
                     stage_dir(parts.config, parts.stage) / "checkpoints",
                     params=state.params,
@@ -165,6 +170,7 @@ class Run:
                         "zero_stage": train.zero_stage,
                     },
                     keep=train.keep_checkpoints,
+                    work=work,
                 )
         self.telemetry.saved(step)
         return step
@@ -173,24 +179,22 @@ class Run:
         """Marks the stage as done; its last checkpoint is on the disk."""
         parts = self.parts
         folder = stage_dir(parts.config, parts.stage)
-        with agree(self.world, f"{parts.stage}: finishing"):
-            if self.world.is_main:
+        with agree(self.world, f"{parts.stage}: finishing"), self.writing() as work:
+            if work is not None:
                 done = {
                     "step": step,
                     "checkpoint": checkpoint.step_name(step),
                     "audit": parts.ledger.audit,
                     "knobs": decisive_knobs(parts.config, parts.stage),
                 }
-                temporary = folder / f"{DONE}.tmp"
-                temporary.write_text(json.dumps(done, indent=1) + "\n")
-                os.replace(temporary, folder / DONE)
+                storage.publish_text(folder / DONE, json.dumps(done, indent=1) + "\n", work=work)
         self.telemetry.say(f"done after {step} steps, see {folder}", step)
         self.telemetry.end(step, reason="done", audit=parts.ledger.audit)
 
 
 @contextlib.contextmanager
-def build_run(parts: Parts, world: World) -> Iterator[Run]:
-    """Engine and telemetry; collective."""
+def build_run(parts: Parts, world: World, lease: Lease | None) -> Iterator[Run]:
+    """Engine and telemetry; collective. `lease`: of the run directory, on rank 0 only."""
     config, stage = parts.config, parts.stage
     optim, folder = config.stages[stage].optim, stage_dir(config, stage)
     architecture, groups = parts.model.architecture, parts.model.trainable_groups()
@@ -226,7 +230,7 @@ def build_run(parts: Parts, world: World) -> Iterator[Run]:
     )
     try:
         _say_hello(parts, world, telemetry, num_trainable)
-        yield Run(parts=parts, world=world, engine=engine, telemetry=telemetry)
+        yield Run(parts=parts, world=world, engine=engine, telemetry=telemetry, lease=lease)
     finally:
         telemetry.close()
         engine.close()

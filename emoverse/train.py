@@ -3,43 +3,68 @@
 In: the config and this rank's world. Out: RUN/STAGE/{checkpoints, metrics.jsonl, DONE} and an exit
 code. Every rank runs this file; ranks differ only in their share of each step.
 
-The stop protocol: a signal sets a flag; ranks learn of it from the vote before the next step, save
-together and leave with exit code 75. The same command then resumes.
+The stop protocol: a signal or the time limit sets a flag; ranks learn of it from the vote before
+the next step, save together, and do what the launcher wants done (by default: exit with 75).
 """
 
-import contextlib
 import hashlib
-import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import FrameType
 
 import torch
 
 from data_shards.tasks import TASKS
-from emoverse import distributed
+from emoverse import distributed, stop
 from emoverse.collate import Batch
 from emoverse.config import Config
 from emoverse.distributed import RankError, Vote, World, agree, vote
 from emoverse.engine import start_process_group
+from emoverse.lease import Lease, acquire
 from emoverse.stage_run import Run, build_run, is_done, read_parts
 from emoverse.stages import stage_dir
+from emoverse.stop import EXIT_STOPPED, StopFlag
 from emoverse.telemetry import StepCounts
 
-EXIT_DONE, EXIT_FAULT, EXIT_WRONG_INPUT, EXIT_STOPPED = 0, 1, 2, 75
+EXIT_DONE, EXIT_FAULT, EXIT_WRONG_INPUT = 0, 1, 2
 TIMEOUT_S = 1800.0  # of one collective; the slowest is waiting for another rank's first batch
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 
-def train_stages(config: Config, stages: Sequence[str], *, resume: bool = True) -> int:
+def exit_as_stopped(world: World) -> int:
+    """What a launcher wants done when all ranks have saved and stopped: nothing but the code."""
+    return EXIT_STOPPED
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Launch:
+    """How a launcher starts a training: the same on all ranks, and nothing that is learned from."""
+
+    resume: bool = True  # False refuses a stage that has begun
+    take_over: bool = False  # of a run directory whose owner seems to live
+    # Called on every rank after a stop, when all have saved and the run directory is given back;
+    # returns the exit code, if it returns (a requeued job waits for its end instead).
+    on_stop: Callable[[World], int] = exit_as_stopped
+
+
+def train_stages(
+    config: Config,
+    stages: Sequence[str],
+    *,
+    launch: Launch = Launch(),
+    flag: StopFlag | None = None,
+) -> int:
     """Trains stages in turn as the rank that the environment says.
+
+    `flag`: of a `stop.listen()` that began earlier; without one, signals count from here on.
 
     Returns:
         0 done, 75 stopped and resumable, 2 wrong input, 1 a fault; the reason is on stderr.
     """
+    if flag is None:
+        with stop.listen() as own:
+            return train_stages(config, stages, launch=launch, flag=own)
     try:
         world = distributed.read_world()
     except ValueError as error:
@@ -47,10 +72,9 @@ def train_stages(config: Config, stages: Sequence[str], *, resume: bool = True) 
         return EXIT_WRONG_INPUT
     try:
         start_process_group(world, timeout_s=TIMEOUT_S)
-        for stage in stages:
-            code = train_stage(config, stage, world, resume=resume)
-            if code != EXIT_DONE:
-                break
+        code = train_in_group(config, stages, world, launch=launch, flag=flag)
+        if code == EXIT_STOPPED:
+            code = launch.on_stop(world)
         distributed.shutdown()
         return code
     except Exception as error:
@@ -62,12 +86,35 @@ def train_stages(config: Config, stages: Sequence[str], *, resume: bool = True) 
         return code
 
 
-def train_stage(config: Config, stage: str, world: World, *, resume: bool = True) -> int:
-    """Trains one stage to its end, or to a stop; collective.
+def train_in_group(
+    config: Config, stages: Sequence[str], world: World, *, launch: Launch, flag: StopFlag
+) -> int:
+    """Like `train_stages`, in a process group that stands; collective.
 
     Raises:
         RankError: the reason of the rank that failed, on every rank.
     """
+    flag.limit(config.train.max_minutes)
+    lease: Lease | None = None
+    with agree(world, "run directory"):
+        if world.is_main:
+            lease = acquire(config.run.run_dir, take_over=launch.take_over)
+    code = EXIT_DONE
+    try:
+        for stage in stages:
+            code = _train_stage(config, stage, world, launch=launch, flag=flag, lease=lease)
+            if code != EXIT_DONE:
+                break
+    finally:
+        if lease is not None:
+            lease.release()
+    return distributed.from_main(world, code)  # nobody goes on before the lease is given back
+
+
+def _train_stage(
+    config: Config, stage: str, world: World, *, launch: Launch, flag: StopFlag, lease: Lease | None
+) -> int:
+    """Trains one stage to its end, or to a stop; collective."""
     folder = stage_dir(config, stage)
     with agree(world, f"{stage}: run directory"):
         done = is_done(config, stage)
@@ -75,11 +122,13 @@ def train_stage(config: Config, stage: str, world: World, *, resume: bool = True
         if world.is_main:
             print(f"{stage} already done, see {folder}", flush=True)
         return EXIT_DONE
+    if distributed.gather_rows(world, [flag.requested]).any():  # before minutes of building
+        return EXIT_STOPPED
     with agree(world, f"{stage}: set-up"):
-        parts = read_parts(config, stage, world, resume=resume)
+        parts = read_parts(config, stage, world, resume=launch.resume)
     _require_same_start(world, stage, parts.start_step)
-    with stop_flag() as stop, build_run(parts, world) as run:
-        return _loop(run, stop)
+    with build_run(parts, world, lease) as run:
+        return _loop(run, flag)
 
 
 def _require_same_start(world: World, stage: str, start_step: int) -> None:
@@ -95,20 +144,20 @@ def _require_same_start(world: World, stage: str, start_step: int) -> None:
 # The loop --------------------------------------------------------------------------------------
 
 
-def _loop(run: Run, stop: "StopFlag") -> int:
+def _loop(run: Run, flag: StopFlag) -> int:
     """From the start step to the last, or to a stop. One turn is one optimiser step."""
     parts, world = run.parts, run.world
     step = saved = parts.start_step
     batches = parts.loader.iterate(step)
     while step < parts.num_steps:
         # (1) This rank's share of the step; an error waits for the vote, so that all hear of it.
-        share = _next_share(batches)
+        share = _next_share(batches, run.lease)
         # (2) The ranks agree: how many packs, what the weights sum to, does anybody want to stop?
         ballot = vote(
             world,
             num_packs=len(share.packs),
             normaliser=share.normaliser,
-            stop=stop.requested,
+            stop=flag.requested,
             error=share.error,
             doing=f"{parts.stage} step {step + 1}",
             extra=share.counts,
@@ -134,7 +183,8 @@ def _loop(run: Run, stop: "StopFlag") -> int:
     if step < parts.num_steps:
         if saved < step:
             run.save(step)
-        run.telemetry.say(f"stopped after step {step}; the same command resumes", step)
+        why = flag.reason or "another process was told to"
+        run.telemetry.say(f"stopped after step {step}; the same command resumes ({why})", step)
         run.telemetry.end(step, reason="stopped", audit=parts.ledger.audit)
         return EXIT_STOPPED
     run.finish(step)
@@ -159,7 +209,7 @@ class Share:
         return sum(pack.normaliser for pack in self.packs)
 
 
-def _next_share(batches: Iterator[list[Batch]]) -> Share:
+def _next_share(batches: Iterator[list[Batch]], lease: Lease | None) -> Share:
     begin = time.monotonic()
     packs: list[Batch] = []
     error: Exception | None = None
@@ -168,6 +218,8 @@ def _next_share(batches: Iterator[list[Batch]]) -> Share:
     except Exception as caught:
         error = caught
     wait = time.monotonic() - begin
+    if lease is not None and lease.loss is not None:
+        error = lease.loss
     tasks = [task for pack in packs for task in pack.tasks]
     damaged = sum(len(pack.quarantine) for pack in packs)
     counts = [wait, sum(pack.num_tokens for pack in packs), damaged]
@@ -191,27 +243,3 @@ def step_seed(seed: int, stage: str, step: int, rank: int) -> int:
     """Seed of everything random inside one step of one rank; nothing random is ever saved."""
     digest = hashlib.sha256(f"{seed}/{stage}/{step}/{rank}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
-
-
-class StopFlag:
-    """Becomes true at the first signal to stop; a second signal ends the process at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        """The signal handler: only sets the flag."""
-        self.requested = True
-        signal.signal(number, signal.SIG_DFL)
-
-
-@contextlib.contextmanager
-def stop_flag() -> Iterator[StopFlag]:
-    """Listens to the signals to stop while the block runs."""
-    flag = StopFlag()
-    before = {number: signal.signal(number, flag.handle) for number in STOP_SIGNALS}
-    try:
-        yield flag
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

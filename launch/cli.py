@@ -185,6 +185,11 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fresh", action="store_true", help="refuse a stage that has begun instead of resuming it"
     )
+    parser.add_argument(
+        "--take-over",
+        action="store_true",
+        help="take the run directory from an owner that seems to live; it will write no more",
+    )
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -196,7 +201,7 @@ def _train(args: argparse.Namespace) -> int:
     stages = stages_to_train(config, args.stage)
     from launch.worker import run_local
 
-    return run_local(config, stages=stages, resume=not args.fresh)
+    return run_local(config, stages=stages, resume=not args.fresh, take_over=args.take_over)
 
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:

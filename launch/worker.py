@@ -22,44 +22,48 @@ from typing import IO
 
 from emoverse.config import Config, load_config, to_yaml
 from emoverse.stages import stage_dir
+from emoverse.stop import EXIT_STOPPED as STOPPED
+from emoverse.stop import STOP_SIGNALS, listen
 
-DONE, FAULT, WRONG_INPUT, STOPPED = 0, 1, 2, 75
+DONE, FAULT, WRONG_INPUT = 0, 1, 2
 POLL_S = 0.1
 # A rank that fails tells the others why at the next agreement; after this they are ended.
 GRACE_AFTER_FAILURE_S = 10.0
 # A stopped rank finishes its step and saves.
 GRACE_AFTER_STOP_S = 300.0
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 
 # Several ranks on this machine -----------------------------------------------------------------
 
 
-def run_local(config: Config, *, stages: Sequence[str], resume: bool = True) -> int:
+def run_local(
+    config: Config, *, stages: Sequence[str], resume: bool = True, take_over: bool = False
+) -> int:
     """Trains `stages` in turn on this machine, continuing what an earlier call left.
 
     A signal to stop (Ctrl-C, SIGTERM, SIGUSR2) reaches all ranks, which save and leave.
-    `resume` False refuses a stage that has already begun.
+    `resume` False refuses a stage that has already begun; `take_over` makes an owner of the run
+    directory that seems to live lose it.
 
     Returns:
         0 all done, 75 stopped and resumable, 2 wrong input, 1 a fault.
     """
     for stage in stages:
-        code = _run_stage(config, stage, resume=resume)
+        flags = [] if resume else ["--fresh"]
+        flags += ["--take-over"] if take_over else []
+        code = _run_stage(config, stage, flags)
         if code != DONE:
             return code
     return DONE
 
 
-def _run_stage(config: Config, stage: str, *, resume: bool) -> int:
+def _run_stage(config: Config, stage: str, flags: Sequence[str]) -> int:
     folder = stage_dir(config, stage) / "logs"
     folder.mkdir(parents=True, exist_ok=True)
     launched = folder / "config.yaml"
     launched.write_text(to_yaml(config), encoding="utf-8")
     command = [sys.executable, "-m", "launch.worker", str(launched), "--stage", stage]
-    command.append("--end-with-input")
-    if not resume:
-        command.append("--fresh")
+    command += ["--end-with-input", *flags]
     code = run_ranks(command, num_ranks=config.train.processes, logs=folder)
     if code in (FAULT, WRONG_INPUT) and config.train.processes > 1:
         print(f"{stage} failed; what every rank said: {folder}/rank_*.log", file=sys.stderr)
@@ -218,26 +222,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("config", nargs="+", help="YAML files, and overrides such as run.seed=2")
     parser.add_argument("--stage", action="append", required=True, help="stage to train, in order")
     parser.add_argument("--fresh", action="store_true", help="refuse a stage that has begun")
+    parser.add_argument("--take-over", action="store_true", help="of an owner that seems to live")
     parser.add_argument("--end-with-input", action="store_true", help="leave when stdin ends")
     args = parser.parse_args(argv)
-    for number in STOP_SIGNALS:  # until the training loop takes over: nothing to save yet
-        signal.signal(number, _stop_at_once)
-    paths = [Path(item) for item in args.config if "=" not in item]
-    try:
-        config = load_config(paths, [item for item in args.config if "=" in item])
-    except (ValueError, FileNotFoundError) as error:
-        print(error, file=sys.stderr)
-        return WRONG_INPUT
-    if args.end_with_input:
-        threading.Thread(target=_end_with_input, daemon=True).start()
-    # The heavy half: torch, transformers, DeepSpeed.
-    from emoverse.train import train_stages
+    with listen() as flag:  # before the imports: a signal during them stops at the first agreement
+        paths = [Path(item) for item in args.config if "=" not in item]
+        try:
+            config = load_config(paths, [item for item in args.config if "=" in item])
+        except (ValueError, FileNotFoundError) as error:
+            print(error, file=sys.stderr)
+            return WRONG_INPUT
+        if args.end_with_input:
+            threading.Thread(target=_end_with_input, daemon=True).start()
+        # The heavy half: torch, transformers, DeepSpeed.
+        from emoverse.train import Launch, train_stages
 
-    return train_stages(config, args.stage, resume=not args.fresh)
-
-
-def _stop_at_once(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(STOPPED)
+        launch = Launch(resume=not args.fresh, take_over=args.take_over)
+        return train_stages(config, args.stage, launch=launch, flag=flag)
 
 
 def _end_with_input() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from emoverse import checkpoint
+from emoverse import storage
 from emoverse.checkpoint import (
     DamagedCheckpoint,
     OtherRun,
@@ -38,7 +38,14 @@ def save(root: Path, step: int, *, keep: int = 3, **state: Any) -> Path:
         exp_avg_sq=tensors(step + 2),
         state={"step": step, **state},
         keep=keep,
+        work=work_folder(root),
     )
+
+
+def work_folder(root: Path) -> Path:
+    work = root.parent / f"{root.name}-work"
+    work.mkdir(parents=True, exist_ok=True)
+    return work
 
 
 def names(root: Path) -> list[str]:
@@ -102,24 +109,24 @@ def test_a_bad_manifest_is_damage(tmp_path: Path, text: str) -> None:
         find_checkpoint(tmp_path, lambda message: None)
 
 
-@pytest.mark.parametrize("call", ["save_file", "_sync", "_write_atomic"])
+@pytest.mark.parametrize("call", ["write_tensors", "sync", "publish_text"])
 def test_a_crash_while_saving_keeps_the_last_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     good = save(tmp_path, 1)
 
-    def crash(*_: Any) -> None:
+    def crash(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, call, crash)
+    monkeypatch.setattr(storage, call, crash)
     with pytest.raises(OSError, match="No space left"):
         save(tmp_path, 2)
     monkeypatch.undo()
     found = find_checkpoint(tmp_path, silent)
     # Once renamed the new one is whole; only the pointer for humans is then behind.
-    assert found == (tmp_path / "step_000002" if call == "_write_atomic" else good)
+    assert found == (tmp_path / "step_000002" if call == "publish_text" else good)
     save(tmp_path, 3)
-    assert not [name for name in names(tmp_path) if name.startswith(".")]
+    assert not names(work_folder(tmp_path))
 
 
 def test_everything_is_on_disk_before_the_rename(
@@ -140,7 +147,7 @@ def test_everything_is_on_disk_before_the_rename(
         "optimizer.safetensors",
         "state.json",
         "manifest.json",
-        ".saving-step_000001",
+        "saving-step_000001",
     }
     assert events[events.index("RENAME") + 1] == str(tmp_path)
 

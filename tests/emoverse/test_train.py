@@ -15,27 +15,27 @@ import torch
 from safetensors.torch import load_file
 
 from data_shards.index import ShardIndex
+from emoverse import stop
 from emoverse.config import Config
 from emoverse.distributed import RankError, World
 from emoverse.ledger import Ledger
 from emoverse.stage_run import Parts
-from emoverse.train import train_stage
+from emoverse.train import Launch, train_in_group
 from launch.worker import run_local
 
 Ranks = Callable[..., list[Any]]
 MakeConfig = Callable[..., Config]
 
 
-def train(run_ranks: Ranks, config: Config, *stages: str, world_size: int) -> list[int]:
+def train_stage(config: Config, stage: str, world: World, *others: str, **launch: Any) -> int:
+    with stop.listen() as flag:
+        stages = (stage, *others)
+        return train_in_group(config, stages, world, launch=Launch(**launch), flag=flag)
+
+
+def train(run_ranks: Ranks, config: Config, stage: str, *others: str, world_size: int) -> list[int]:
     """Trains stages in forked ranks; the exit code of the last stage on each rank."""
-
-    def work(world: World) -> int:
-        code = 0
-        for stage in stages:
-            code = train_stage(config, stage, world)
-        return code
-
-    return run_ranks(work, world_size)
+    return run_ranks(lambda world: train_stage(config, stage, world, *others), world_size)
 
 
 def failure(run_ranks: Ranks, config: Config, stage: str, world_size: int = 1) -> str:

@@ -1,0 +1,63 @@
+"""The file operations that make a checkpoint, one function each, so that tests can fail every one.
+
+In: paths below the run directory. Out: files that are on the disk when they appear under their
+name. What is published is written elsewhere, forced to the disk, and renamed. No torch at import.
+"""
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+# What a save is made of; tests replace these by functions that fail.
+OPERATIONS = ("make_folder", "write_tensors", "write_text", "sync", "rename", "remove")
+
+
+def make_folder(path: Path) -> None:
+    """A new folder; its parent exists."""
+    path.mkdir()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
+    """Tensors by name as safetensors."""
+    from safetensors.torch import save_file  # needs torch, which not every reader has loaded
+
+    save_file(dict(tensors), path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A small text file."""
+    path.write_text(text, encoding="utf-8")
+
+
+def sync(path: Path) -> None:
+    """Forces a file, or a folder's list of names, onto the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Atomic; replaces a file, but no folder that holds anything."""
+    source.rename(target)
+
+
+def remove(path: Path) -> None:
+    """A folder with all it holds."""
+    shutil.rmtree(path)
+
+
+def publish_text(path: Path, text: str, *, work: Path) -> None:
+    """Replaces a small file: made in `work`, forced to the disk, renamed. Readers see old or new.
+
+    Raises:
+        OSError: the disk is full or not writable; the old file is as it was.
+    """
+    temporary = work / f"{path.name}.tmp"
+    write_text(temporary, text)
+    sync(temporary)
+    rename(temporary, path)
+    sync(path.parent)

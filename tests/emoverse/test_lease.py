@@ -1,0 +1,175 @@
+"""One owner per run directory: who may take it over, and what the former owner can still do."""
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from emoverse import lease as leases
+from emoverse import storage
+from emoverse.lease import FOLDER, HOLDER, Lease, LostLease, RunInUse, acquire
+
+
+def holder(run: Path, **changes: Any) -> None:
+    """Rewrites who holds the run."""
+    path = run / FOLDER / HOLDER
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def elsewhere(run: Path, *, silent_s: float = 0, **changes: Any) -> Lease:
+    """A lease that looks as if a process of another machine had it."""
+    lease = acquire(run)
+    holder(run, host="other", pid=1, born=1, **changes)
+    then = time.time() - silent_s
+    os.utime(lease.work, (then, then))
+    return lease
+
+
+def leftovers(run: Path) -> list[str]:
+    return sorted(path.name for path in run.iterdir())
+
+
+def test_a_run_directory_is_taken_and_given_back(tmp_path: Path) -> None:
+    run = tmp_path / "new" / "run"
+    lease = acquire(run)
+    assert lease.held() and leftovers(run) == [FOLDER]
+    with lease.writing() as work:
+        storage.publish_text(run / "DONE", "x", work=work)
+    lease.release()
+    assert leftovers(run) == ["DONE"]
+    acquire(run).release()
+    lease.release()  # again: nothing to do
+
+
+def test_an_owner_that_lives_is_waited_for_and_then_refused(tmp_path: Path) -> None:
+    lease = acquire(tmp_path)
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        holder(tmp_path, pid=sleeper.pid, born=leases._born(sleeper.pid))
+        said: list[str] = []
+        with pytest.raises(RunInUse, match=r"in use by process \d+ on .* \(it is running\); stop"):
+            acquire(tmp_path, patience_s=0.3, say=said.append)
+        assert len(said) == 1 and "waiting 0 s for it" in said[0]
+        assert leftovers(tmp_path) == [FOLDER]
+        threading.Timer(0.3, sleeper.kill).start()
+        successor = acquire(tmp_path, patience_s=20, say=said.append)
+        assert successor.held() and not lease.held()
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+
+
+@pytest.mark.parametrize(("silent_s", "free"), [(5, False), (leases.STALE_S + 5, True)])
+def test_an_owner_elsewhere_is_judged_by_its_signs_of_life(
+    tmp_path: Path, silent_s: float, free: bool
+) -> None:
+    former = elsewhere(tmp_path, silent_s=silent_s)
+    if free:
+        assert acquire(tmp_path, patience_s=0).held() and not former.held()
+    else:
+        with pytest.raises(RunInUse, match=r"its last sign of life was [5-9] s ago"):
+            acquire(tmp_path, patience_s=0)
+        assert former.held()
+
+
+def test_a_requeued_job_takes_over_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    former = elsewhere(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", "78")
+    with pytest.raises(RunInUse, match="in use by job 77, process 1 on other"):
+        acquire(tmp_path, patience_s=0)
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    assert acquire(tmp_path, patience_s=0).held() and not former.held()
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "70")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    assert leases.describe_holder(os.environ).job == "70_3"
+
+
+def test_take_over_asks_nobody(tmp_path: Path) -> None:
+    former = elsewhere(tmp_path)
+    assert acquire(tmp_path, take_over=True).held() and not former.held()
+    assert leftovers(tmp_path) == [FOLDER]
+
+
+def test_a_former_owner_publishes_nothing(tmp_path: Path) -> None:
+    """Wherever it was cut off: before its block, or between the writing and the rename."""
+    former = elsewhere(tmp_path)
+    (tmp_path / "latest").write_text("good")
+    with pytest.raises(LostLease, match="taken over by process"), former.writing() as work:
+        storage.write_text(work / "latest", "bad")
+        acquire(tmp_path, take_over=True)
+        storage.rename(work / "latest", tmp_path / "latest")
+    assert (tmp_path / "latest").read_text() == "good"
+    with pytest.raises(LostLease), former.writing():
+        pytest.fail("the block of a former owner has begun")
+    former.release()
+    assert leftovers(tmp_path) == ["latest", FOLDER]  # the successor's
+
+
+def test_a_full_disk_is_not_a_lost_lease(tmp_path: Path) -> None:
+    lease = acquire(tmp_path)
+    with pytest.raises(OSError, match="No space"), lease.writing():
+        raise OSError(28, "No space left on device")
+    assert lease.held()
+
+
+def test_the_renewer_gives_signs_of_life_and_finds_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "RENEW_S", 0.05)
+    lease = acquire(tmp_path)
+    os.utime(lease.work, (0, 0))
+    wait_until(lambda: lease.work.stat().st_mtime > 0)
+    acquire(tmp_path, take_over=True)
+    wait_until(lambda: lease.loss is not None)
+
+
+def wait_until(condition: Any, limit_s: float = 10) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]"])
+def test_an_unreadable_holder_is_nobody(tmp_path: Path, text: str) -> None:
+    former = acquire(tmp_path)
+    (tmp_path / FOLDER / HOLDER).write_text(text)
+    assert acquire(tmp_path, patience_s=0).held() and not former.held()
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"run\.run_dir: .*file/run must be a folder that can be"):
+        acquire(tmp_path / "file" / "run")
+
+
+def _contend(run: str, barrier: Any, answers: Any) -> None:
+    barrier.wait()
+    lease = acquire(Path(run), take_over=True)
+    barrier.wait()
+    answers.put(lease.held())
+
+
+def test_of_many_that_take_over_one_owns(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    for _ in range(5):
+        barrier, answers = context.Barrier(6, timeout=30), context.Queue()
+        everyone = [
+            context.Process(target=_contend, args=(str(tmp_path), barrier, answers))
+            for _ in range(6)
+        ]
+        for process in everyone:
+            process.start()
+        held = [answers.get(timeout=30) for _ in everyone]
+        for process in everyone:
+            process.join(10)
+        assert held.count(True) == 1
+        assert leftovers(tmp_path) == [FOLDER]

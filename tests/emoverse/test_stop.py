@@ -1,0 +1,94 @@
+"""The wish to stop: the flag, the time limit, and the second signal, also in a blocking call."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from emoverse import stop
+from emoverse.stop import STOP_SIGNALS, StopFlag, listen
+
+ROOT = Path(stop.__file__).parents[1]
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_sets_the_flag_and_nothing_else(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with listen() as flag:
+        assert not flag.requested and flag.reason is None
+        os.kill(os.getpid(), number)
+        assert flag.requested and flag.reason == number.name
+    assert signal.getsignal(number) is before
+
+
+def test_the_time_limit_is_a_wish_to_stop() -> None:
+    now = 100.0
+    flag = StopFlag(clock=lambda: now)
+    flag.limit(None)
+    now += 1e9
+    assert not flag.requested
+    now = 100.0
+    flag.limit(1.5)
+    now += 89.9
+    assert not flag.requested
+    now += 0.1
+    assert flag.reason == "time limit of 1.5 minutes"
+    now = 0.0
+    assert flag.requested  # never false again
+
+
+def listener(body: str) -> subprocess.Popen[str]:
+    """A process that listens, in a main thread that never runs Python code again."""
+    code = f"""
+    import ctypes, os, signal, sys, time
+    from emoverse.stop import listen
+    with listen() as flag:
+        print("up", flush=True)
+        {body}
+        print("end", flag.reason, flush=True)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "up\n"
+    return process
+
+
+# PyDLL keeps the interpreter lock, CDLL gives it away: as a collective does.
+BLOCKED = "ctypes.CDLL(None).pause(); ctypes.CDLL(None).sleep(60); ctypes.CDLL(None).sleep(60)"
+
+
+def test_a_second_signal_ends_a_process_that_is_blocked() -> None:
+    process = listener(BLOCKED)
+    process.send_signal(signal.SIGUSR2)
+    time.sleep(stop.ONE_WISH_S + 0.2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=10)
+    assert process.returncode == 75
+    assert out == "" and "second signal: leaving at once" in err
+
+
+def test_signals_close_together_are_one_wish() -> None:
+    process = listener("time.sleep(0.6); time.sleep(0.6)")
+    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGTERM):
+        process.send_signal(number)
+        time.sleep(0.05)
+    out, _ = process.communicate(timeout=10)
+    assert (process.returncode, out) == (0, "end SIGTERM\n")
+
+
+def test_other_signals_are_no_wish() -> None:
+    body = "signal.signal(signal.SIGUSR1, lambda *_: None); time.sleep(1.8)"
+    process = listener(body)
+    for _ in range(2):
+        time.sleep(0.5)
+        process.send_signal(signal.SIGUSR1)
+    out, _ = process.communicate(timeout=10)
+    assert (process.returncode, out) == (0, "end None\n")
