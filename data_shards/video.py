@@ -9,9 +9,10 @@ bit-identical to decoding every packet. Flow: reader (bytes) -> here -> pixels (
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import TypeAlias
 
 import av
@@ -52,7 +53,12 @@ def clip_indices(num_frames: int, count: int) -> tuple[int, ...]:
 
 
 def encode_mp4(
-    frames: Frame | Iterable[Frame], fps: int, crf: int = 18, *, gop: int = 24, b_frames: int = 2
+    frames: Frame | Iterable[Frame],
+    fps: int | Fraction,
+    crf: int = 18,
+    *,
+    gop: int = 24,
+    b_frames: int = 2,
 ) -> bytes:
     """H.264 yuv420p mp4 from uint8 RGB frames [H, W, 3]; the same frames give the same bytes.
 
@@ -99,7 +105,7 @@ def _require_encodable(rgb_HW3: Frame) -> None:
 def _add_h264_stream(
     container: av.container.OutputContainer,
     shape: tuple[int, ...],
-    fps: int,
+    fps: int | Fraction,
     crf: int,
     gop: int,
     b_frames: int,
@@ -116,6 +122,95 @@ def _add_h264_stream(
     context.gop_size = gop
     context.max_b_frames = b_frames
     return stream
+
+
+def cut_clip(
+    path: Path, start_s: float, end_s: float | None, *, copy: bool, crf: int = 18
+) -> bytes:
+    """The frames shown in [start_s, end_s) of a longer video as an mp4 without sound.
+
+    start_s, end_s: seconds from the first frame; a negative start counts as 0, end None = the rest.
+    copy: copy the packets instead of encoding. The packets from the keyframe before the start come
+        along and an edit list hides them. At the end a few frames too many may be shown: those to
+        which frames inside the span refer.
+
+    Raises:
+        DamagedVideo: unreadable, or no frame is shown in the span.
+        FileNotFoundError: no such file.
+    """
+    try:
+        with av.open(str(path), mode="r") as container:
+            if not container.streams.video:
+                raise DamagedVideo("the file has no video track")
+            stream = container.streams.video[0]
+            base, first = stream.time_base or Fraction(1), stream.start_time or 0
+            # Times are rounded to the nearest tick, so that a frame's own time is inside the span.
+            begin = first + round(max(0.0, start_s) / base)
+            end = None if end_s is None else first + round(end_s / base)
+            container.seek(begin, stream=stream)  # to the last keyframe not after it
+            if copy:
+                return _copy_span(container, stream, begin, end)
+            rate = stream.average_rate or Fraction(25)
+            return encode_mp4(_decode_span(container, stream, begin, end), rate, crf)
+    except FileNotFoundError:
+        raise
+    except (av.error.FFmpegError, OSError) as error:
+        raise DamagedVideo(f"cannot cut the video: {error}") from error
+    except DamagedVideo as error:
+        span = f"{start_s:.3f} to {'the end' if end_s is None else f'{end_s:.3f}'} s"
+        raise DamagedVideo(f"{span}: {error}") from error
+
+
+def _decode_span(
+    container: av.container.InputContainer,
+    stream: av.video.stream.VideoStream,
+    begin: int,
+    end: int | None,
+) -> Iterator[Frame]:
+    stream.thread_type = "NONE"
+    reformatter = av.video.reformatter.VideoReformatter()
+    shown = False
+    for frame in container.decode(stream):
+        if frame.pts is None or frame.pts < begin:
+            continue
+        if end is not None and frame.pts >= end:
+            break
+        if frame.is_corrupt:
+            raise DamagedVideo(f"the frame at time stamp {frame.pts} is corrupt")
+        rgb_HW3 = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+        even_H, even_W = (size - size % 2 for size in rgb_HW3.shape[:2])
+        yield np.ascontiguousarray(rgb_HW3[:even_H, :even_W]).astype(np.uint8, copy=False)
+        shown = True
+    if not shown:
+        raise DamagedVideo("no frame is shown there")
+
+
+def _copy_span(
+    container: av.container.InputContainer,
+    stream: av.video.stream.VideoStream,
+    begin: int,
+    end: int | None,
+) -> bytes:
+    buffer = io.BytesIO()
+    shown, nal = False, _avc_length_bytes(stream.codec_context)
+    with av.open(
+        buffer, mode="w", format="mp4", container_options={"fflags": "+bitexact"}
+    ) as output:
+        target = output.add_stream_from_template(stream)
+        for packet in container.demux(stream):
+            if packet.pts is None or packet.dts is None or packet.size == 0:
+                continue
+            if end is not None and packet.dts >= end:
+                break
+            if end is not None and packet.pts >= end and not _slice_kinds(packet, nal).is_reference:
+                continue
+            shown = shown or (begin <= packet.pts and (end is None or packet.pts < end))
+            packet.pts, packet.dts = packet.pts - begin, packet.dts - begin
+            packet.stream = target
+            output.mux(packet)
+    if not shown:
+        raise DamagedVideo("no frame is shown there")
+    return buffer.getvalue()
 
 
 def count_frames(mp4: bytes) -> int:
