@@ -1,40 +1,32 @@
 """Records to a shard folder: tars that any WebDataset reader can iterate, plus the index.
 
-In: an iterator of records, read once. Out: a finished folder, or nothing: everything is written to
-a temporary folder beside it, which gets the final name at the end. Equal records and options give
-equal bytes. Memory: one record, one shard's entries, and the keys seen so far.
+In: an iterator, read once, of records or of recipes (functions that make one record, called in
+worker processes). Out: a finished folder, published by one rename. Equal items and options give
+equal bytes for any number of workers. A build that is killed goes on behind its last finished
+shard when it is started again. Memory: a few records per worker, one shard's entries, all keys.
 Flow: sources, annotate -> here -> index, reader.
 """
 
-import hashlib
-import os
-import shutil
-import tarfile
-import tempfile
-import zlib
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final, Literal
 
-import numpy as np
-
-from data_shards.index import (
-    ENTRY_DTYPE,
-    LENGTH_MAX,
-    ShardIndex,
-    ShardInfo,
-    sidecar,
-    write_index,
-)
+from data_shards.index import ShardIndex, ShardInfo, write_index
+from data_shards.parallel import ordered_map
 from data_shards.pixels import jpeg_encode, resize_frame
-from data_shards.record import Frames, Record, Video, to_members
+from data_shards.recipe import SKIPPED_FILE, Recipe, Skipped, count_skipped, skipped_lines
+from data_shards.record import SCHEMA_VERSION, Frames, Record, Video
+from data_shards.shard_writer import Packed, ShardWriter, pack_record
+from data_shards.unfinished import Unfinished
 from data_shards.video import clip_indices, count_frames, decode_frames
 
-_BLOCK: Final = tarfile.BLOCKSIZE
-_NAME_MAX: Final = 100  # longer names would need tar extensions that not every reader knows
-_SIZE_MAX: Final = 2**32 - 1  # field `size` of the index
+Amend = Callable[[Record], Record | Skipped]
+
+BY_CHOICE: Final = "curation"  # the reason of clips that the user leaves out: never an error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,25 +49,39 @@ class BuildOptions:
 
 
 def build_shards(
-    records: Iterable[Record],
+    items: Iterable[Record | Skipped | Recipe],
     out_dir: Path | str,
     *,
     options: BuildOptions | None = None,
     provenance: Mapping[str, Any],
     max_records_per_shard: int = 1000,
     max_bytes: int = 2**28,
+    workers: int = 1,
+    strict: bool = True,
+    amend: Amend | None = None,
+    fresh: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> ShardIndex:
     """Write a shard folder and load its index.
 
     Args:
-        provenance: where the records come from; JSON values, kept in index.json as they are.
+        items: the same items in the same order at every start; a recipe must be picklable if there
+            is more than one worker.
+        provenance: where the records come from; JSON values, kept in index.json as they are, with
+            `skipped` (source -> reason -> count) added if clips were left out. A build that was
+            killed goes on only with the same provenance and options.
         max_bytes: size at which a tar ends, unless a single record is larger.
-        progress: called with the number of records written so far, once per record.
+        workers: processes that run recipes and pack records; 1 = this process.
+        strict: stop at a clip that cannot be a record; otherwise leave it out and list it in
+            skipped.jsonl.
+        amend: applied to every record before it is stored (curation, annotations).
+        fresh: throw away what a killed build has left.
+        progress: called with the number of items done so far, once per item, and first with those
+            that an earlier start has finished.
 
     Raises:
         ValueError: the folder is not empty, no or too large a record, a key that comes twice, or
-            a clip that does not decode to the record's `num_frames`.
+            (strict) a clip that does not decode to the record's `num_frames` or was skipped.
     """
     out_dir = Path(out_dir)
     options = options or BuildOptions()
@@ -89,18 +95,32 @@ def build_shards(
             f"build: the output folder must be new or empty, found {out_dir}; remove it or name "
             "another one"
         )
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    work_dir = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
+    limits = {"max_records_per_shard": max_records_per_shard, "max_bytes": max_bytes}
+    identity = {
+        "schema_version": SCHEMA_VERSION,
+        "options": asdict(options),
+        "provenance": dict(provenance),
+        "limits": limits,
+    }
+    work = Unfinished.open(out_dir, identity, fresh=fresh)
+    run = _Run(work, max_records_per_shard, max_bytes, strict, progress)
     try:
-        shards = _write_shards(
-            records, work_dir, options, max_records_per_shard, max_bytes, progress
-        )
-        write_index(work_dir, shards, options=asdict(options), provenance=provenance)
-        ShardIndex.load(work_dir)
-        _make_durable(work_dir)
-        work_dir.rename(out_dir)  # replaces an empty folder, refuses any other
+        prepare = partial(_prepare, options, amend, strict)
+        with closing(ordered_map(prepare, run.remaining(items), workers=workers)) as results:
+            shards = run.write(results)
+        rows = run.skipped
+        if rows:
+            text = skipped_lines(rows)
+            (work.shards / SKIPPED_FILE).write_text(text, encoding="ascii")
+            provenance = {**provenance, "skipped": count_skipped(rows)}
+        write_index(work.shards, shards, options=asdict(options), provenance=provenance)
+        ShardIndex.load(work.shards)
+        work.publish(out_dir)
     except BaseException:
-        shutil.rmtree(work_dir)
+        if run.num_finished:
+            work.close()
+        else:
+            work.remove()
         raise
     return ShardIndex.load(out_dir)
 
@@ -125,41 +145,31 @@ def extract_frames(record: Record, count: int, size: int, quality: int) -> Recor
     return replace(record, media=Frames(jpegs=tuple(jpegs[:count]), peak_jpeg=peak))
 
 
-def _write_shards(
-    records: Iterable[Record],
-    folder: Path,
+def _prepare(
     options: BuildOptions,
-    max_records: int,
-    max_bytes: int,
-    progress: Callable[[int], None] | None,
-) -> tuple[ShardInfo, ...]:
-    seen: set[str] = set()
-    shards: list[ShardInfo] = []
-    writer: _ShardWriter | None = None
+    amend: Amend | None,
+    strict: bool,
+    item: Record | Skipped | Recipe,
+) -> Packed | Skipped:
+    """Everything that costs time, for one item; runs in the workers."""
+    made = item if isinstance(item, (Record, Skipped)) else item()
+    if amend is not None and isinstance(made, Record):
+        made = amend(made)
+    if isinstance(made, Skipped):
+        return made
     try:
-        for record in records:
-            if record.key in seen:
-                raise ValueError(
-                    f"record {record.key}: a key must be unique in the dataset, found it twice; "
-                    "rename one of the records in its source"
-                )
-            seen.add(record.key)
-            blocks = _tar_blocks(_stored_form(record, options))
-            if writer is not None and writer.is_full(len(blocks), max_records, max_bytes):
-                shards.append(writer.finish())
-                writer = None
-            if writer is None:
-                writer = _ShardWriter(folder / f"shard-{len(shards):06d}.tar")
-            writer.add(record, blocks)
-            if progress is not None:
-                progress(len(seen))
-        if writer is None:
-            raise ValueError("build: the source gave no record; check its path, split and limits")
-        shards.append(writer.finish())
-    finally:
-        if writer is not None:
-            writer.close()
-    return tuple(shards)
+        return pack_record(_stored_form(made, options))
+    except ValueError as error:
+        if strict:
+            raise
+        detail = str(error).removeprefix(f"record {made.key}: ")
+        return Skipped(
+            key=made.key,
+            source=made.source,
+            split=made.split,
+            reason="media-damaged",
+            detail=detail,
+        )
 
 
 def _stored_form(record: Record, options: BuildOptions) -> Record:
@@ -180,89 +190,90 @@ def _stored_form(record: Record, options: BuildOptions) -> Record:
     return extract_frames(record, options.frames_per_clip, options.frame_size, options.jpeg_quality)
 
 
-def _tar_blocks(record: Record) -> bytes:
-    """Headers and padded contents of all members of a record, nothing that varies between runs."""
-    parts = []
-    for extension, content in to_members(record).items():
-        info = tarfile.TarInfo(f"{record.key}.{extension}")
-        if len(info.name) > _NAME_MAX:
-            raise ValueError(
-                f"record {record.key}: key and extension may have {_NAME_MAX} characters in a tar, "
-                f"found {len(info.name)}; shorten the key"
-            )
-        info.size = len(content)  # mtime, uid and gid are 0, the mode is 0644
-        parts += [info.tobuf(tarfile.USTAR_FORMAT), content, bytes(-len(content) % _BLOCK)]
-    blocks = b"".join(parts)
-    if len(blocks) > _SIZE_MAX:
-        raise ValueError(
-            f"record {record.key}: may have {_SIZE_MAX} bytes, found {len(blocks)}; cut the clip"
-        )
-    return blocks
+class _Run:
+    """One start of a build: writes what is left, shard by shard, and marks each when it is whole.
 
+    A shard holds consecutive records; how many is decided by the limits alone, so that a build that
+    was interrupted cuts its shards where any other would.
+    """
 
-class _ShardWriter:
-    """Writes one tar from start to end, then its side files."""
+    def __init__(
+        self,
+        work: Unfinished,
+        max_records: int,
+        max_bytes: int,
+        strict: bool,
+        progress: Callable[[int], None] | None,
+    ) -> None:
+        self._work = work
+        self._limits = max_records, max_bytes
+        self._strict = strict
+        self._progress = progress
+        self._shards: list[ShardInfo] = [shard.info for shard in work.finished]
+        self._seen = {key for shard in work.finished for key in shard.keys}
+        self._items = work.finished[-1].items if work.finished else 0
+        self._since: list[Skipped] = []  # left out since the last finished shard
+        self.skipped = [row for shard in work.finished for row in shard.skipped]
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file = path.open("xb")
-        self._entries: list[tuple[int, ...]] = []
-        self._keys: list[str] = []
+    @property
+    def num_finished(self) -> int:
+        """Shards that the next start will find."""
+        return len(self._shards)
 
-    def is_full(self, num_bytes: int, max_records: int, max_bytes: int) -> bool:
-        """Whether `num_bytes` more would pass a limit."""
-        return len(self._keys) >= max_records or self._file.tell() + num_bytes > max_bytes
+    def remaining(self, items: Iterable[Record | Skipped | Recipe]) -> Iterator[Any]:
+        """The items behind the last finished shard."""
+        if self._items and self._progress is not None:
+            self._progress(self._items)
+        return islice(iter(items), self._items, None)
 
-    def add(self, record: Record, blocks: bytes) -> None:
-        text_chars = len(record.utterance) + sum(
-            len(turn.speaker) + len(turn.text) for turn in record.conversation
-        )
-        self._entries.append(
-            (
-                self._file.tell(),
-                len(blocks),
-                zlib.crc32(blocks),
-                record.mask,
-                min(record.num_frames, LENGTH_MAX),
-                min(text_chars, LENGTH_MAX),
-            )
-        )
-        self._keys.append(record.key)
-        self._file.write(blocks)
-
-    def finish(self) -> ShardInfo:
-        """End the tar, write `.idx` and `.keys`."""
-        # Two empty blocks end a tar; the whole is a multiple of 20 blocks, as tar itself writes.
-        end = self._file.tell() + 2 * _BLOCK
-        self._file.write(bytes(2 * _BLOCK + -end % tarfile.RECORDSIZE))
-        num_bytes = self._file.tell()
-        self.close()
-        entries = np.array(self._entries, dtype=ENTRY_DTYPE)
-        idx = entries.tobytes()
-        keys = "".join(f"{key}\n" for key in self._keys).encode("ascii")
-        sidecar(self._path, ".idx").write_bytes(idx)
-        sidecar(self._path, ".keys").write_bytes(keys)
-        return ShardInfo(
-            name=self._path.name,
-            bytes=num_bytes,
-            records=len(entries),
-            classes=dict(Counter(entries["tasks"].tolist())),
-            idx_sha256=hashlib.sha256(idx).hexdigest(),
-            keys_sha256=hashlib.sha256(keys).hexdigest(),
-        )
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _make_durable(folder: Path) -> None:
-    """Flush every file to disk before the rename publishes it; mkdtemp's private mode ends here."""
-    for path in (*folder.iterdir(), folder):
-        descriptor = os.open(path, os.O_RDONLY)
+    def write(self, results: Iterable[Packed | Skipped]) -> tuple[ShardInfo, ...]:
+        """Write all results; the shards of the whole folder."""
+        writer: ShardWriter | None = None
         try:
-            os.fsync(descriptor)
+            for result in results:
+                if isinstance(result, Skipped):
+                    self._leave_out(result)
+                else:
+                    self._require_new(result.key)
+                    if writer is not None and writer.is_full(len(result.blocks), *self._limits):
+                        self._finish(writer)
+                        writer = None
+                    if writer is None:
+                        name = f"shard-{len(self._shards):06d}.tar"
+                        writer = ShardWriter(self._work.shards / name)
+                    writer.add(result)
+                    self._seen.add(result.key)
+                self._items += 1
+                if self._progress is not None:
+                    self._progress(self._items)
+            if writer is not None:
+                self._finish(writer)
+                writer = None
         finally:
-            os.close(descriptor)
-    mask = os.umask(0)
-    os.umask(mask)
-    folder.chmod(0o777 & ~mask)
+            if writer is not None:
+                writer.close()
+        if not self._shards:
+            raise ValueError("build: the source gave no record; check its path, split and limits")
+        return tuple(self._shards)
+
+    def _require_new(self, key: str) -> None:
+        if key in self._seen:
+            raise ValueError(
+                f"record {key}: a key must be unique in the dataset, found it twice; rename one "
+                "of the records in its source"
+            )
+
+    def _leave_out(self, row: Skipped) -> None:
+        if self._strict and row.reason != BY_CHOICE:
+            raise ValueError(
+                f"record {row.key}: {row.reason}: {row.detail}; without strict the clip would be "
+                "left out and listed"
+            )
+        self._since.append(row)
+        self.skipped.append(row)
+
+    def _finish(self, writer: ShardWriter) -> None:
+        info = writer.finish()
+        self._work.mark(len(self._shards), info, self._items, self._since)
+        self._shards.append(info)
+        self._since = []

@@ -1,4 +1,4 @@
-"""What a source gives the build per clip: a recipe that makes the record or says why there is none.
+"""What a source gives the build per clip: a recipe for the record, or why there is none.
 
 A recipe is a function of nothing that a worker process can call (so it is picklable) and that gives
 the same every time. Clips that do not become records are counted and listed in `skipped.jsonl`

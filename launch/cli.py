@@ -18,7 +18,7 @@ from typing import Any
 
 from emoverse import __version__
 
-DONE, FAULT, WRONG_INPUT = 0, 1, 2
+DONE, FAULT, WRONG_INPUT, STOPPED = 0, 1, 2, 75
 
 Configure = Callable[[argparse.ArgumentParser], None]
 Handle = Callable[[argparse.Namespace], int]
@@ -96,16 +96,19 @@ def build_parser(words: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def _build_arguments(parser: argparse.ArgumentParser) -> None:
-    from data_shards.sources import add_build_arguments
+    from data_shards.build_verb import add_build_arguments
 
-    add_build_arguments(parser)
-    _add_json(parser)
+    add_build_arguments(parser, _add_json)
 
 
 def _build(args: argparse.Namespace) -> int:
-    from data_shards.sources import run_build
+    from data_shards.build_verb import StoppedEarly, run_build
 
-    return _print_result(run_build(args), args)
+    try:
+        return _print_result(run_build(args), args)
+    except StoppedEarly as stop:
+        print(f"emoverse build: {stop}", file=sys.stderr)
+        return STOPPED
 
 
 def _annotate_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,8 +5,8 @@ FER rules (peak frame, eqs. 1-3) from that csv, given a composed reason (ERI), a
 Every clip is a pure function of (seed, split, number): workers may make them in any order.
 """
 
-import multiprocessing
-from collections.abc import Callable, Iterator
+import argparse
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,7 +14,9 @@ import numpy as np
 
 from data_shards.annotate.action_units import FerAnnotation, FerOptions, annotate_fer
 from data_shards.openface import format_openface, read_openface
+from data_shards.recipe import Recipe
 from data_shards.record import Record, Video
+from data_shards.sources import Source
 from data_shards.tasks import TASKS, Task
 from data_shards.video import encode_mp4
 from data_shards.world import scene as world
@@ -125,11 +127,41 @@ def make_record(options: SyntheticOptions, number: int) -> Record:
     )
 
 
-def synthetic_records(options: SyntheticOptions, *, workers: int = 1) -> Iterator[Record]:
-    """All clips in order, made by `workers` processes (1: in this one)."""
-    make: Callable[[int], Record] = partial(make_record, options)
-    if workers <= 1:
-        yield from map(make, range(options.clips))
-        return
-    with multiprocessing.get_context("fork").Pool(workers) as pool:
-        yield from pool.imap(make, range(options.clips), chunksize=16)
+def synthetic_recipes(options: SyntheticOptions) -> Iterator[Recipe]:
+    """One recipe per clip, in order."""
+    return (partial(make_record, options, number) for number in range(options.clips))
+
+
+def synthetic_records(options: SyntheticOptions) -> Iterator[Record]:
+    """All clips in order, made in this process."""
+    return (make_record(options, number) for number in range(options.clips))
+
+
+# ----------------------------------------------------------------------------------- command line
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `emoverse build synthetic` that say which corpus."""
+    add = parser.add_argument
+    add("--clips", type=int, default=1000, help="number of clips (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of the corpus (default: %(default)s)")
+    add("--split", choices=SPLITS, default="train", help="people differ between splits")
+    add("--identities", type=int, default=400, help="number of people (default: %(default)s)")
+
+
+def open_source(args: argparse.Namespace) -> Source:
+    """The corpus of some arguments."""
+    options = SyntheticOptions(
+        clips=args.clips, seed=args.seed, split=args.split, identities=args.identities
+    )
+    return Source(
+        items=synthetic_recipes(options),
+        total=options.clips,
+        provenance={
+            "source": "synthetic",
+            "clips": options.clips,
+            "seed": options.seed,
+            "split": options.split,
+            "identities": options.identities,
+        },
+    )

@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 
+from data_shards.parallel import ordered_map
 from data_shards.record import Video, from_members, to_members
 from data_shards.sources.synthetic import (
     SyntheticOptions,
     compose_reason,
     make_record,
     make_scene,
+    synthetic_recipes,
     synthetic_records,
 )
 from data_shards.tasks import TASKS, Task
@@ -36,7 +38,7 @@ def test_clips_decode_to_their_length_and_peak() -> None:
 
 
 def test_a_clip_is_a_function_of_seed_split_and_number_alone() -> None:
-    in_workers = list(synthetic_records(OPTIONS, workers=2))
+    in_workers = list(ordered_map(lambda recipe: recipe(), synthetic_recipes(OPTIONS), workers=2))
     assert in_workers == RECORDS
     assert make_record(OPTIONS, 7) == RECORDS[7]
     assert make_record(SyntheticOptions(clips=40, seed=6, identities=8), 7) != RECORDS[7]
