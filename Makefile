@@ -1,5 +1,5 @@
 # setup: .venv with everything for CPU    demo: the whole way on this machine, into runs/demo/
-# test: the fast tests    test-all: also browser, demo, slurm    lint: style, types, shell scripts
+# test: the fast tests    test-all: then browser, demo, slurm    lint: style, types, shell scripts
 #
 # TORCH_INDEX_URL may name another package index for torch, for example
 #   make setup TORCH_INDEX_URL=INDEX_WITH_CPU_BUILDS
@@ -9,6 +9,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH_INDEX_URL ?=
 PYTEST_ARGS ?=
+# Test processes; each file of tests stays in one of them.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all lint clean
@@ -30,10 +33,10 @@ demo: setup
 	$(BIN)/python -m launch.demo
 
 test: setup
-	$(BIN)/python -m pytest -m "not slurm and not browser and not demo and not gpu and not slow" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slurm and not browser and not demo and not gpu and not slow" $(PYTEST_ARGS)
 
-test-all: setup
-	$(BIN)/python -m pytest -m "not gpu and not slow" $(PYTEST_ARGS)
+test-all: test
+	$(PYTEST) -m "(slurm or browser or demo) and not gpu and not slow" $(PYTEST_ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

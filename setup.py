@@ -56,6 +56,7 @@ setup(
             "playwright>=1.60",
             "pytest>=9",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "ruff>=0.17",
             "scikit-learn>=1.7",
         ],

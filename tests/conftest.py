@@ -26,6 +26,16 @@ RunPython = Callable[..., subprocess.CompletedProcess[str]]
 MakeIndex = Callable[..., ShardIndex]
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With several test processes: a file stays in one, for its fixtures; so do all SLURM tests."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        slurm = item.get_closest_marker("slurm") is not None
+        item.add_marker(pytest.mark.xdist_group("slurm" if slurm else item.path.name))
+
+
 @pytest.fixture
 def run_python() -> RunPython:
     """Run `python ARGUMENTS...` with the source tree importable; nothing is checked."""
