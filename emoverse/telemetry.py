@@ -5,8 +5,8 @@ one JSON object per line, told apart by "kind":
   start     step, resumed, world_size, zero_stage, trainable, num_steps, num_samples, rates, lineage
   step      step, loss
   interval  step, loss, task {name: {loss, samples, mix, rate, tokens, weight_share, loss_share}},
-            lr {part: rate}, grad_norm, samples_per_s, tokens_per_s, data_wait, memory_bytes, mfu,
-            eta_s, checkpoint_step
+            lr {part: rate}, grad_norm, samples_per_s, tokens_per_s, data_wait, imbalance,
+            tokens_per_pack, memory_bytes, mfu, eta_s, checkpoint_step
   note      step, text
   end       step, seconds, audit, reason
 "step" counts finished optimiser steps; a resumed stage drops the lines after the step it resumes
@@ -66,6 +66,8 @@ class StepCounts:
     samples: Mapping[Task, int]
     tokens: int  # packed tokens, supervised or not
     wait_s: float  # longest time that a rank waited for its data
+    most_tokens: int = 0  # of one rank
+    packs: int = 0  # of all ranks, the empty ones that keep them together included
 
 
 class Telemetry:
@@ -173,6 +175,7 @@ class Telemetry:
             "samples_per_s": samples / seconds,
             "tokens_per_s": tokens / seconds,
             "data_wait": sum(counts.wait_s for counts in self._counts) / seconds,
+            **self._balance(tokens),
             "memory_bytes": peak_memory_bytes(self._world.device),
             "mfu": per_second / (peak * self._world.world_size) if per_second and peak else None,
             "eta_s": (self._num_steps - step) * seconds / num_steps,
@@ -183,6 +186,19 @@ class Telemetry:
         if self._writer is not None:
             for tag, value in scalars(record):
                 self._writer.add_scalar(tag, value, step)
+
+    def _balance(self, tokens: int) -> dict[str, float]:
+        """How evenly the ranks shared the interval, and how full their packs were.
+
+        `imbalance`: tokens of the fullest rank over the mean, step by step; 1 is perfect, and the
+        others wait for imbalance - 1 of their time.
+        """
+        fullest = sum(counts.most_tokens for counts in self._counts)
+        packs = sum(counts.packs for counts in self._counts)
+        return {
+            "imbalance": fullest * self._world.world_size / max(tokens, 1),
+            "tokens_per_pack": tokens / max(packs, 1),
+        }
 
     def _by_task(self, all_samples: int) -> dict[str, dict[str, float]]:
         all_weight = sum(sum(result.task_weight) for result in self._steps)
@@ -220,7 +236,7 @@ def _event_writer(stage_dir: Path, start_step: int) -> Any:
 def scalars(record: Mapping[str, Any]) -> list[tuple[str, float]]:
     """The curves of an interval for tensorboard."""
     speeds = ("samples_per_s", "tokens_per_s", "data_wait", "memory_bytes", "mfu")
-    names = ("loss", "grad_norm", *speeds)
+    names = ("loss", "grad_norm", "imbalance", "tokens_per_pack", *speeds)
     found = [(name, record[name]) for name in names if record[name] is not None]
     found += [(f"lr/{group}", value) for group, value in record["lr"].items()]
     for task, row in record["task"].items():

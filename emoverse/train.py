@@ -236,6 +236,8 @@ def _step_counts(ballot: Vote) -> StepCounts:
         samples={task: int(_total(ballot, TASK + number)) for number, task in enumerate(TASKS)},
         tokens=int(_total(ballot, TOKENS)),
         wait_s=max(row[WAIT] for row in ballot.extra),
+        most_tokens=int(max(row[TOKENS] for row in ballot.extra)),
+        packs=ballot.num_packs * len(ballot.extra),
     )
 
 

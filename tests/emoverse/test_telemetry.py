@@ -35,6 +35,8 @@ INTERVAL_KEYS = {
     "samples_per_s",
     "tokens_per_s",
     "data_wait",
+    "imbalance",
+    "tokens_per_pack",
     "memory_bytes",
     "mfu",
     "eta_s",
@@ -75,7 +77,9 @@ def step(telemetry: Telemetry, number: int) -> None:
         task_tokens=[4, 8, 0, 0, 0],
         grad_norm=0.5,
     )
-    counts = StepCounts(samples={Task.MSA: 2, Task.ER: 2}, tokens=500, wait_s=0.1)
+    counts = StepCounts(
+        samples={Task.MSA: 2, Task.ER: 2}, tokens=500, wait_s=0.1, most_tokens=300, packs=4
+    )
     telemetry.record(number, result, counts, {"lora": 1e-5, "projector": 2e-5})
 
 
@@ -117,6 +121,8 @@ def test_line_and_records_of_a_stage(tmp_path: Path) -> None:
     }
     assert interval["task"]["fer"]["loss"] is None
     assert interval["mfu"] is None and interval["memory_bytes"] > 0
+    # Two ranks, one with 300 of 500 tokens: it does 1.2 times its share.
+    assert (interval["imbalance"], interval["tokens_per_pack"]) == (1.2, 125)
     assert records[-1] == {**records[-1], "kind": "end", "reason": "done", "audit": "00ff"}
 
 
