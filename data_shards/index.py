@@ -11,7 +11,7 @@ import json
 import re
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -38,12 +38,16 @@ ENTRY_DTYPE: Final = np.dtype(
     ]
 )
 LENGTH_MAX: Final = 2**16 - 1
+# Bounds of what a reader takes into memory; the builder refuses more.
+MAX_RECORD_BYTES: Final = 2**28
+MAX_JSON_BYTES: Final = 2**20
 
-T = TypeVar("T")
+T = TypeVar("T", bound=Sized)
 
 _SHARD_NAME: Final = re.compile(r"[A-Za-z0-9_-]+\.tar")
 _ALL_TASKS: Final = 2 ** len(TASKS) - 1
-_CACHED_SHARDS: Final = 1024  # sidecars kept open; a plan walks a few blocks of shards at a time
+# Sidecars kept in memory, by their records; a plan walks a few blocks of shards at a time.
+_CACHED_RECORDS: Final = 2**21
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,7 +186,7 @@ class ShardIndex:
         return {mask: counts[mask] for mask in sorted(counts) if counts[mask]}
 
     def entries(self, shard: int) -> NDArray[np.void]:
-        """The shard's entries [records] of ENTRY_DTYPE, memory-mapped and read-only.
+        """The shard's entries [records] of ENTRY_DTYPE, read-only.
 
         Raises:
             ValueError: the file is not the one that index.json describes.
@@ -220,13 +224,20 @@ class ShardIndex:
     def _load_entries(self, shard: int) -> NDArray[np.void]:
         info = self.shards[shard]
         path = sidecar(self.folder / info.name, ".idx")
-        entries: NDArray[np.void] = np.memmap(path, dtype=ENTRY_DTYPE, mode="r")
-        if hashlib.sha256(entries.tobytes()).hexdigest() != info.idx_sha256:
+        # Read, not mapped: a mapped file that somebody cuts short ends the process without a word.
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != info.idx_sha256:
             raise ValueError(_changed(path, "idx_sha256"))
+        if len(content) != info.records * ENTRY_DTYPE.itemsize:
+            raise ValueError(_changed(path, "records"))
+        entries: NDArray[np.void] = np.frombuffer(content, dtype=ENTRY_DTYPE)
         masks, counts = np.unique(entries["tasks"], return_counts=True)
         found = dict(zip(masks.tolist(), counts.tolist(), strict=True))
-        ends = entries["offset"] + entries["size"]
-        ordered = np.all(entries["offset"][1:] >= ends[:-1]) and int(ends[-1]) <= info.bytes
+        ends = entries["offset"] + entries["size"]  # wraps around only if offset > ends
+        ordered = bool(
+            np.all(entries["offset"] < ends) and np.all(entries["offset"][1:] >= ends[:-1])
+        )
+        ordered = ordered and int(ends[-1]) <= info.bytes
         if found != {mask: count for mask, count in info.classes.items() if count} or not ordered:
             raise ValueError(_changed(path, "classes and bytes"))
         return entries
@@ -243,7 +254,7 @@ class ShardIndex:
         return keys
 
     def __getstate__(self) -> dict[str, Any]:
-        """Open files stay behind: a data worker maps them itself."""
+        """What was read stays behind: a data worker reads what it needs."""
         return {**self.__dict__, "_entries": OrderedDict(), "_keys": OrderedDict()}
 
 
@@ -285,7 +296,7 @@ def write_index(
 def _read_document(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: must be JSON, found: {error}; {_REBUILD}") from error
     version = document.get("schema_version") if isinstance(document, dict) else None
     if version != SCHEMA_VERSION:
@@ -331,5 +342,5 @@ def _changed(path: Path, field: str) -> str:
 
 def _keep(cache: OrderedDict[int, T], shard: int, value: T) -> None:
     cache[shard] = value
-    if len(cache) > _CACHED_SHARDS:
+    while len(cache) > 1 and sum(len(kept) for kept in cache.values()) > _CACHED_RECORDS:
         cache.popitem(last=False)

@@ -6,6 +6,7 @@ Letters: H, W pixels; P tiles.
 """
 
 import io
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,9 @@ except ImportError:  # optional: about twice as fast as Pillow
     simplejpeg = None
 
 Pixels = NDArray[np.uint8]
+
+MAX_PIXELS: Final = 2**26
+"""Most pixels of a stored picture: a few bytes can claim more than any memory holds."""
 
 
 def resize_frame(rgb_HW3: Pixels, size: int) -> Pixels:
@@ -99,12 +103,36 @@ def jpeg_decode(jpeg: bytes) -> Pixels:
     """uint8 RGB [H, W, 3] of a JPEG.
 
     Raises:
-        ValueError: the bytes are no JPEG, or are cut short.
+        ValueError: the bytes are no JPEG, are cut short, or claim more than MAX_PIXELS.
     """
     try:
         if simplejpeg is not None:
+            _require_size(*simplejpeg.decode_jpeg_header(jpeg)[:2])
             return np.asarray(simplejpeg.decode_jpeg(jpeg, "RGB"), dtype=np.uint8)
         with Image.open(io.BytesIO(jpeg), formats=["JPEG"]) as image:
+            _require_size(image.height, image.width)
             return np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"cannot decode a JPEG of {len(jpeg)} bytes: {error}") from error
+
+
+def jpeg_decode_into(jpeg: bytes, out_HW3: Pixels) -> None:
+    """Decode a JPEG into pixels [H, W, 3] that are already there, resized if it has another size.
+
+    Raises:
+        ValueError: like `jpeg_decode`.
+    """
+    if simplejpeg is not None:
+        try:
+            if simplejpeg.decode_jpeg_header(jpeg)[:2] == out_HW3.shape[:2]:
+                simplejpeg.decode_jpeg(jpeg, "RGB", buffer=out_HW3)
+                return
+        except (OSError, ValueError) as error:
+            raise ValueError(f"cannot decode a JPEG of {len(jpeg)} bytes: {error}") from error
+    rgb_HW3 = jpeg_decode(jpeg)
+    out_HW3[:] = _resize(rgb_HW3, out_HW3.shape[1], out_HW3.shape[0])
+
+
+def _require_size(height: int, width: int) -> None:
+    if height * width > MAX_PIXELS:
+        raise ValueError(f"it claims {width}x{height} pixels, a picture has at most {MAX_PIXELS}")

@@ -14,18 +14,21 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from data_shards.index import ShardIndex
+from data_shards.index import MAX_JSON_BYTES, MAX_RECORD_BYTES, ShardIndex
 from data_shards.record import Record, from_members
 
 _BLOCK: Final = tarfile.BLOCKSIZE
 _FILE_TYPES: Final = (tarfile.REGTYPE, tarfile.AREGTYPE)
-_EXTENSION: Final = re.compile(r"json|mp4|f[0-9]+\.jpg|peak\.jpg")
+_EXTENSION: Final = re.compile(r"json|mp4|f[0-9]{1,4}\.jpg|peak\.jpg")
+_CAUSE_CHARS: Final = 500  # a cause may quote what it found, and that may be anything
 
 
 class DamagedRecord(ValueError):
     """A record whose bytes are not what the builder wrote."""
 
     def __init__(self, *, shard: str, key: str, offset: int, cause: str) -> None:
+        if len(cause) > _CAUSE_CHARS:
+            cause = f"{cause[:_CAUSE_CHARS]} ..."
         super().__init__(f"record {key} in {shard} at byte {offset}: {cause}")
         self.shard = shard  # file name of the tar
         self.key = key
@@ -67,6 +70,8 @@ class ShardReader:
         key = self.index.key(shard, slot)
         offset, size = int(entry["offset"]), int(entry["size"])
         try:
+            if size > MAX_RECORD_BYTES:
+                raise ValueError(f"a record may have {MAX_RECORD_BYTES} bytes, this one has {size}")
             blocks = _read_exactly(self._descriptor(shard), size, offset)
             checksum = zlib.crc32(blocks)
             if checksum != entry["crc32"]:
@@ -152,6 +157,10 @@ def untar(key: str, blocks: bytes) -> dict[str, bytes]:
         if not 0 <= info.size <= len(blocks) - at:
             raise ValueError(
                 f"member {info.name!r} claims {info.size} bytes, {len(blocks) - at} are left"
+            )
+        if extension == "json" and info.size > MAX_JSON_BYTES:
+            raise ValueError(
+                f"member {info.name!r} may have {MAX_JSON_BYTES} bytes, found {info.size}"
             )
         members[extension] = blocks[at : at + info.size]
         at += info.size + -info.size % _BLOCK

@@ -140,8 +140,8 @@ def _check(r: Record) -> None:
     for name in ("source", "split"):
         if not getattr(r, name):
             _fail(r.key, name, "must not be empty", getattr(r, name))
-    if r.num_frames < 1:
-        _fail(r.key, "num_frames", "must be 1 or more", r.num_frames)
+    if not 1 <= r.num_frames < 2**31:
+        _fail(r.key, "num_frames", "must be 1 or more, below 2**31", r.num_frames)
     if r.peak_frame is not None and not 0 <= r.peak_frame < r.num_frames:
         _fail(r.key, "peak_frame", f"must be 0..{r.num_frames - 1} (0-based)", r.peak_frame)
     if not 0 <= r.target <= len(r.conversation) or (r.conversation and r.target == 0):
@@ -335,7 +335,7 @@ class _FieldReader:
         value = self.get(name, object, optional=True)
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 1e9:
             _fail(self._key, name, "must be of type float", value)
         return float(value)
 

@@ -16,12 +16,18 @@ from typing import Final
 
 import numpy as np
 
-from data_shards.index import ENTRY_DTYPE, LENGTH_MAX, ShardInfo, sidecar
+from data_shards.index import (
+    ENTRY_DTYPE,
+    LENGTH_MAX,
+    MAX_JSON_BYTES,
+    MAX_RECORD_BYTES,
+    ShardInfo,
+    sidecar,
+)
 from data_shards.record import Record, to_members
 
 _BLOCK: Final = tarfile.BLOCKSIZE
 _NAME_MAX: Final = 100  # longer names would need tar extensions that not every reader knows
-_SIZE_MAX: Final = 2**32 - 1  # field `size` of the index
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,12 +55,18 @@ def pack_record(record: Record) -> Packed:
                 f"record {record.key}: key and extension may have {_NAME_MAX} characters in a tar, "
                 f"found {len(info.name)}; shorten the key"
             )
+        if extension == "json" and len(content) > MAX_JSON_BYTES:
+            raise ValueError(
+                f"record {record.key}: its texts may have {MAX_JSON_BYTES} bytes, found "
+                f"{len(content)}; shorten the conversation"
+            )
         info.size = len(content)  # mtime, uid and gid are 0, the mode is 0644
         parts += [info.tobuf(tarfile.USTAR_FORMAT), content, bytes(-len(content) % _BLOCK)]
     blocks = b"".join(parts)
-    if len(blocks) > _SIZE_MAX:
+    if len(blocks) > MAX_RECORD_BYTES:
         raise ValueError(
-            f"record {record.key}: may have {_SIZE_MAX} bytes, found {len(blocks)}; cut the clip"
+            f"record {record.key}: may have {MAX_RECORD_BYTES} bytes, found {len(blocks)}; cut the "
+            "clip"
         )
     return Packed(
         key=record.key,

@@ -9,7 +9,7 @@ A damaged record stops the run, or its position goes to the plan's next substitu
 Nothing is kept between steps: workers hold no state, any order of steps gives the same samples.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_shards.index import ShardIndex
-from data_shards.pixels import jpeg_decode, resize_frame
+from data_shards.pixels import jpeg_decode_into, resize_frame
 from data_shards.plan import Placement
 from data_shards.reader import DamagedRecord, ShardReader
 from data_shards.record import Frames, Record
@@ -38,6 +38,7 @@ class ViewOptions:
     num_frames: int  # frames of a clip view
     image_size: int  # height and width of a frame in pixels
     visual: Literal["video", "peak_frame"] = "video"  # peak_frame: one frame where a record has it
+    resize: Literal["exact", "fast"] = "exact"  # of videos: Pillow's pixels, or libswscale's
 
     def __post_init__(self) -> None:
         if self.num_frames < 1 or self.image_size < 1:
@@ -47,6 +48,8 @@ class ViewOptions:
             )
         if self.visual not in ("video", "peak_frame"):
             raise ValueError(f"visual must be 'video' or 'peak_frame', found {self.visual!r}")
+        if self.resize not in ("exact", "fast"):
+            raise ValueError(f"resize must be 'exact' or 'fast', found {self.resize!r}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,14 +120,36 @@ def decode_view(record: Record, view: View, options: ViewOptions) -> NDArray[np.
             jpegs = (record.media.peak_jpeg,)
         elif len(jpegs) != options.num_frames:
             raise ValueError(f"{len(jpegs)} extracted frames, the view has {options.num_frames}")
-        frames = [jpeg_decode(jpeg) for jpeg in jpegs]
-    elif view == "peak":
+        return _decode_jpegs(jpegs, view, options.image_size)
+    indices: tuple[int, ...] = clip_indices(record.num_frames, options.num_frames)
+    if view == "peak":
         assert record.peak_frame is not None, "a peak view needs a peak frame"
-        frames = list(decode_frames(record.media.mp4, [record.peak_frame]))
-    else:
-        indices = clip_indices(record.num_frames, options.num_frames)
-        frames = list(decode_frames(record.media.mp4, indices))
-    return np.stack([resize_frame(frame, options.image_size) for frame in frames])
+        indices = (record.peak_frame,)
+    size = options.image_size
+    try:
+        frames = decode_frames(
+            record.media.mp4,
+            indices,
+            num_frames=record.num_frames,
+            size=size if options.resize == "fast" else None,
+        )
+    except ValueError as error:
+        raise ValueError(f"mp4: {error}") from error
+    if frames.shape[1:3] == (size, size):
+        return frames
+    return np.stack([resize_frame(frame, size) for frame in frames])
+
+
+def _decode_jpegs(jpegs: Sequence[bytes], view: View, size: int) -> NDArray[np.uint8]:
+    """Stored frames, straight into their places: uint8 [F, size, size, 3]."""
+    frames = np.empty((len(jpegs), size, size, 3), dtype=np.uint8)
+    for number, jpeg in enumerate(jpegs):
+        try:
+            jpeg_decode_into(jpeg, frames[number])
+        except ValueError as error:
+            member = "peak.jpg" if view == "peak" else f"f{number}.jpg"
+            raise ValueError(f"{member}: {error}") from error
+    return frames
 
 
 def require_view(index: ShardIndex, options: ViewOptions) -> None:

@@ -1,19 +1,19 @@
-"""Video bytes to frames and back: the only file that knows PyAV.
+"""Video bytes to frames and back, by PyAV.
 
 In: the bytes of one mp4 and the wanted frame numbers (0-based rank by presentation time).
 Out: uint8 RGB frames [F, H, W, 3] at the clip's own size. Decoding uses one thread (decoder threads
 inside data workers can hang) and skips packets that no wanted frame needs; what it returns is
-bit-identical to decoding every packet. Flow: reader (bytes) -> here -> pixels (resize).
+bit-identical to decoding every packet. A clip is untrusted input: what it may cost is bounded, and
+nothing but an mp4 is opened (playlists name other files). Flow: reader -> here -> pixels (resize).
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TypeAlias
 
 import av
 import av.container
@@ -24,18 +24,19 @@ import av.video.frame
 import av.video.reformatter
 import av.video.stream
 import numpy as np
-from numpy.typing import NDArray
 
-Frame = NDArray[np.uint8]
-# PyAV's type stubs make this class generic, at run time it is not.
-Packet: TypeAlias = "av.packet.Packet[av.video.stream.VideoStream]"
+from data_shards.mp4_boxes import require_modest_claims
 
-_NAL_SLICE = 1
-_NAL_IDR_SLICE = 5
-
-
-class DamagedVideo(ValueError):
-    """The bytes are not a clip from which the wanted frames can be read intact."""
+# The error belongs to this module's interface.
+from data_shards.packets import DamagedVideo as DamagedVideo
+from data_shards.packets import (
+    Frame,
+    Packets,
+    avc_length_bytes,
+    decode_linear,
+    decode_skipping,
+    slice_kinds,
+)
 
 
 def clip_indices(num_frames: int, count: int) -> tuple[int, ...]:
@@ -192,7 +193,7 @@ def _copy_span(
     end: int | None,
 ) -> bytes:
     buffer = io.BytesIO()
-    shown, nal = False, _avc_length_bytes(stream.codec_context)
+    shown, nal = False, avc_length_bytes(stream.codec_context)
     with av.open(
         buffer, mode="w", format="mp4", container_options={"fflags": "+bitexact"}
     ) as output:
@@ -202,7 +203,7 @@ def _copy_span(
                 continue
             if end is not None and packet.dts >= end:
                 break
-            if end is not None and packet.pts >= end and not _slice_kinds(packet, nal).is_reference:
+            if end is not None and packet.pts >= end and not slice_kinds(packet, nal).is_reference:
                 continue
             shown = shown or (begin <= packet.pts and (end is None or packet.pts < end))
             packet.pts, packet.dts = packet.pts - begin, packet.dts - begin
@@ -219,15 +220,33 @@ def count_frames(mp4: bytes) -> int:
     Raises:
         DamagedVideo: not a video, no video track, or cut short.
     """
+    with _open_mp4(mp4, "read") as container:
+        return len(Packets.demux(container).shown)
+
+
+@contextlib.contextmanager
+def _open_mp4(mp4: bytes, doing: str) -> Iterator[av.container.InputContainer]:
+    """The mp4 demuxer on these bytes, and no other: some formats make libav open further files."""
     try:
-        with av.open(io.BytesIO(mp4), mode="r") as container:
-            return len(_Packets.demux(container).shown)
-    except av.error.FFmpegError as error:
-        raise DamagedVideo(f"cannot read the video: {error}") from error
+        require_modest_claims(mp4)
+    except ValueError as error:
+        raise DamagedVideo(str(error)) from error
+    try:
+        with av.open(io.BytesIO(mp4), mode="r", format="mp4") as container:
+            yield container
+    except (av.error.FFmpegError, UnicodeDecodeError) as error:  # tags need not be valid text
+        raise DamagedVideo(f"cannot {doing} the video: {error}") from error
 
 
-def decode_frames(mp4: bytes, indices: Sequence[int]) -> Frame:
+def decode_frames(
+    mp4: bytes, indices: Sequence[int], *, num_frames: int | None = None, size: int | None = None
+) -> Frame:
     """The frames `indices` (any order, repeats allowed) as uint8 RGB [F, H, W, 3].
+
+    Args:
+        num_frames: how many frames the video must have.
+        size: scale to [size, size] with libswscale's bicubic filter, on the way from YUV to RGB:
+            faster than `pixels.resize_frame` and not the same pixels.
 
     Raises:
         DamagedVideo: unreadable or cut short, fewer frames than asked, or a frame the decoder
@@ -237,160 +256,22 @@ def decode_frames(mp4: bytes, indices: Sequence[int]) -> Frame:
     if len(indices) == 0 or min(indices) < 0:
         raise ValueError(f"decode_frames: need frame numbers of 0 or more, found {list(indices)}")
     wanted = sorted(set(indices))
-    try:
-        with av.open(io.BytesIO(mp4), mode="r") as container:
-            packets = _Packets.demux(container)
-            num_frames = len(packets.shown)
-            if wanted[-1] >= num_frames:
-                raise DamagedVideo(f"frame {wanted[-1]} asked, the video has {num_frames} frames")
-            wanted_pts = {packets.shown[j] for j in wanted}
-            found = _decode_skipping(packets, wanted_pts)
-            if found is None:
-                found = _decode_linear(packets, wanted_pts)
-    except av.error.FFmpegError as error:
-        raise DamagedVideo(f"cannot decode the video: {error}") from error
+    with _open_mp4(mp4, "decode") as container:
+        packets = Packets.demux(container)
+        found_frames = len(packets.shown)
+        if num_frames is not None and num_frames != found_frames:
+            raise DamagedVideo(f"{num_frames} frames promised, the video has {found_frames}")
+        if wanted[-1] >= found_frames:
+            raise DamagedVideo(f"frame {wanted[-1]} asked, the video has {found_frames} frames")
+        wanted_pts = {packets.shown[j] for j in wanted}
+        found = decode_skipping(packets, wanted_pts, size)
+        if found is None:
+            found = decode_linear(packets, wanted_pts, size)
     by_rank = {j: found.get(packets.shown[j]) for j in wanted}
     missing = [j for j, image in by_rank.items() if image is None]
     if missing:
-        raise DamagedVideo(f"frames {missing} of {num_frames} did not come out of the decoder")
+        raise DamagedVideo(f"frames {missing} of {found_frames} did not come out of the decoder")
     images = [image for j in indices if (image := by_rank[j]) is not None]
     if any(image.shape != images[0].shape for image in images):
         raise DamagedVideo("the picture size changes inside the clip")
     return np.stack(images)
-
-
-@dataclass(frozen=True, slots=True)
-class _Packets:
-    """All packets of the video track in decode order, and the times at which frames are shown."""
-
-    context: av.video.codeccontext.VideoCodecContext
-    packets: tuple[Packet, ...]
-    pts: tuple[int, ...]  # time stamp of each packet
-    shown: tuple[int, ...]  # sorted time stamps of the packets that are shown: frame j is shown[j]
-
-    @classmethod
-    def demux(cls, container: av.container.InputContainer) -> _Packets:
-        if not container.streams.video:
-            raise DamagedVideo("the file has no video track")
-        stream = container.streams.video[0]
-        packets = tuple(p for p in container.demux(stream) if p.size > 0)
-        if any(p.is_corrupt for p in packets):
-            raise DamagedVideo("the file is cut short: a packet is incomplete")
-        # Packets outside the edit list are decoded (others may need them) but never shown.
-        shown = [p.pts for p in packets if not p.is_discard and p.pts is not None]
-        pts = tuple(p.pts for p in packets if p.pts is not None)
-        if not shown or len(pts) < len(packets):
-            raise DamagedVideo("the video track is empty or has packets without a time stamp")
-        if len(set(pts)) < len(pts):
-            raise DamagedVideo("two frames of the video have the same time stamp")
-        context = stream.codec_context
-        context.thread_type = "NONE"  # decoder threads in data workers can hang
-        context.thread_count = 1
-        return cls(context, packets, pts, tuple(sorted(shown)))
-
-
-class _Decoder:
-    """One single-threaded decoder that keeps the frames with wanted time stamps as RGB."""
-
-    def __init__(self, context: av.video.codeccontext.VideoCodecContext, wanted: set[int]) -> None:
-        self.found: dict[int, Frame] = {}
-        self.fault = ""  # first sign that the frames are not what the video shows
-        self._context = context
-        self._wanted = wanted
-        self._last_pts: int | None = None
-        self._reformatter = av.video.reformatter.VideoReformatter()  # one scaler for all frames
-
-    def feed(self, packet: Packet | None) -> None:
-        """Decode one packet; None drains the decoder and makes it ready for a new start."""
-        for frame in self._context.decode(packet):
-            self._check(frame)
-            if frame.pts in self._wanted:
-                rgb = self._reformatter.reformat(frame, format="rgb24", threads=1)
-                self.found[frame.pts] = rgb.to_ndarray().astype(np.uint8, copy=False)
-        if packet is None:
-            self._context.flush_buffers()
-
-    def _check(self, frame: av.video.frame.VideoFrame) -> None:
-        """A broken reference spoils the frames after it, so unwanted frames are checked too."""
-        if frame.is_corrupt and not self.fault:
-            self.fault = f"the frame at time stamp {frame.pts} is corrupt"
-        # Decoders put out pictures in the order in which they are shown.
-        if frame.pts is None or (self._last_pts is not None and frame.pts <= self._last_pts):
-            self.fault = self.fault or "the time stamps do not follow the order of the pictures"
-        self._last_pts = frame.pts
-
-
-def _decode_linear(packets: _Packets, wanted: set[int]) -> dict[int, Frame]:
-    """Time stamp -> frame from decoding every packet; the truth that skipping must meet."""
-    decoder = _Decoder(packets.context, wanted)
-    for packet in packets.packets:
-        decoder.feed(packet)
-    decoder.feed(None)
-    if decoder.fault:
-        raise DamagedVideo(decoder.fault)
-    return decoder.found
-
-
-def _decode_skipping(packets: _Packets, wanted: set[int]) -> dict[int, Frame] | None:
-    """Decode only the packets that wanted frames need; None if that cannot be done exactly.
-
-    Groups of pictures (GOPs) are independent when each starts with an IDR picture and shows nothing
-    before it. Inside one, a picture that no other refers to is dropped unless wanted, and decoding
-    stops behind the last wanted packet.
-    """
-    length_bytes = _avc_length_bytes(packets.context)
-    if length_bytes == 0:
-        return None
-    kinds = [_slice_kinds(p, length_bytes) for p in packets.packets]
-    starts = [i for i, p in enumerate(packets.packets) if p.is_keyframe]
-    if not starts or starts[0] != 0 or not all(kinds[i].is_idr for i in starts):
-        return None
-    gops = list(zip(starts, [*starts[1:], len(kinds)], strict=True))
-    for start, end in gops:
-        if min(packets.pts[start:end]) < packets.pts[start]:  # open GOP
-            return None
-    decoder = _Decoder(packets.context, wanted)
-    for start, end in gops:
-        targets = [i for i in range(start, end) if packets.pts[i] in wanted]
-        if not targets:
-            continue
-        for i in range(start, targets[-1] + 1):
-            if kinds[i].is_reference or packets.pts[i] in wanted:
-                decoder.feed(packets.packets[i])
-        decoder.feed(None)
-    return decoder.found if len(decoder.found) == len(wanted) and not decoder.fault else None
-
-
-def _avc_length_bytes(context: av.video.codeccontext.VideoCodecContext) -> int:
-    """Bytes of the length in front of each NAL unit; 0 if this is not H.264 in mp4 (avcC)."""
-    extradata = context.extradata
-    if context.name != "h264" or extradata is None or len(extradata) < 5 or extradata[0] != 1:
-        return 0
-    return (extradata[4] & 3) + 1
-
-
-@dataclass(frozen=True, slots=True)
-class _SliceKinds:
-    is_idr: bool
-    is_reference: bool
-
-
-def _slice_kinds(packet: Packet, length_bytes: int) -> _SliceKinds:
-    """What the slices of a packet are; a packet that cannot be walked counts as a reference.
-
-    libavformat's own `is_disposable` is not set for these files, so bits 5 and 6 (nal_ref_idc) of
-    each slice's first byte are read (ISO/IEC 14496-10, 7.3.1).
-    """
-    data = bytes(packet)
-    is_idr = is_reference = has_slice = False
-    at = 0
-    while at + length_bytes < len(data):
-        size = int.from_bytes(data[at : at + length_bytes], "big")
-        at += length_bytes
-        kind = data[at] & 31
-        if 1 <= kind <= _NAL_IDR_SLICE:
-            has_slice = True
-            is_idr = is_idr or kind == _NAL_IDR_SLICE
-            is_reference = is_reference or kind != _NAL_SLICE or (data[at] & 0x60) != 0
-        at += size
-    return _SliceKinds(is_idr, is_reference or not has_slice or at != len(data))

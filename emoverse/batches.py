@@ -66,10 +66,11 @@ def build_loader(
         num_frames=data.frames_per_clip,
         image_size=architecture.vision.image_size,
         visual=data.visual,
+        resize=data.resize,
     )
     features: KeyedFeatures | None = None
     if cached and not blank:
-        key = cache_key(model, index, data.frames_per_clip)
+        key = cache_key(model, index, data.frames_per_clip, resize=data.resize)
         cache = FeatureCache(config.run.run_dir / "cache", key)
         features = KeyedFeatures(cache, record_ordinals(index))
     reader = ShardReader(data.shards, index)

@@ -181,6 +181,11 @@ class DataSection(Section):
         "video",
         description="What of a clip is seen: its frames, or only the peak where one is known.",
     )
+    resize: Literal["exact", "fast"] = Field(
+        "exact",
+        description="How video frames get the model's size: Pillow's bicubic filter as InternVL "
+        "used it (exact), or libswscale's, other pixels at a lower cost (fast).",
+    )
     history_frames: int = Field(
         0, ge=0, le=0, description="Frames of earlier turns that ECPE sees; only 0 so far."
     )

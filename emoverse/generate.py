@@ -135,11 +135,12 @@ class Answerer:
             num_frames=self.config.data.frames_per_clip,
             image_size=architecture.vision.image_size,
             visual=self.config.data.visual,
+            resize=self.config.data.resize,
         )
         require_view(self.index, view)
         features = None
         if self.config.model.cache_features and not blank:
-            key = cache_key(model, self.index, view.num_frames)
+            key = cache_key(model, self.index, view.num_frames, resize=view.resize)
             features = KeyedFeatures(
                 FeatureCache(self._cache_dir, key), record_ordinals(self.index)
             )

@@ -37,7 +37,7 @@ GIANTS = {
     "flash_attn": ("emoverse/kernels/",),
     "triton": ("emoverse/kernels/",),
     "peft": ("emoverse/models/lora.py",),
-    "av": ("data_shards/video.py",),
+    "av": ("data_shards/video.py", "data_shards/packets.py"),
 }
 # What must answer without torch.
 TORCH_FREE = (

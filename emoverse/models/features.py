@@ -76,13 +76,15 @@ class CacheKey:
         return ordinal * len(VIEWS) + VIEWS.index(view)
 
 
-def cache_key(model: EmoVerse, index: ShardIndex, frames_per_clip: int) -> CacheKey:
-    """The key for `model`'s tower on the records of `index`."""
+def cache_key(
+    model: EmoVerse, index: ShardIndex, frames_per_clip: int, *, resize: str = "exact"
+) -> CacheKey:
+    """The key for `model`'s tower on the records of `index`; `resize` as in ViewOptions."""
     architecture = model.architecture
     weight = model.native.model.vision_tower.embeddings.cls_token
     names = {dtype: name for name, dtype in DTYPES.items()}
     return CacheKey(
-        vision=vision_fingerprint(model),
+        vision=vision_fingerprint(model) + ("" if resize == "exact" else f" {resize}"),
         shards=index.fingerprint,
         num_records=index.num_records,
         frames_per_clip=frames_per_clip,

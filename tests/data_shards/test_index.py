@@ -88,7 +88,7 @@ def test_an_index_crosses_to_workers_small(built: Path) -> None:
 
 
 def test_only_some_shards_stay_open(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_shards.index._CACHED_SHARDS", 2)
+    monkeypatch.setattr("data_shards.index._CACHED_RECORDS", 6)
     index = ShardIndex.load(built)
     for shard in (0, 1, 0, 2):
         index.entries(shard)

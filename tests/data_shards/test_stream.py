@@ -151,9 +151,9 @@ def test_unwanted_frames_are_not_decoded(built: Path, monkeypatch: pytest.Monkey
 def test_only_the_views_frames_are_decoded(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counts: Counter[int] = Counter()
 
-    def counting(mp4: bytes, indices: Any) -> Any:
+    def counting(mp4: bytes, indices: Any, **options: Any) -> Any:
         counts[len(indices)] += 1
-        return decode_frames(mp4, indices)
+        return decode_frames(mp4, indices, **options)
 
     monkeypatch.setattr(stream_module, "decode_frames", counting)
     all_samples(open_stream(built))
@@ -232,11 +232,13 @@ def test_a_video_that_does_not_decode_is_damage(
 ) -> None:
     """The bytes are what the builder wrote, but the clip itself is broken."""
 
-    def broken(mp4: bytes, indices: Any) -> Any:
+    def broken(mp4: bytes, indices: Any, **options: Any) -> Any:
         raise DamagedVideo("the frame at time stamp 7 is corrupt")
 
     monkeypatch.setattr(stream_module, "decode_frames", broken)
-    with pytest.raises(DamagedSample, match="is damaged: the frame at time stamp 7 is corrupt"):
+    with pytest.raises(
+        DamagedSample, match="is damaged: mp4: the frame at time stamp 7 is corrupt"
+    ):
         open_stream(folder)[0]
 
 

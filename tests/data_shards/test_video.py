@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_shards import video
+from data_shards import packets
+from data_shards.pixels import resize_frame
 from data_shards.video import (
     DamagedVideo,
     clip_indices,
@@ -112,13 +113,13 @@ def test_decoding_equals_linear_decoding(data: st.DataObject) -> None:
 def test_skipping_drops_packets(monkeypatch: pytest.MonkeyPatch) -> None:
     mp4 = encode_mp4(moving_frames(60), 25, gop=20, b_frames=3)
     fed = []
-    feed = video._Decoder.feed
+    feed = packets.Decoder.feed
     monkeypatch.setattr(
-        video._Decoder, "feed", lambda self, packet: (fed.append(packet), feed(self, packet))[1]
+        packets.Decoder, "feed", lambda self, packet: (fed.append(packet), feed(self, packet))[1]
     )
     decode_frames(mp4, [21])
-    packets = [packet for packet in fed if packet is not None]
-    assert packets[0].is_keyframe and len(packets) <= 4  # one group of pictures, its start only
+    given = [packet for packet in fed if packet is not None]
+    assert given[0].is_keyframe and len(given) <= 4  # one group of pictures, its start only
 
 
 @pytest.mark.parametrize("codec", ["mpeg4", "libvpx-vp9"])
@@ -274,3 +275,30 @@ def test_frames_the_decoder_marks_as_corrupt_are_damage() -> None:
         mp4[at] ^= 0xFF
     with pytest.raises(DamagedVideo):
         decode_frames(bytes(mp4), range(40))
+
+
+def test_the_fast_size_is_the_frame_in_small() -> None:
+    smooth = np.repeat(np.repeat(moving_frames(12, 24, 32), 4, axis=1), 4, axis=2)
+    mp4 = encode_mp4(smooth, 25, crf=10)
+    fast = decode_frames(mp4, [2, 7], size=28)
+    assert fast.shape == (2, 28, 28, 3) and fast.dtype == np.uint8
+    exact = [resize_frame(frame, 28) for frame in decode_frames(mp4, [2, 7])]
+    assert 0 < np.abs(fast.astype(int) - exact).mean() < 12
+    np.testing.assert_array_equal(fast, decode_frames(mp4, [2, 7], size=28))
+
+
+def test_the_work_on_a_clip_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    mp4 = encode_mp4(moving_frames(30), 25, b_frames=0)
+    monkeypatch.setattr(packets, "MAX_DECODED_PIXELS", 10 * 48 * 64)
+    decode_frames(mp4, [9])
+    with pytest.raises(DamagedVideo, match="more than 30720 pixels would have to be decoded"):
+        decode_frames(mp4, [10])
+
+
+def test_only_an_mp4_is_opened(tmp_path: Path) -> None:
+    """A playlist in a member's place would make libav open whatever it names."""
+    clip = tmp_path / "secret.mp4"
+    clip.write_bytes(encode_mp4(moving_frames(4), 25))
+    for text in (f"ffconcat version 1.0\nfile {clip.name}\n", f"#EXTM3U\n#EXTINF:1,\n{clip}\n"):
+        with pytest.raises(DamagedVideo, match="cannot decode the video"):
+            decode_frames(text.encode(), [0])
