@@ -33,6 +33,7 @@ setup(
     install_requires=[
         "av>=14",
         "deepspeed>=0.19",
+        "httpx2>=2",
         "numpy>=2",
         "peft>=0.21",
         "pillow>=11",

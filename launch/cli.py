@@ -112,18 +112,22 @@ def _build(args: argparse.Namespace) -> int:
 
 
 def _annotate_arguments(parser: argparse.ArgumentParser) -> None:
-    from data_shards.annotate.action_units import add_arguments
-
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
-    fer = kinds.add_parser("fer", help="facial expressions from OpenFace's action units")
-    add_arguments(fer)
-    _add_json(fer)
+    for kind, (summary, module) in _ANNOTATIONS.items():
+        sub = kinds.add_parser(kind, help=summary, description=summary)
+        importlib.import_module(module).add_arguments(sub)
+        _add_json(sub)
 
 
 def _annotate(args: argparse.Namespace) -> int:
-    from data_shards.annotate.action_units import run
-
-    return _print_result(run(args), args)
+    part = importlib.import_module(_ANNOTATIONS[args.kind][1])
+    try:
+        result = part.run(args)
+    except KeyboardInterrupt:
+        print(f"emoverse annotate {args.kind}: stopped; run it again to go on", file=sys.stderr)
+        return STOPPED
+    _print_result(result, args, getattr(part, "report_text", _lines))
+    return DONE if result.get("ok", True) else STOPPED
 
 
 def _part(summary: str, module: str) -> Verb:
@@ -259,6 +263,12 @@ def _report(args: argparse.Namespace) -> int:
     text = f"{summary_text(summary)}\n{page}"
     return _print_result({"report": str(page), **summary}, args, lambda _: text)
 
+
+# Kind -> its line in the help, and the module with `add_arguments` and `run`.
+_ANNOTATIONS = {
+    "fer": ("facial expressions from action units", "data_shards.annotate.action_units"),
+    "reasons": ("why people feel so, from two served models", "data_shards.annotate.reasons_verb"),
+}
 
 VERBS = {
     "build": Verb(

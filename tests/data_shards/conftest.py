@@ -1,11 +1,16 @@
-"""For plans: a small corpus in memory (an index without files), and the paper's stages."""
+"""A small corpus in memory (an index without files), the paper's stages, a chat server."""
 
 import hashlib
+import json
 import random
+import socket
+import threading
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar
 
 import numpy as np
@@ -108,3 +113,144 @@ class Paper:
 @pytest.fixture(scope="session")
 def paper() -> Paper:
     return Paper()
+
+
+# ------------------------------------------------------------------- a chat server that misbehaves
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChatRequest:
+    """What a client sent."""
+
+    path: str
+    headers: Mapping[str, str]
+    body: dict[str, Any]
+    at_s: float  # monotonic time
+
+
+class ChatServer(ThreadingHTTPServer):
+    """An OpenAI-compatible server; each answer is a text, or '!FAULT' for one of its faults."""
+
+    daemon_threads = True
+
+    def __init__(self, answers: Sequence[str] | Callable[[dict[str, Any]], str]) -> None:
+        super().__init__(("127.0.0.1", 0), _ChatHandler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
+        self.requests: list[ChatRequest] = []
+        self.most_at_once = 0
+        self.at_once = 0
+        self.lock = threading.Lock()
+        self.closing = threading.Event()
+        self._answers = answers
+
+    def answer(self, request: ChatRequest) -> str:
+        with self.lock:
+            number = len(self.requests)
+            self.requests.append(request)
+        if callable(self._answers):
+            return self._answers(request.body)
+        return self._answers[min(number, len(self._answers) - 1)]
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients that hang up are part of the tests."""
+
+
+class _ChatHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: ChatServer
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        server = self.server
+        with server.lock:
+            server.at_once += 1
+            server.most_at_once = max(server.most_at_once, server.at_once)
+        request = ChatRequest(
+            path=self.path, headers=dict(self.headers), body=body, at_s=time.monotonic()
+        )
+        text = server.answer(request)
+        with server.lock:
+            server.at_once -= 1
+        if text.startswith("!"):
+            self._fault(*text[1:].split(" ", 1))
+        else:
+            self._send(200, _completion(text))
+
+    def _fault(self, kind: str, retry_after: str = "") -> None:
+        bodies = {
+            "malformed": _completion("x")[:6],
+            "list": "[1]",
+            "no-choices": '{"choices": []}',
+            "empty": _completion(""),
+            "null": _completion(None),
+            "length": _completion("Half an", finish_reason="length"),
+        }
+        if kind.isdecimal():
+            headers = {"Retry-After": retry_after} if retry_after else {}
+            self._send(int(kind), "on purpose", **headers)
+        elif kind in bodies:
+            self._send(200, bodies[kind])
+        elif kind == "slow":
+            self.server.closing.wait(3)
+            self.close_connection = True
+        elif kind == "trickle":  # each byte comes in time, the answer never ends
+            self._head(200, 10_000)
+            while not self.server.closing.wait(0.05):
+                self.wfile.write(b" ")
+                self.wfile.flush()
+        else:
+            assert kind in ("drop", "half"), kind
+            if kind == "half":
+                self._head(200, 500)
+                self.wfile.write(b'{"choices"')
+                self.wfile.flush()
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
+
+    def _head(self, status: int, length: int, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(length), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def _send(self, status: int, text: str, **headers: str) -> None:
+        content = text.encode()
+        self._head(status, len(content), **headers)
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing on the screen."""
+
+
+def _completion(text: str | None, *, finish_reason: str = "stop") -> str:
+    message = {"role": "assistant", "content": text}
+    return json.dumps({"choices": [{"message": message, "finish_reason": finish_reason}]})
+
+
+@pytest.fixture
+def chat_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., ChatServer]]:
+    """Start servers: `chat_server(answers)`, a list in order of the requests or a function."""
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    servers: list[ChatServer] = []
+
+    def start(answers: Sequence[str] | Callable[[dict[str, Any]], str]) -> ChatServer:
+        server = ChatServer(answers)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        return server
+
+    yield start
+    for server in servers:
+        server.closing.set()
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def unused_url() -> str:
+    """A place where nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{probe.getsockname()[1]}/v1"

@@ -39,7 +39,9 @@ def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert call(capsys, "--version")[1].startswith("emoverse 0.1")
 
 
-@pytest.mark.parametrize("verb", [*cli.VERBS, "annotate fer", "build synthetic"])
+@pytest.mark.parametrize(
+    "verb", [*cli.VERBS, "annotate fer", "annotate reasons", "build synthetic"]
+)
 def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = call(capsys, *verb.split(), "--help")
     assert code == 0

@@ -1,0 +1,52 @@
+"""Reading JSONL files of one object per line; every refusal names file, line and field."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One line of a JSONL file."""
+
+    path: Path
+    line: int  # counted from 1
+    fields: Mapping[str, Any]
+
+    @property
+    def place(self) -> str:
+        """FILE:LINE for messages."""
+        return f"{self.path}:{self.line}"
+
+    def text(self, name: str) -> str:
+        """A field that must be there and be text with something in it."""
+        value = self.fields.get(name)
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(f"{self.place}: {name}: must be text, found {value!r}")
+        return value
+
+
+def read_rows(path: Path, what: str) -> Iterator[Row]:
+    """The rows of a file; empty lines are passed over.
+
+    Args:
+        what: what the file is and how to come by it, for the message when it is missing.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a line that is not a JSON object.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; give {what}")
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: must be a JSON object: {error}") from error
+        if not isinstance(fields, dict):
+            raise ValueError(f"{path}:{number}: must be a JSON object, found {fields!r:.80}")
+        yield Row(path=path, line=number, fields=fields)
