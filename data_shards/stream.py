@@ -163,6 +163,10 @@ def require_view(index: ShardIndex, options: ViewOptions) -> None:
         )
 
 
+def _nobody_watches(record: str) -> None:
+    """Takes the name of the record that is worked on; a data worker has a better use for it."""
+
+
 class StepStream:
     """Map from step to this rank's samples; `stream[step]` is a pure function.
 
@@ -192,6 +196,7 @@ class StepStream:
         self.view = view
         self.on_damage = on_damage
         self.wants_frames = wants_frames
+        self.watch: Callable[[str], object] = _nobody_watches
 
     def __len__(self) -> int:
         return self.sampler.num_steps
@@ -237,6 +242,9 @@ class StepStream:
             raise DamagedSample(damage, str(error)) from error
 
     def _read(self, position: int, placement: Placement, quarantine: tuple[Damage, ...]) -> Sample:
+        index = self.reader.index
+        key, tar = index.key(placement.shard, placement.slot), index.shards[placement.shard].name
+        self.watch(f"record {key} in {tar}, position {position}")
         record = self.reader.read(placement.shard, placement.slot)
         view = view_of(record, placement.task, self.view)
         frames: NDArray[np.uint8] | None = None

@@ -26,6 +26,7 @@ from emoverse.models.features import (
     record_ordinals,
 )
 from emoverse.tokenizer import Tokenizer
+from emoverse.workers import PoolOptions
 
 
 class FeatureStream:
@@ -37,6 +38,7 @@ class FeatureStream:
 
     def __init__(self, stream: StepStream, model: EmoVerse, features: KeyedFeatures) -> None:
         self._stream, self._model, self._features = stream, model, features
+        self.watch = stream.watch
 
     def __len__(self) -> int:
         return len(self._stream)
@@ -49,6 +51,12 @@ class FeatureStream:
                 computed = compute_features(self._model, sample.frames)
                 self._features.cache.put(ordinal, sample.view, computed)
         return samples
+
+
+def _step_bytes(sampler: WeightedTaskSampler, view: ViewOptions) -> int:
+    """Most bytes of frames that one step of a rank holds."""
+    samples = -(-sampler.global_batch_size // sampler.world_size)
+    return samples * view.num_frames * view.image_size**2 * 3
 
 
 def build_loader(
@@ -102,8 +110,12 @@ def build_loader(
         LoaderOptions(
             pack_tokens=data.pack_tokens,
             loss_mode=config.train.loss,
-            workers=data.workers,
-            pin_memory=torch.cuda.is_available(),
+            pool=PoolOptions(
+                workers=data.workers,
+                step_bytes=_step_bytes(sampler, view),
+                pin=torch.cuda.is_available(),
+                timeout_s=data.batch_timeout_s,
+            ),
         ),
         frame_shape=FrameShape(
             image_context_id=tokenizer.image_context_id,

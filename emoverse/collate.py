@@ -29,6 +29,9 @@ TOKEN_WEIGHT: dict[LossMode, Callable[[int], float]] = {
     "token": lambda n: 1.0,
     "square": lambda n: 1 / math.sqrt(n),
 }
+Allocate = Callable[[tuple[int, ...]], NDArray[np.uint8]]
+"""Memory for a shape."""
+
 _TASK_NUMBER = {task: number for number, task in enumerate(TASKS)}
 
 
@@ -70,10 +73,6 @@ class Batch:
         """The batch with all tensors on `device`."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-    def pin_memory(self) -> Batch:
-        """The batch in page-locked memory; the DataLoader calls this."""
-        return self._map(lambda tensor: tensor.pin_memory())
-
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         fields = _fields(self)
         for name, value in fields.items():
@@ -82,11 +81,11 @@ class Batch:
         return Batch(**fields)
 
     def __reduce__(self) -> tuple[Callable[..., Batch], tuple[dict[str, Any]]]:
-        # Every tensor that a data worker sends costs a file descriptor and a shared memory segment;
-        # only the frames are large enough for that, the others travel as bytes.
+        # As arrays: pickle can leave the memory of an array where it is (workers.py), while every
+        # tensor would cost a file descriptor and a shared memory segment of its own.
         fields = _fields(self)
         for name, value in fields.items():
-            if isinstance(value, Tensor) and name not in ("pixels", "features"):
+            if isinstance(value, Tensor):
                 fields[name] = value.numpy()
         return _rebuild, (fields,)
 
@@ -104,8 +103,10 @@ class FrameShape:
     feature_channels: int | None = None
 
 
-def collate(examples: Sequence[Example], loss_mode: LossMode) -> Batch:
-    """Pack examples back to back, in the given order.
+def collate(
+    examples: Sequence[Example], loss_mode: LossMode, *, allocate: Allocate | None = None
+) -> Batch:
+    """Pack examples back to back, in the given order; `allocate` gives the memory of the frames.
 
     Raises ValueError if an example has nothing supervised, or some have pixels and some features.
     """
@@ -125,7 +126,7 @@ def collate(examples: Sequence[Example], loss_mode: LossMode) -> Batch:
         normaliser += total
     # Nothing predicts the first token of a segment; `_weights` has seen that it has no label.
     rows = np.flatnonzero(labels_T[1:] != IGNORED)
-    pixels, features = _frames(examples)
+    pixels, features = _frames(examples, allocate)
     frames = pixels if pixels is not None else features
     samples = [example for example in examples if not example.filler]
     return Batch(
@@ -177,7 +178,12 @@ def pack(examples: Iterable[Example], pack_tokens: int) -> list[list[Example]]:
 
 
 def make_batches(
-    examples: Iterable[Example], *, pack_tokens: int, loss_mode: LossMode, frame_shape: FrameShape
+    examples: Iterable[Example],
+    *,
+    pack_tokens: int,
+    loss_mode: LossMode,
+    frame_shape: FrameShape,
+    allocate: Allocate | None = None,
 ) -> list[Batch]:
     """The packs of one rank's share of a step; none for an empty share.
 
@@ -188,7 +194,7 @@ def make_batches(
     for group in pack(examples, pack_tokens):
         if not any(example.num_frames for example in group):
             group = [*group, zero_example(frame_shape)]
-        batches.append(collate(group, loss_mode))
+        batches.append(collate(group, loss_mode, allocate=allocate))
     return batches
 
 
@@ -234,7 +240,7 @@ def _weights(example: Example, loss_mode: LossMode) -> tuple[float, float]:
 
 
 def _frames(
-    examples: Sequence[Example],
+    examples: Sequence[Example], allocate: Allocate | None
 ) -> tuple[NDArray[np.uint8] | None, NDArray[Any] | None]:
     """All frames in the order of their context tokens: (pixels, features), one of them or none."""
     pixels = [example.pixels_F for example in examples if example.pixels_F is not None]
@@ -244,10 +250,10 @@ def _frames(
             "a batch has either pixels or cached features, but these examples have both; cache the "
             "features of all records or of none"
         )
-    return (
-        np.concatenate(pixels) if pixels else None,
-        np.concatenate(features) if features else None,
-    )
+    if not pixels:
+        return None, np.concatenate(features) if features else None
+    shape = (sum(len(frames) for frames in pixels), *pixels[0].shape[1:])
+    return np.concatenate(pixels, out=None if allocate is None else allocate(shape)), None
 
 
 def _fields(batch: Batch) -> dict[str, Any]:

@@ -197,6 +197,9 @@ class DataSection(Section):
         4096, ge=64, description="Most tokens of one packed batch: the knob for memory."
     )
     workers: int = Field(2, ge=0, description="Processes per rank that read and decode.")
+    batch_timeout_s: float = Field(
+        600.0, gt=0, description="Longest wait for the samples of one step, in seconds."
+    )
     block_shards: int = Field(
         16, ge=1, description="Shards that are shuffled together: more mixes better, reads wider."
     )

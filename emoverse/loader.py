@@ -8,24 +8,21 @@ state: to resume is to start at another step, with any number of workers.
 from __future__ import annotations
 
 import dataclasses
-import pickle
-import signal
-import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
-
-import torch
-from torch.utils.data import DataLoader, Dataset
 
 from data_shards.stream import Sample
 from emoverse.collate import Batch, FrameShape, LossMode, make_batches, zero_batch
 from emoverse.encode import EncodeOptions, encode_sample
-from emoverse.stop import STOP_SIGNALS
+from emoverse.ring import Desk
 from emoverse.tokenizer import Tokenizer
+from emoverse.workers import PoolOptions, WorkerPool
 
 
 class Steps(Protocol):
     """What the loader needs of `data_shards.stream.StepStream`."""
+
+    watch: Callable[[str], object]  # told which record is worked on
 
     def __len__(self) -> int: ...
 
@@ -34,38 +31,13 @@ class Steps(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class LoaderOptions:
-    """workers: processes of this rank that read, decode and encode; 0 does it in this process.
-    prefetch: steps that every worker prepares ahead. pack_tokens: most tokens of a pack.
-    pin_memory: page-locked tensors, for copies to a GPU that do not block.
+    """pack_tokens: most tokens of a pack. pool: the processes of this rank that read, decode and
+    encode; with 0 workers this process does it.
     """
 
     pack_tokens: int
     loss_mode: LossMode = "sample"
-    workers: int = 0
-    prefetch: int = 2
-    pin_memory: bool = False
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class _Failure:
-    """An error on its way out of a worker; torch would bury its message in a traceback."""
-
-    error: Exception
-    where: str
-
-
-class _StepBatches(Dataset[list[Batch] | _Failure]):
-    """step -> packs, or what went wrong."""
-
-    def __init__(self, loader: StepLoader) -> None:
-        self._loader = loader
-
-    def __getitem__(self, step: int) -> list[Batch] | _Failure:
-        try:
-            return self._loader.batches(step)
-        except Exception as error:
-            where = f"In the data worker, at step {step}:\n{traceback.format_exc()}"
-            return _Failure(error=_portable(error), where=where)
+    pool: PoolOptions = dataclasses.field(default_factory=lambda: PoolOptions(workers=0))
 
 
 class StepLoader:
@@ -90,14 +62,20 @@ class StepLoader:
         """Number of steps of the stage."""
         return len(self._steps)
 
-    def batches(self, step: int) -> list[Batch]:
-        """The packs of one step, made here and now; empty if this rank has no share in it."""
+    def batches(self, step: int, desk: Desk | None = None) -> list[Batch]:
+        """The packs of one step, made here and now; empty if this rank has no share in it.
+
+        With a `desk` the frames lie in its shared memory.
+        """
+        if desk is not None:
+            self._steps.watch = desk.ring.say
         samples = self._steps[step]
         return make_batches(
             [encode_sample(sample, self._tokenizer, self._encode) for sample in samples],
             pack_tokens=self._options.pack_tokens,
             loss_mode=self._options.loss_mode,
             frame_shape=self._frame_shape,
+            allocate=None if desk is None else desk.allocate,
         )
 
     def zero_batch(self) -> Batch:
@@ -107,47 +85,12 @@ class StepLoader:
     def iterate(self, start: int, stop: int | None = None) -> Iterator[list[Batch]]:
         """The packs of the steps `start` .. `stop - 1`, by default up to the last one.
 
-        Raises what reading and encoding raise; out of a worker, with its traceback as a note.
+        Raises what reading and encoding raise; out of a worker, with its traceback as a note, and
+        WorkerDied. A step's frames are the worker's again when its batches are gone.
         """
         stop = len(self) if stop is None else stop
-        if self._options.workers == 0:
+        if self._options.pool.workers == 0:
             for step in range(start, stop):
                 yield self.batches(step)
             return
-        for item in self._data_loader(start, stop):
-            if isinstance(item, _Failure):
-                item.error.add_note(item.where)
-                raise item.error
-            yield item
-
-    def _data_loader(self, start: int, stop: int) -> DataLoader[list[Batch] | _Failure]:
-        return DataLoader(
-            _StepBatches(self),
-            batch_size=None,
-            sampler=range(start, stop),
-            num_workers=self._options.workers,
-            prefetch_factor=self._options.prefetch,
-            pin_memory=self._options.pin_memory,
-            worker_init_fn=_ignore_signals,
-            # Its own generator: the default one would draw from the generator of the training.
-            generator=torch.Generator().manual_seed(0),
-            # Forked workers share the index, the tokenizer and cached features with this process.
-            multiprocessing_context="fork",
-        )
-
-
-def _portable(error: Exception) -> Exception:
-    """The error if it survives pickling, else one with the same message."""
-    try:
-        copy = pickle.loads(pickle.dumps(error))
-    except Exception as reason:
-        kind = ValueError if isinstance(error, ValueError) else RuntimeError
-        return kind(f"{error} ({type(error).__name__} could not be pickled: {reason})")
-    assert isinstance(copy, Exception)
-    return copy
-
-
-def _ignore_signals(worker: int) -> None:
-    """The training process decides about stopping; schedulers signal its children as well."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        yield from WorkerPool(self.batches, range(start, stop), self._options.pool)

@@ -30,6 +30,7 @@ FREE_KNOBS = frozenset(
         "data.shards",
         "data.pack_tokens",
         "data.workers",
+        "data.batch_timeout_s",
         "data.max_damaged",
     }
 )

@@ -26,6 +26,7 @@ from emoverse.encode import EncodeOptions
 from emoverse.loader import LoaderOptions, StepLoader
 from emoverse.tokenizer import Tokenizer
 from emoverse.train_tokenizer import train_tokenizer
+from emoverse.workers import PoolOptions, WorkerDied
 
 SIZE, TOKENS, NUM_STEPS = 4, 2, 5
 
@@ -35,6 +36,7 @@ class Steps:
 
     def __init__(self, trouble: Callable[[int], None] = lambda step: None) -> None:
         self.trouble = trouble
+        self.watch: Callable[[str], object] = lambda record: None
 
     def __len__(self) -> int:
         return NUM_STEPS
@@ -72,7 +74,10 @@ def build(tokenizer: Tokenizer) -> Callable[..., StepLoader]:
             steps,
             tokenizer,
             EncodeOptions(template="phi3-chat", tokens_per_frame=TOKENS, image_size=SIZE),
-            LoaderOptions(pack_tokens=pack_tokens, workers=workers),
+            LoaderOptions(
+                pack_tokens=pack_tokens,
+                pool=PoolOptions(workers=workers, step_bytes=4 * 2 * SIZE * SIZE * 3),
+            ),
             frame_shape=FrameShape(
                 image_context_id=tokenizer.image_context_id,
                 tokens_per_frame=TOKENS,
@@ -239,3 +244,42 @@ def test_ranks_and_workers_share_the_plan_from_real_shards(
         assert step_samples(ranks[0][step]) | step_samples(ranks[1][step]) == expected
         assert not step_samples(ranks[0][step]) & step_samples(ranks[1][step])
     assert all(b.pixels is not None and b.pixels.shape[1:] == (SIZE, SIZE, 3) for b in alone[0])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_worker_killed_at_any_step_changes_nothing(
+    build: Callable[..., StepLoader],
+    tmp_path: Path,
+    workers: int,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """kill -9 in the middle of a step, once: the same batches, and a line that says so."""
+    expected = [plain(packs) for packs in build(Steps(), 0).iterate(0)]
+    for victim in range(NUM_STEPS):
+
+        def die_once(step: int, victim: int = victim) -> None:
+            marker = tmp_path / f"{workers}-{victim}"
+            if step == victim and not marker.exists():
+                marker.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        found = [plain(packs) for packs in build(Steps(die_once), workers).iterate(0)]
+        assert found == expected
+        assert (
+            f"was killed by SIGKILL at step {victim}, at: step {victim}; it is started again"
+            in (capfd.readouterr().err)
+        )
+
+
+def test_a_worker_that_always_dies_ends_the_run(build: Callable[..., StepLoader]) -> None:
+    def die(step: int) -> None:
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    packs = build(Steps(die), 2).iterate(0)
+    assert [len(next(packs)) > 0 for _ in range(3)] == [False, True, True]
+    with pytest.raises(
+        WorkerDied, match="was killed by SIGKILL twice at step 3, at: step 3; if mem"
+    ):
+        next(packs)
+    assert not [c for c in multiprocessing.active_children() if c.name.startswith("data-worker")]
