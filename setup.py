@@ -44,6 +44,7 @@ setup(
         "submitit>=1.5",
         "tensorboard>=2.19",
         "torch>=2.13",
+        "tqdm>=4.66",
         "transformers>=5.23",
         "webdataset>=1.0",
     ],

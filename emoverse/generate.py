@@ -8,22 +8,25 @@ neighbours in the batch, except for floating-point noise. Stands between shards 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from data_shards.index import ShardIndex
 from data_shards.reader import ShardReader
 from data_shards.record import Record
 from data_shards.stream import Sample, ViewOptions, decode_view, require_view, view_of
-from data_shards.tasks import Task, build_query, format_answer, parse_answer
+from data_shards.tasks import build_query, format_answer
 from emoverse.config import Config
 from emoverse.encode import EncodeOptions, Example, encode_query
+from emoverse.entries import Entry, truth_row
 from emoverse.models.architecture import base_folder
 from emoverse.models.emoverse import EmoVerse
 from emoverse.models.features import (
@@ -35,7 +38,7 @@ from emoverse.models.features import (
     record_ordinals,
 )
 from emoverse.predictions import Prediction
-from emoverse.scoring import Row
+from emoverse.reading import read_text
 from emoverse.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -44,10 +47,14 @@ U = TypeVar("U")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answered:
-    """One generated text; `finished` is False when it was cut at the token limit."""
+    """One generated text; `finished` is False when it was cut at the token limit.
+
+    confidence: the product of the probabilities of its tokens, the end token among them.
+    """
 
     text: str
     finished: bool
+    confidence: float = field(compare=False)  # floating-point noise must not make answers differ
 
 
 def generate_answers(
@@ -63,17 +70,36 @@ def generate_answers(
     was_training = model.training
     model.eval()
     try:
-        ids_BL = _generate(model, tokenizer, examples, max_new_tokens)
+        ids_BL, logprobs_BL = _generate(model, tokenizer, examples, max_new_tokens)
     finally:
         model.train(was_training)
-    return [read_answer(row.tolist(), tokenizer) for row in ids_BL]
+    return [
+        read_answer(ids, logprobs, tokenizer)
+        for ids, logprobs in zip(ids_BL.tolist(), logprobs_BL.tolist(), strict=True)
+    ]
+
+
+class _ChosenLogProbs(LogitsProcessor):
+    """Notes the log-probability of the greedy choice at every step; changes nothing.
+
+    Keeping all logits instead would cost B x V x 4 bytes per generated token.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        logits_BV = scores.float()
+        self.steps.append((logits_BV.amax(-1) - logits_BV.logsumexp(-1)).cpu())
+        return scores
 
 
 @torch.inference_mode()
 def _generate(
     model: EmoVerse, tokenizer: Tokenizer, examples: Sequence[Example], max_new_tokens: int
-) -> Tensor:
-    """New ids, int64 [B, L], rows filled with the pad id behind their end token."""
+) -> tuple[Tensor, Tensor]:
+    """New ids, int64 [B, L], padded behind their end token, and their log-probabilities [B, L]."""
+    chosen = _ChosenLogProbs()
     inputs = model.prepare_generation([(one.ids_T, _visual(one)) for one in examples])
     ids_BL: Tensor = model.native.generate(
         **inputs,
@@ -83,32 +109,26 @@ def _generate(
         use_cache=True,
         eos_token_id=list(tokenizer.stop_ids),
         pad_token_id=tokenizer.pad_id,
+        logits_processor=LogitsProcessorList([chosen]),
     )
-    return ids_BL.cpu()
+    return ids_BL.cpu(), torch.stack(chosen.steps, dim=1)
 
 
 def _visual(example: Example) -> Any:
     return example.pixels_F if example.features is None else example.features
 
 
-def read_answer(ids: Sequence[int], tokenizer: Tokenizer) -> Answered:
-    """The text up to the first end token.
+def read_answer(ids: Sequence[int], logprobs: Sequence[float], tokenizer: Tokenizer) -> Answered:
+    """The text up to the first end token, and the probability of what was generated till there.
 
     Rows of the output head behind the vocabulary (padding of the released models) mean nothing.
     """
     ends = [place for place, token in enumerate(ids) if token in tokenizer.stop_ids]
     kept = ids[: ends[0]] if ends else ids
+    counted = logprobs[: ends[0] + 1] if ends else logprobs
     text = tokenizer.decode(token for token in kept if token < tokenizer.vocab_size)
-    return Answered(text=text.strip(), finished=bool(ends))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Entry:
-    """One (record, task) entry to answer and where the record lies."""
-
-    task: Task
-    shard: int
-    slot: int
+    confidence = float(f"{math.exp(sum(counted)):.4g}")  # what lies below is floating-point noise
+    return Answered(text=text.strip(), finished=bool(ends), confidence=confidence)
 
 
 class Answerer:
@@ -126,9 +146,9 @@ class Answerer:
         self._cache_dir = cache_dir
 
     def predict(
-        self, model: EmoVerse, batches: Sequence[Sequence[Entry]], log: Callable[[str], None]
-    ) -> list[Prediction]:
-        """The answers to some batches. Raises DamagedRecord: a held-out clip is never left out."""
+        self, model: EmoVerse, batches: Sequence[Sequence[Entry]]
+    ) -> Iterator[list[Prediction]]:
+        """The answers, batch by batch. Raises DamagedRecord: a held-out clip is never left out."""
         architecture = model.architecture
         blank = self.config.model.blank_frames
         view = ViewOptions(
@@ -159,20 +179,16 @@ class Answerer:
         def load(batch: Sequence[Entry]) -> list[tuple[Entry, Record, Example]]:
             return [self._load(entry, view, options, features) for entry in batch]
 
-        predictions: list[Prediction] = []
-        for number, (batch, loaded) in enumerate(_one_ahead(load, batches), start=1):
+        for batch, loaded in _one_ahead(load, batches):
             examples = [example for _, _, example in loaded]
             if features is not None:
                 examples = [_with_features(model, one, features) for one in examples]
             limit = self.config.evaluation.max_new_tokens[batch[0].task]
             answers = generate_answers(model, self.tokenizer, examples, max_new_tokens=limit)
-            predictions += [
+            yield [
                 self._prediction(entry, record, answer)
                 for (entry, record, _), answer in zip(loaded, answers, strict=True)
             ]
-            if number % 10 == 0 or number == len(batches):
-                log(f"{number}/{len(batches)} batches, {len(predictions)} answers")
-        return predictions
 
     def _load(
         self,
@@ -197,17 +213,13 @@ class Answerer:
         return entry, record, encode_query(sample, self.tokenizer, options, max_new_tokens=limit)
 
     def _prediction(self, entry: Entry, record: Record, answer: Answered) -> Prediction:
-        parsed = parse_answer(entry.task, answer.text)
+        row, rule = read_text(truth_row(record, entry.task), answer.text)
         return Prediction(
-            row=replace(
-                truth_row(record, entry.task),
-                value=parsed.value,
-                response=answer.text,
-                status=parsed.status,
-            ),
+            row=row,
             label=format_answer(entry.task, record.answer(entry.task)),
-            rule=parsed.rule,
+            rule=rule,
             finished=answer.finished,
+            confidence=answer.confidence,
             baseline=None,
             question=build_query(record, entry.task, give_emotion=self.config.data.give_emotion),
             shard=entry.shard,
@@ -234,16 +246,3 @@ def _one_ahead(load: Callable[[T], U], items: Sequence[T]) -> Iterator[tuple[T, 
             if place + 1 < len(items):
                 pending.append(pool.submit(load, items[place + 1]))
             yield item, loaded
-
-
-def truth_row(record: Record, task: Task) -> Row:
-    """The scorers' row of one entry, before it is answered."""
-    return Row(
-        key=record.key,
-        task=task,
-        truth=record.answer(task),
-        value=None,
-        sentiment=record.sentiment,
-        emotion=record.emotion,
-        target=record.target,
-    )

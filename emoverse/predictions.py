@@ -1,7 +1,8 @@
 """The file between evaluation and report: `eval/<which>/predictions.jsonl`, one answer per line.
 
 `evaluate.py` writes it, `report.py` reads it; the scores of `scoring.py` can be computed again from
-it alone. Torch-free.
+it alone. Each line is also a result line of ms-swift (`query`, `response`, `label`, `images`);
+`result_files.py` reads those of other systems. Torch-free.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ class Prediction:
 
     label: the truth in the answer's format. rule: what the parser did. finished: the model ended
     its answer itself. baseline: the answer of the rule that never looks (`baselines.py`).
-    shard, slot: where the record lies.
+    shard, slot: where the record lies, -1 for answers of another system. confidence: probability
+    that the model gave to the whole answer, None where it is not known.
     """
 
     row: Row
@@ -35,6 +37,7 @@ class Prediction:
     shard: int
     slot: int
     source: str
+    confidence: float | None = None
 
 
 def _answer_from_json(task: Task, value: Any) -> Answer | None:
@@ -51,9 +54,10 @@ def to_json(prediction: Prediction) -> dict[str, Any]:
     return {
         "key": row.key,
         "task": str(row.task),
-        "question": prediction.question,
+        "query": prediction.question,
         "response": row.response,
         "label": prediction.label,
+        "images": [row.key],
         "status": row.status,
         "rule": prediction.rule,
         "finished": prediction.finished,
@@ -63,6 +67,10 @@ def to_json(prediction: Prediction) -> dict[str, Any]:
         "sentiment": row.sentiment,
         "emotion": row.emotion,
         "target": row.target,
+        "number": row.number,
+        "conversation": row.conversation,
+        "judge": row.judge,
+        "confidence": prediction.confidence,
         "shard": prediction.shard,
         "slot": prediction.slot,
         "source": prediction.source,
@@ -86,15 +94,19 @@ def from_json(fields: Mapping[str, Any]) -> Prediction:
             sentiment=fields["sentiment"],
             emotion=fields["emotion"],
             target=fields["target"],
+            number=fields["number"],
+            conversation=fields["conversation"],
+            judge=fields["judge"],
         ),
         label=fields["label"],
         rule=fields["rule"],
         finished=fields["finished"],
         baseline=_answer_from_json(task, fields["baseline"]),
-        question=fields["question"],
+        question=fields["query"],
         shard=fields["shard"],
         slot=fields["slot"],
         source=fields["source"],
+        confidence=fields["confidence"],
     )
 
 

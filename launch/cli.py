@@ -212,38 +212,19 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
-    parser.add_argument(
-        "--which",
-        action="append",
-        metavar="STATE",
-        help="base, or a stage by its name (may be given several times); default: as in the config",
-    )
+    from launch.evaluation import add_arguments
+
+    add_arguments(parser)
     _add_json(parser)
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from emoverse.evaluate import run
+    from launch.evaluation import paper_text, report_text, run
 
-    return _print_result(run(args.run, which=args.which), args, _scores_text)
+    def text(states: Mapping[str, Any]) -> str:
+        return "\n".join([report_text(states), *([paper_text(states)] if args.paper else [])])
 
-
-def _scores_text(states: Mapping[str, Any]) -> str:
-    """One line per state and task: the task's first metric, the majority's, and how many clips."""
-    lines = [f"{'state':<8}{'task':<6}{'metric':<22}{'score':>8}{'majority':>10}{'clips':>7}"]
-    for state, metrics in states.items():
-        for task, row in metrics["tasks"].items():
-            name = row["primary"]
-            score, majority = (row[part][name]["value"] for part in ("metrics", "majority"))
-            lines.append(
-                f"{state:<8}{task:<6}{name:<22}{_number(score):>8}{_number(majority):>10}"
-                f"{row['n']:>7}"
-            )
-    return "\n".join(lines)
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+    return _print_result(run(args), args, text)
 
 
 def _report_arguments(parser: argparse.ArgumentParser) -> None:

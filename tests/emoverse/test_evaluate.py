@@ -17,8 +17,8 @@ from data_shards.tasks import TASKS, Task
 from emoverse.checkpoint import save_checkpoint
 from emoverse.config import Config, to_yaml
 from emoverse.distributed import World
-from emoverse.evaluate import choose_entries, plan_batches, run, training_truths
-from emoverse.generate import Entry
+from emoverse.entries import Entry, choose_entries, plan_batches, training_truths
+from emoverse.evaluate import run
 from emoverse.models.emoverse import build_model
 from emoverse.predictions import Prediction, from_json, read_predictions, to_json
 from emoverse.report import write_report
@@ -149,7 +149,7 @@ def test_cached_features_and_repetition_change_no_answer(
     first = answers(cached, "base")
     assert first == answers(live, "base")
     assert list((cached / "cache").glob("features-*.bin"))
-    run(cached, which=["base"], log=quiet)  # now every feature comes from the file
+    run(cached, which=["base"], fresh=True, log=quiet)  # every feature comes from the file
     assert answers(cached, "base") == first
 
 

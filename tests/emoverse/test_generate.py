@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -83,17 +84,22 @@ def test_answers_are_those_of_the_training_forward(
     for example, answer in zip(examples[:3], answers, strict=False):
         ids = torch.from_numpy(example.ids_T)
         new: list[int] = []
+        chances = 1.0
         with torch.no_grad():
             features = model.vision_features(torch.from_numpy(np.array(example.pixels_F)))
             for _ in range(NEW_TOKENS):
                 hidden = model.native.model.language_model(
                     inputs_embeds=model.embed(ids, features).unsqueeze(0), use_cache=False
                 ).last_hidden_state
-                new.append(int(model.native.lm_head(hidden[0, -1]).argmax()))
+                chance_V = model.native.lm_head(hidden[0, -1]).float().softmax(-1)
+                new.append(int(chance_V.argmax()))
+                chances *= float(chance_V.max())
                 ids = torch.cat((ids, torch.tensor(new[-1:])))
                 if new[-1] in tokenizer.stop_ids:
                     break
-        assert answer == read_answer(new, tokenizer)
+        assert answer == read_answer(new, [0.0] * len(new), tokenizer)
+        assert answer.confidence == pytest.approx(chances, rel=1e-2)
+        assert 0 < answer.confidence < 1
 
 
 def test_the_mode_of_the_model_is_left_as_it_was(
@@ -107,9 +113,14 @@ def test_the_mode_of_the_model_is_left_as_it_was(
 
 def test_an_answer_ends_at_the_first_end_token(tokenizer: Tokenizer) -> None:
     word, stop = tokenizer.encode("Positive."), tokenizer.stop_ids[0]
-    ended = [*word, stop, tokenizer.pad_id, *word]
-    assert read_answer(ended, tokenizer) == Answered(text="Positive.", finished=True)
-    assert read_answer(word, tokenizer) == Answered(text="Positive.", finished=False)
-    assert read_answer([stop], tokenizer) == Answered(text="", finished=True)
+
+    def read(ids: list[int]) -> Answered:
+        return read_answer(ids, [math.log(0.5)] * len(ids), tokenizer)
+
+    ended = read([*word, stop, tokenizer.pad_id, *word])
+    assert ended == Answered(text="Positive.", finished=True, confidence=0)
+    assert ended.confidence == pytest.approx(0.5 ** (len(word) + 1), rel=1e-3)  # and no further
+    assert read(word) == Answered(text="Positive.", finished=False, confidence=0)
+    assert read([stop]) == Answered(text="", finished=True, confidence=0)
     padding_row = tokenizer.vocab_size + 3
-    assert read_answer([*word, padding_row, stop], tokenizer).text == "Positive."
+    assert read([*word, padding_row, stop]).text == "Positive."
