@@ -55,6 +55,12 @@ def answers(run_dir: Path, which: str) -> list[Prediction]:
     return read_predictions(run_dir / "eval" / which / "predictions.jsonl")
 
 
+def work_folder(run_dir: Path) -> Path:
+    work = run_dir / ".work"
+    work.mkdir(exist_ok=True)
+    return work
+
+
 def save_stage(config: Config, stage: str, *, noise: float) -> None:
     """A checkpoint as training leaves it, with random instead of trained weights."""
     model = build_model(config.model.base, config.model, seed=config.run.seed)
@@ -71,6 +77,7 @@ def save_stage(config: Config, stage: str, *, noise: float) -> None:
         exp_avg_sq={name: torch.zeros_like(value) for name, value in params.items()},
         state={"step": 7},
         keep=1,
+        work=work_folder(config.run.run_dir),
     )
 
 

@@ -172,6 +172,8 @@ def test_answers_of_another_protocol_are_not_taken_over(
 def test_one_checkpoint_is_evaluated_beside_the_newest(make_run: MakeRun) -> None:
     config, run_dir = make_run()
     model = build_model(config.model.base, config.model, seed=config.run.seed)
+    work = run_dir / ".work"
+    work.mkdir()
     for step, noise in ((3, 0.0), (7, 0.5)):
         params = {
             name: value.detach() + noise * torch.ones_like(value)
@@ -185,6 +187,7 @@ def test_one_checkpoint_is_evaluated_beside_the_newest(make_run: MakeRun) -> Non
             exp_avg_sq={name: torch.zeros_like(value) for name, value in params.items()},
             state={"step": step},
             keep=2,
+            work=work,
         )
     run(run_dir, which=["base", "stage1"], log=quiet)
     early = run_dir / "stage1" / "checkpoints" / "step_000003"
