@@ -20,7 +20,8 @@ from typing import Any
 from data_shards.tasks import TASKS, Task
 from emoverse.evaluation_target import Target, name_of, resolve, states_of
 from emoverse.reading import MODES
-from launch.worker import DONE, FAULT, STOPPED, WRONG_INPUT, run_ranks
+from emoverse.stop import EXIT_STOPPED as STOPPED
+from launch.worker import DONE, FAULT, WRONG_INPUT, run_ranks
 
 _PASSED_ON = ("which", "parser", "fresh", "out")  # options that the ranks get as they are
 
