@@ -13,20 +13,25 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 from data_shards.index import ShardIndex, ShardInfo, write_index
 from data_shards.parallel import ordered_map
 from data_shards.pixels import jpeg_encode, resize_frame
-from data_shards.recipe import SKIPPED_FILE, Recipe, Skipped, count_skipped, skipped_lines
+from data_shards.recipe import (
+    BY_CHOICE,
+    SKIPPED_FILE,
+    Recipe,
+    Skipped,
+    count_skipped,
+    skipped_lines,
+)
 from data_shards.record import SCHEMA_VERSION, Frames, Record, Video
 from data_shards.shard_writer import Packed, ShardWriter, pack_record
 from data_shards.unfinished import Unfinished
 from data_shards.video import clip_indices, count_frames, decode_frames
 
 Amend = Callable[[Record], Record | Skipped]
-
-BY_CHOICE: Final = "curation"  # the reason of clips that the user leaves out: never an error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,23 +5,31 @@ SIGTERM, a kill) loses nothing but the shards in work: the same command goes on.
 """
 
 import argparse
+import contextlib
 import importlib
+import importlib.metadata
 import json
+import platform
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from data_shards.build import BuildOptions, build_shards
+from data_shards.curation import Amendments, read_curation
+from data_shards.draft import hash_file
 from data_shards.index import INDEX_FILE, ShardIndex
+from data_shards.jsonl import read_rows, read_texts
 from data_shards.progress import Progress
+from data_shards.recipe import SKIPPED_FILE
 from data_shards.sources import SOURCES, Source
 from data_shards.tasks import tasks_in
 from data_shards.unfinished import work_folder
+
+_LIBRARIES: Final = ("emoverse", "av", "numpy", "pillow", "simplejpeg")
 
 
 class StoppedEarly(Exception):
@@ -50,6 +58,15 @@ def _add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     add("--frames-per-clip", type=int, default=8, help="frames of a clip, if extracted")
     add("--frame-size", type=int, default=448, help="side in pixels, if extracted")
     add("--shard-records", type=int, default=250, help="records per shard (default: %(default)s)")
+    add(
+        "--curation",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="decisions to keep, drop or correct records (may be given several times)",
+    )
+    add("--reasons", type=Path, metavar="FILE", help="ERI reasons, from annotate reasons")
     add("--strict", action="store_true", help="stop at a clip that is missing or damaged")
     add("--fresh", action="store_true", help="throw away what an unfinished build has left")
 
@@ -64,8 +81,13 @@ def run_build(args: argparse.Namespace) -> dict[str, Any]:
     options = BuildOptions(
         frames=args.frames, frames_per_clip=args.frames_per_clip, frame_size=args.frame_size
     )
+    amendments = Amendments(
+        decisions=read_curation(args.curation),
+        reasons=read_texts(args.reasons, "reason") if args.reasons else {},
+    )
+    provenance = {**source.provenance, **_made_with(args)}
     began = time.monotonic()
-    index = _finished(args.out, options, source.provenance)
+    index = _finished(args.out, options, provenance)
     already = index is not None
     if index is None:
         try:
@@ -74,17 +96,21 @@ def run_build(args: argparse.Namespace) -> dict[str, Any]:
                     source.items,
                     args.out,
                     options=options,
-                    provenance=source.provenance,
+                    provenance=provenance,
                     max_records_per_shard=args.shard_records,
                     workers=args.workers,
                     strict=args.strict,
+                    amend=amendments if amendments else None,
                     fresh=args.fresh,
                     progress=Progress(source.total, "clips"),
                 )
         except KeyboardInterrupt:
             kept = "finished shards are kept" if work_folder(args.out).exists() else "nothing kept"
             raise StoppedEarly(f"stopped early, {kept}; the same command goes on") from None
-    return _report(index, args.out) | {
+    report = _report(index, args.out)
+    if amendments:
+        report["curation"] = amendments.report(_all_keys(index))
+    return report | {
         "already_built": already,
         "seconds": round(time.monotonic() - began, 1),
     }
@@ -100,7 +126,7 @@ def _finished(out: Path, options: BuildOptions, provenance: Mapping[str, Any]) -
     return index if same else None
 
 
-@contextmanager
+@contextlib.contextmanager
 def _terminate_as_interrupt() -> Iterator[None]:
     """SIGTERM, which a scheduler sends before it kills, ends the build as Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():
@@ -111,6 +137,34 @@ def _terminate_as_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _made_with(args: argparse.Namespace) -> dict[str, Any]:
+    """What else decides the bytes: files that change records, and the versions of the libraries."""
+    found: dict[str, Any] = {"versions": library_versions()}
+    if args.curation:
+        found["curation"] = [hash_file(path) for path in args.curation]
+    if args.reasons:
+        found["reasons"] = hash_file(args.reasons)
+    return found
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of this package and of what encodes, resizes and stores; missing ones left out."""
+    found = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def _all_keys(index: ShardIndex) -> Iterator[str]:
+    """The keys of all clips of the source, stored or left out."""
+    for shard in range(index.num_shards):
+        yield from index.keys(shard)
+    if (index.folder / SKIPPED_FILE).is_file():
+        rows = read_rows(index.folder / SKIPPED_FILE, "the list of the build")
+        yield from (row.text("key") for row in rows)
 
 
 def _report(index: ShardIndex, out: Path) -> dict[str, Any]:

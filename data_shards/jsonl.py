@@ -50,3 +50,14 @@ def read_rows(path: Path, what: str) -> Iterator[Row]:
         if not isinstance(fields, dict):
             raise ValueError(f"{path}:{number}: must be a JSON object, found {fields!r:.80}")
         yield Row(path=path, line=number, fields=fields)
+
+
+def read_texts(path: Path, field: str) -> dict[str, str]:
+    """Key -> text of a JSONL file of {"key", FIELD}. Raises ValueError for a key given twice."""
+    texts: dict[str, str] = {}
+    for row in read_rows(path, f'JSONL of {{"key", "{field}"}}'):
+        key = row.text("key")
+        if key in texts:
+            raise ValueError(f"{row.place}: key {key}: must come once, found it twice")
+        texts[key] = row.text(field)
+    return texts

@@ -1,8 +1,9 @@
-"""Is a shard folder whole? Checks every file, every record's checksum and structure, every clip.
+"""Is a shard folder whole and good? Checks every file, every record's bytes, structure and content.
 
-In: a shard folder. Out: a `LintReport` with all problems found, not only the first. Reading checks
-checksums too; this is for whoever copied a folder and wants to know before a run does.
-Flow: build -> here; `emoverse lint DIR [--decode]`.
+In: a shard folder. Out: a `LintReport` with all problems found, not only the first, and with what
+is odd but usable; the bad records as a quarantine list that `build --curation` reads. Reading
+checks checksums too; this is for whoever copied or built a folder, before a run finds out.
+Flow: build -> here; `emoverse lint DIR [--decode] [--quarantine FILE]`.
 """
 
 import argparse
@@ -15,14 +16,17 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from data_shards.curation import Decision, write_curation
 from data_shards.index import INDEX_FILE, LENGTH_MAX, ShardIndex, ShardInfo, sidecar
+from data_shards.lint_content import ContentChecks, ContentLimits
 from data_shards.pixels import jpeg_decode
 from data_shards.reader import DamagedRecord, ShardReader
 from data_shards.record import Frames, Record, Video
 from data_shards.tasks import tasks_in
-from data_shards.video import count_frames, decode_frames
+from data_shards.video import decode_frames
 
 _END_OF_TAR: Final = 1024  # two empty blocks
+_SHOWN_WARNINGS: Final = 20  # lines for people; the JSON has all
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +48,7 @@ class LintReport:
     records: int  # read and checked
     decoded: int  # clips decoded in full; 0 unless asked for
     problems: tuple[Problem, ...]
+    warnings: tuple[Problem, ...] = ()  # odd, but usable: a person should look
 
     @property
     def ok(self) -> bool:
@@ -51,16 +56,35 @@ class LintReport:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object: the fields and `ok`."""
-        return {"ok": self.ok, **asdict(self), "problems": [asdict(p) for p in self.problems]}
+        lists = {
+            name: [asdict(p) for p in getattr(self, name)] for name in ("problems", "warnings")
+        }
+        return {"ok": self.ok, **asdict(self), **lists}
+
+    def quarantine(self, *, strict: bool = False) -> list[Decision]:
+        """One decision to drop per bad record, with all its causes; `strict`: also the odd ones."""
+        causes: dict[str, list[str]] = {}
+        for problem in (*self.problems, *(self.warnings if strict else ())):
+            if problem.key:
+                causes.setdefault(problem.key, []).append(problem.cause)
+        return [
+            Decision(key=key, action="drop", reason="; ".join(found))
+            for key, found in causes.items()
+        ]
 
 
 def lint(
-    folder: Path | str, *, decode: bool = False, progress: Callable[[int], None] | None = None
+    folder: Path | str,
+    *,
+    decode: bool = False,
+    limits: ContentLimits | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> LintReport:
     """Check a shard folder.
 
     Args:
         decode: also decode every frame of every clip.
+        limits: the durations that are usual.
         progress: called with the number of records done so far, once per record.
 
     Raises:
@@ -75,6 +99,8 @@ def lint(
     problems += _unlisted(folder, index)
     reader = ShardReader(folder, index, max_open=1)
     seen: set[str] = set()
+    content = ContentChecks(limits or ContentLimits())
+    warnings: list[Problem] = []
     records = decoded = 0
     for shard, info in enumerate(index.shards):
         broken = list(_file_problems(folder, info))
@@ -99,7 +125,10 @@ def lint(
                 problems.append(_problem(*at, error.cause))
             else:
                 causes = list(_record_causes(record, entries[slot], index.options))
-                if decode:
+                findings = list(content.findings(record))
+                causes += [finding.cause for finding in findings if finding.is_error]
+                warnings += [_problem(*at, f.cause) for f in findings if not f.is_error]
+                if decode and not any(finding.is_error for finding in findings):
                     decoded += 1
                     causes += _decode_causes(record)
                 problems += [_problem(*at, cause) for cause in causes]
@@ -113,6 +142,7 @@ def lint(
         records=records,
         decoded=decoded,
         problems=tuple(problems),
+        warnings=tuple(warnings),
     )
 
 
@@ -202,10 +232,7 @@ def _decode_causes(record: Record) -> list[str]:
                 if jpeg is not None:
                     jpeg_decode(jpeg)
             return []
-        found = count_frames(record.media.mp4)
-        if found != record.num_frames:
-            return [f"the record says {record.num_frames} frames, the video has {found}"]
-        decode_frames(record.media.mp4, range(found))
+        decode_frames(record.media.mp4, range(record.num_frames))
     except ValueError as error:
         return [str(error)]
     return []
@@ -214,26 +241,43 @@ def _decode_causes(record: Record) -> list[str]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `emoverse lint`."""
     parser.add_argument("dir", type=Path, metavar="DIR", help="shard folder")
-    parser.add_argument("--decode", action="store_true", help="also decode every clip in full")
+    usual, add = ContentLimits(), parser.add_argument
+    add("--decode", action="store_true", help="also decode every clip in full")
+    add("--strict", action="store_true", help="what is odd counts as wrong")
+    add("--quarantine", type=Path, metavar="FILE", help="write bad records for build --curation")
+    add("--min-seconds", type=float, default=usual.min_seconds, help="shorter clips are odd")
+    add("--max-seconds", type=float, default=usual.max_seconds, help="longer clips are odd")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """The report as JSON; its `ok` decides the exit code (0 or 1)."""
-    return lint(args.dir, decode=args.decode).to_json()
+    limits = ContentLimits(min_seconds=args.min_seconds, max_seconds=args.max_seconds)
+    report = lint(args.dir, decode=args.decode, limits=limits)
+    if args.quarantine is not None:
+        write_curation(args.quarantine, report.quarantine(strict=args.strict))
+    found = report.to_json()
+    return found | {"ok": report.ok and not (args.strict and report.warnings)}
 
 
 def report_text(report: Mapping[str, Any]) -> str:
     """The report as lines for people: one per problem, then the count."""
-    lines = []
-    for problem in report["problems"]:
-        place = " ".join(part for part in (problem["shard"], problem["key"]) if part)
-        if problem["offset"] is not None:
-            place += f" at byte {problem['offset']}"
-        lines.append(f"{place}: {problem['cause']}" if place else problem["cause"])
+    lines = [_line(problem) for problem in report["problems"]]
+    odd = report["warnings"]
+    lines += [f"odd: {_line(warning)}" for warning in odd[:_SHOWN_WARNINGS]]
+    if len(odd) > _SHOWN_WARNINGS:
+        lines.append(f"odd: ... and {len(odd) - _SHOWN_WARNINGS} more; --json has all")
     decoded = f", {report['decoded']} decoded" if report["decoded"] else ""
-    verdict = "ok" if report["ok"] else f"{len(report['problems'])} problem(s)"
+    verdict = f"{len(report['problems'])} problem(s)" if report["problems"] else "ok"
+    verdict += f", {len(odd)} odd" if odd else ""
     lines.append(
         f"{report['folder']}: {report['shards']} shards, {report['records']} records{decoded}: "
         f"{verdict}"
     )
     return "\n".join(lines)
+
+
+def _line(problem: Mapping[str, Any]) -> str:
+    place = " ".join(part for part in (problem["shard"], problem["key"]) if part)
+    if problem["offset"] is not None:
+        place += f" at byte {problem['offset']}"
+    return f"{place}: {problem['cause']}" if place else str(problem["cause"])

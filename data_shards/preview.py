@@ -5,17 +5,15 @@ with `save` also the media as files to look at. Flow: build -> here; `emoverse p
 """
 
 import argparse
-import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from data_shards.index import INDEX_FILE, ShardIndex
+from data_shards.mp4_header import mp4_seconds
 from data_shards.reader import ShardReader, iter_plain
 from data_shards.record import Frames, Record, Video, from_members
 from data_shards.tasks import TASKS, Task, build_query, format_answer
-
-_BOX_HEADER: Final = 8  # size and type
 
 
 def preview(
@@ -77,36 +75,6 @@ def describe(
         "media_bytes": sum(len(content) for content in _media_files(record).values()),
         "notes": record.notes,
     }
-
-
-def mp4_seconds(mp4: bytes) -> float | None:
-    """Duration that the file's movie header states (ISO 14496-12, box moov/mvhd); None without."""
-    movie = _box(mp4, b"moov")
-    header = None if movie is None else _box(movie, b"mvhd")
-    if header is None or len(header) < 32:
-        return None
-    # version 1 has 64-bit times; both versions hold creation, modification, time scale, duration
-    layout, start = (">IQ", 20) if header[0] == 1 else (">II", 12)
-    scale, duration = struct.unpack_from(layout, header, start)
-    return float(duration / scale) if scale else None
-
-
-def _box(content: bytes, name: bytes) -> bytes | None:
-    """The content of the first box with this name, one level deep."""
-    at = 0
-    while at + _BOX_HEADER <= len(content):
-        size, kind = struct.unpack_from(">I4s", content, at)
-        head = _BOX_HEADER
-        if size == 1 and at + 16 <= len(content):
-            (size,) = struct.unpack_from(">Q", content, at + _BOX_HEADER)
-            head = 16
-        end = len(content) if size == 0 else at + size
-        if kind == name:
-            return content[at + head : end]
-        if end <= at:
-            return None
-        at = end
-    return None
 
 
 def _records(source: Path) -> Iterator[Record]:

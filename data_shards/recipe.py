@@ -14,6 +14,7 @@ from typing import Any, Final
 from data_shards.record import Record
 
 SKIPPED_FILE: Final = "skipped.jsonl"
+BY_CHOICE: Final = "curation"  # the reason of clips that the user leaves out: never an error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

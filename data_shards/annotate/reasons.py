@@ -24,7 +24,6 @@ from data_shards.annotate.reason_prompts import (
     infer_messages,
 )
 from data_shards.index import ShardIndex
-from data_shards.jsonl import read_rows
 from data_shards.pixels import jpeg_encode, resize_frame
 from data_shards.reader import ShardReader
 from data_shards.record import Frames, Record
@@ -334,14 +333,3 @@ def clip_jpegs(record: Record, count: int, size: int) -> tuple[bytes, ...]:
 def one_line(text: str) -> str:
     """The text as a label is stored: one line, single spaces."""
     return " ".join(text.split())
-
-
-def read_texts(path: Path, field: str) -> dict[str, str]:
-    """Key -> text of a JSONL file of {"key", FIELD}. Raises ValueError for a key given twice."""
-    texts: dict[str, str] = {}
-    for row in read_rows(path, f'JSONL of {{"key", "{field}"}}'):
-        key = row.text("key")
-        if key in texts:
-            raise ValueError(f"{row.place}: key {key}: must come once, found it twice")
-        texts[key] = row.text(field)
-    return texts

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from data_shards.annotate.endpoint import Endpoint, Patience
-from data_shards.annotate.reasons import ReasonOptions, annotate_reasons, read_texts
+from data_shards.annotate.reasons import ReasonOptions, annotate_reasons
 from data_shards.index import ShardIndex
+from data_shards.jsonl import read_texts
 from data_shards.progress import Progress
 
 _SHOWN: Final = 10  # failed clips in the text; the JSON has all

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_shards.build import BuildOptions, build_shards
-from data_shards.preview import add_arguments, mp4_seconds, preview, report_text, run
+from data_shards.mp4_header import mp4_seconds
+from data_shards.preview import add_arguments, preview, report_text, run
 from data_shards.record import Record, Turn, Video
 from data_shards.tasks import INSTRUCTION, Pair, Task
 from data_shards.video import encode_mp4

@@ -22,8 +22,9 @@ from data_shards.annotate.reason_prompts import (
     describe_messages,
     infer_messages,
 )
-from data_shards.annotate.reasons import ReasonOptions, annotate_reasons, read_texts
+from data_shards.annotate.reasons import ReasonOptions, annotate_reasons
 from data_shards.build import build_shards
+from data_shards.jsonl import read_texts
 from data_shards.pixels import jpeg_decode
 from data_shards.record import Record, Video
 from data_shards.tasks import Task
