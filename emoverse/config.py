@@ -165,8 +165,13 @@ class ModelSection(Section):
     precision: Literal["fp32", "bf16"] = Field(
         "bf16", description="Number format of weights and activations; masters stay fp32."
     )
-    attention: Literal["auto", "sdpa", "flash"] = Field(
+    attention: Literal["auto", "flash", "torch", "triton", "sdpa"] = Field(
         "auto", description="Attention for packed batches: the fastest there is, or one by name."
+    )
+    lean: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Train through lean decoder layers that keep 0.4 of the activations: where "
+        "possible, always, or never (transformers' own layers).",
     )
 
 

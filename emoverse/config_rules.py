@@ -23,8 +23,10 @@ def cross_field_problems(tree: Node) -> list[Problem]:
 def _model_rules(tree: Node) -> Iterator[Problem]:
     attention = _text(tree, "model", "attention")
     precision = _text(tree, "model", "precision")
-    if attention == "flash" and precision == "fp32":
-        rule = "flash attention has no fp32; set model.precision to bf16 or attention to sdpa"
+    if attention in ("flash", "torch") and precision == "fp32":
+        rule = (
+            f"{attention} attention has no fp32; set model.precision to bf16 or attention to sdpa"
+        )
         yield _problem(tree, ("model", "attention"), rule)
     preset = _text(tree, "model", "lora", "preset") or "paper"
     targets = _names(tree, "model", "lora", "targets")

@@ -204,7 +204,7 @@ def _conditions(config: Config, index: ShardIndex, world: World) -> dict[str, An
         },
         "versions": {
             **package_versions(),
-            "attention": attention_backend(world.device, _dtype(config)),
+            "attention": attention_backend(world.device.type, _dtype(config)),
             "device": str(world.device),
         },
     }

@@ -26,6 +26,7 @@ FREE_KNOBS = frozenset(
         "run.run_dir",
         "model.base",
         "model.attention",
+        "model.lean",
         "model.cache_features",
         "data.shards",
         "data.pack_tokens",

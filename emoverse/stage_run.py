@@ -254,7 +254,8 @@ def _say_hello(parts: Parts, world: World, telemetry: Telemetry, num_trainable: 
     telemetry.say(
         f"{begin}: {parts.num_steps} steps of {config.train.global_batch_size} samples, "
         f"{num_trainable:,} trained parameters, {world.world_size} processes on "
-        f"{world.device.type}, ZeRO-{config.train.zero_stage}, {config.model.precision}",
+        f"{world.device.type}, ZeRO-{config.train.zero_stage}, {config.model.precision}, "
+        f"{parts.model.implementations}",
         step,
     )
     telemetry.start(

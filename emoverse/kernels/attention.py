@@ -2,41 +2,41 @@
 
 In:  queries, keys, values of packed tokens and the boundaries of the segments (cu_seqlens).
 Out: the same values as attention run on every segment alone, forward and backward.
-Registered in transformers as "emoverse_varlen", so the native classes call it; generation, which
-pads and masks instead of packing, takes transformers' own SDPA path of the same name.
-Legend: T packed tokens, N query heads, K key/value heads, H head dim, G segments of one group,
-L padded length of a group, S slots (all groups' G * L).
+Registered in transformers as "emoverse_varlen", so the native classes call it, language model and
+vision tower alike; generation, which pads and masks instead of packing, takes transformers' SDPA.
+Legend: B rows of a dense batch, T packed tokens, N query heads, K key/value heads, H head dim.
 """
 
 import functools
 import importlib.util
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+import weakref
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from emoverse.kernels.attention_sdpa import sdpa_varlen
+from emoverse.kernels.backend import has_triton
+
 NAME = "emoverse_varlen"
-SETTINGS = ("auto", "sdpa", "flash")
-# A segment joins a group while it is at least this share of the group's longest: at most about a
-# third of the padded work is wasted, and a packed batch needs two or three calls.
-SIMILAR = 0.75
+SETTINGS = ("auto", "flash", "torch", "triton", "sdpa")
 
 _setting = "auto"
 
 
 def configure_attention(setting: str) -> None:
-    """Choose the backend for this process: auto, sdpa or flash (model.attention in the config).
+    """Choose the backend for this process (model.attention in the config).
+
+    auto takes the first that works: the flash-attn package, torch's own varlen attention, Triton,
+    SDPA by segments.
 
     Raises:
-        ValueError: unknown setting; flash without the flash-attn package.
+        ValueError: unknown setting; flash or triton without the package.
     """
     global _setting
     if setting not in SETTINGS:
@@ -46,20 +46,44 @@ def configure_attention(setting: str) -> None:
             "model.attention is flash but the package flash-attn is not installed; "
             "install emoverse[flash-attn] or set model.attention: auto"
         )
+    if setting == "triton" and not has_triton():
+        raise ValueError(
+            "model.attention is triton but the package triton is not installed; "
+            "pip install triton, or set model.attention: auto"
+        )
     _setting = setting
+    attention_backend.cache_clear()
 
 
-def attention_backend(device: torch.device, dtype: torch.dtype) -> str:
-    """The backend used for tensors of this kind: flash_attn, torch_varlen or sdpa."""
-    half_on_cuda = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+@functools.cache
+def attention_backend(device_type: str, dtype: torch.dtype) -> str:
+    """What tensors of this kind run on: flash_attn, torch_varlen, triton or sdpa.
+
+    Decided once for a setting. Kernels of half precision cannot take fp32, and only SDPA knows the
+    CPU, so there `sdpa` answers whatever is set; `triton` by name also runs in its interpreter.
+    """
+    if _setting == "triton":
+        return "triton"
+    half_on_cuda = device_type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     if _setting == "sdpa" or not half_on_cuda:
         return "sdpa"
-    return "flash_attn" if _has_flash_attn() else "torch_varlen"
+    if _setting == "flash" or (_setting == "auto" and _has_flash_attn()):
+        return "flash_attn"
+    if _setting == "torch" or _has_torch_varlen():
+        return "torch_varlen"
+    return "triton" if has_triton() else "sdpa"
 
 
 @functools.cache
 def _has_flash_attn() -> bool:
     return importlib.util.find_spec("flash_attn") is not None
+
+
+@functools.cache
+def _has_torch_varlen() -> bool:
+    """torch's varlen attention is FlashAttention-2, built for compute capability 8.0 and later."""
+    built: bool = torch.backends.cuda.is_flash_attention_available()
+    return built and torch.cuda.get_device_capability() >= (8, 0)
 
 
 def varlen_attention(
@@ -72,7 +96,7 @@ def varlen_attention(
     causal: bool,
     scale: float,
 ) -> Tensor:
-    """Attention inside each segment of a packed row of tokens.
+    """Attention inside each segment of a packed row of tokens. No synchronisation with the host.
 
     Args:
         cu_seqlens: int32, number of segments + 1 boundaries from 0 to T.
@@ -80,7 +104,7 @@ def varlen_attention(
     Returns:
         T, N, H.
     """
-    backend = attention_backend(q_TNH.device, q_TNH.dtype)
+    backend = attention_backend(q_TNH.device.type, q_TNH.dtype)
     if backend == "flash_attn":
         # An extra that most installations lack: imported only where it is used.
         from flash_attn import flash_attn_varlen_func
@@ -100,147 +124,60 @@ def varlen_attention(
         )
         assert isinstance(packed, Tensor)
         return packed
-    bounds = cu_seqlens.tolist()
-    assert bounds[0] == 0 and bounds[-1] == q_TNH.shape[0], (bounds, q_TNH.shape)
-    lengths = tuple(end - start for start, end in itertools.pairwise(bounds))
-    return _sdpa_varlen(q_TNH, k_TKH, v_TKH, lengths, causal=causal, scale=scale)
+    if backend == "triton":
+        # Triton is missing on many machines without a GPU: loaded only where it runs.
+        from emoverse.kernels.attention_triton import triton_varlen
+
+        return triton_varlen(
+            *(q_TNH, k_TKH, v_TKH, cu_seqlens, max_seqlen), causal=causal, scale=scale
+        )
+    lengths = _lengths_of(cu_seqlens)
+    assert sum(lengths) == q_TNH.shape[0], (lengths, q_TNH.shape)
+    return sdpa_varlen(q_TNH, k_TKH, v_TKH, lengths, causal=causal, scale=scale)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class _Layout:
-    """Where each packed token stands when segments of similar length are padded side by side."""
+_last_lengths: tuple[weakref.ref[Tensor], tuple[int, ...]] | None = None
 
-    groups: tuple[tuple[int, int], ...]  # (G, L), longest first
-    tokens_S: Tensor  # packed token that fills each slot; padding repeats token 0
-    slots_T: Tensor  # slot of each packed token
-    padding: Tensor  # the slots that are padding
-    masks: tuple[Tensor | None, ...]  # per group G,1,1,L: True = real key; None without padding
+
+def _lengths_of(cu_seqlens: Tensor) -> tuple[int, ...]:
+    """Segment lengths as Python numbers; read once per batch, not once per layer."""
+    global _last_lengths
+    if _last_lengths is None or _last_lengths[0]() is not cu_seqlens:
+        bounds = cu_seqlens.tolist()
+        assert bounds[0] == 0, bounds
+        lengths = tuple(end - start for start, end in itertools.pairwise(bounds))
+        _last_lengths = (weakref.ref(cu_seqlens), lengths)
+    return _last_lengths[1]
 
 
 @functools.lru_cache(maxsize=16)
-def _layout(lengths: tuple[int, ...], device: torch.device) -> _Layout:
-    """Group the segments by length. Asked once per layer for the same batch, hence the cache."""
-    starts = [0]
-    for length in lengths:
-        starts.append(starts[-1] + length)
-    # Stable: equal lengths keep their order, so equal segments need no gathering at all.
-    order = sorted((i for i, n in enumerate(lengths) if n > 0), key=lambda i: -lengths[i])
-    groups: list[list[int]] = []
-    for segment in order:
-        if groups and lengths[segment] >= SIMILAR * lengths[groups[-1][0]]:
-            groups[-1].append(segment)
-        else:
-            groups.append([segment])
-    tokens: list[Tensor] = []
-    real: list[Tensor] = []
-    shapes: list[tuple[int, int]] = []
-    masks: list[Tensor | None] = []
-    for members in groups:
-        longest = lengths[members[0]]
-        steps_L = torch.arange(longest)
-        first_G = torch.tensor([starts[i] for i in members])
-        length_G = torch.tensor([lengths[i] for i in members])
-        real_GL = steps_L < length_G[:, None]
-        tokens.append(torch.where(real_GL, first_G[:, None] + steps_L, 0).flatten())
-        real.append(real_GL.flatten())
-        shapes.append((len(members), longest))
-        padded = not bool(real_GL.all())
-        masks.append(real_GL[:, None, None, :].to(device) if padded else None)
-    tokens_S, real_S = torch.cat(tokens), torch.cat(real)
-    slots_T = torch.empty(starts[-1], dtype=torch.long)
-    slots_T[tokens_S[real_S]] = real_S.nonzero().squeeze(1)
-    return _Layout(
-        groups=tuple(shapes),
-        tokens_S=tokens_S.to(device),
-        slots_T=slots_T.to(device),
-        padding=(~real_S).nonzero().squeeze(1).to(device),
-        masks=tuple(masks),
-    )
+def _equal_borders(rows: int, length: int, device: torch.device) -> Tensor:
+    return torch.arange(0, (rows + 1) * length, length, dtype=torch.int32, device=device)
 
 
-class _Pad(torch.autograd.Function):
-    """Packed -> padded slots. Both directions are gathers: fast, and the same sums every time."""
+def dense_attention(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, scale: float) -> Tensor:
+    """Full attention inside each row of a batch without padding, as the vision tower needs it.
 
-    @staticmethod
-    def forward(ctx: Any, x_T: Tensor, layout: _Layout) -> Tensor:
-        ctx.layout = layout
-        return x_T.index_select(0, layout.tokens_S)
-
-    @staticmethod
-    def backward(ctx: Any, grad_S: Tensor) -> tuple[Tensor, None]:
-        # Padding slots get no gradient: nothing real attends to them or reads their output.
-        return grad_S.index_select(0, ctx.layout.slots_T), None
-
-
-class _Unpad(torch.autograd.Function):
-    """Padded slots -> packed."""
-
-    @staticmethod
-    def forward(ctx: Any, x_S: Tensor, layout: _Layout) -> Tensor:
-        ctx.layout = layout
-        return x_S.index_select(0, layout.slots_T)
-
-    @staticmethod
-    def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor, None]:
-        grad_S = grad_T.index_select(0, ctx.layout.tokens_S)
-        return grad_S.index_fill_(0, ctx.layout.padding, 0.0), None
-
-
-def _sdpa_varlen(
-    q_TNH: Tensor,
-    k_TKH: Tensor,
-    v_TKH: Tensor,
-    lengths: tuple[int, ...],
-    *,
-    causal: bool,
-    scale: float,
-) -> Tensor:
-    """One SDPA call per group of similar lengths.
-
-    Causal groups need no mask: padding stands behind every real query of its segment.
+    Returns:
+        B, T, N, H.
     """
-    repeat = q_TNH.shape[1] // k_TKH.shape[1]
-    if repeat > 1:
-        # The fused CPU kernel wants equal head counts; enable_gqa would take the slow one.
-        k_TKH, v_TKH = (x.repeat_interleave(repeat, dim=1) for x in (k_TKH, v_TKH))
-    layout = _layout(lengths, q_TNH.device)
-    packed = (q_TNH, k_TKH, v_TKH)
-    uniform = len(layout.groups) == 1 and layout.padding.numel() == 0
-    slotted = packed if uniform else tuple(_pad(x, layout) for x in packed)
-    sizes = [segments * length for segments, length in layout.groups]
-    outputs = [
-        _sdpa_group(parts, shape, None if causal else mask, causal=causal, scale=scale)
-        for parts, shape, mask in zip(
-            zip(*(x.split(sizes) for x in slotted), strict=True),
-            layout.groups,
-            layout.masks,
-            strict=True,
+    rows, _, length, _ = q_BNTH.shape
+    if attention_backend(q_BNTH.device.type, q_BNTH.dtype) == "sdpa":
+        out = torch.nn.functional.scaled_dot_product_attention(q_BNTH, k_BKTH, v_BKTH, scale=scale)
+        return out.transpose(1, 2)
+    packed = (x.transpose(1, 2).flatten(0, 1) for x in (q_BNTH, k_BKTH, v_BKTH))
+    borders = _equal_borders(rows, length, q_BNTH.device)
+    out = varlen_attention(*packed, borders, length, causal=False, scale=scale)
+    return out.unflatten(0, (rows, length))
+
+
+def check_window(max_seqlen: int, sliding_window: int | None) -> None:
+    """Raises ValueError: a segment longer than the model's sliding window, which is not applied."""
+    if sliding_window is not None and max_seqlen > sliding_window:
+        raise ValueError(
+            f"a sample has {max_seqlen} tokens but the model's sliding_window is "
+            f"{sliding_window}; set data.max_tokens to at most {sliding_window}"
         )
-    ]
-    out_S = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    if uniform:
-        return out_S
-    out_T: Tensor = _Unpad.apply(out_S, layout)
-    return out_T
-
-
-def _pad(x_T: Tensor, layout: _Layout) -> Tensor:
-    slots: Tensor = _Pad.apply(x_T, layout)
-    return slots
-
-
-def _sdpa_group(
-    parts: Sequence[Tensor],
-    shape: tuple[int, int],
-    mask: Tensor | None,
-    *,
-    causal: bool,
-    scale: float,
-) -> Tensor:
-    """G * L, N, H in and out."""
-    q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in parts)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
-    return out.transpose(1, 2).flatten(0, 1)
 
 
 def _transformers_attention(
@@ -257,6 +194,10 @@ def _transformers_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention signature; tensors come as 1 or B, heads, tokens, head dim."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    causal = bool(getattr(module, "is_causal", True))
+    if cu_seq_lens_q is None and attention_mask is None and not causal and dropout == 0.0:
+        return dense_attention(query, key, value, scale), None
     if cu_seq_lens_q is None:
         # Plain or padded batches: the mask made by sdpa_mask already holds any sliding window.
         out, _ = sdpa_attention_forward(
@@ -267,16 +208,12 @@ def _transformers_attention(
         )
         return out, None
     assert query.shape[0] == 1 and max_length_q is not None and dropout == 0.0
-    if sliding_window is not None and max_length_q > sliding_window:
-        raise ValueError(
-            f"a sample has {max_length_q} tokens but the model's sliding_window is "
-            f"{sliding_window}; set data.max_tokens to at most {sliding_window}"
-        )
+    check_window(max_length_q, sliding_window)
     q_TNH, k_TKH, v_TKH = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     out_TNH = varlen_attention(
         *(q_TNH, k_TKH, v_TKH, cu_seq_lens_q, max_length_q),
-        causal=bool(getattr(module, "is_causal", True)),
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        causal=causal,
+        scale=scale,
     )
     return out_TNH.unsqueeze(0), None
 

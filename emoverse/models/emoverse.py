@@ -18,9 +18,11 @@ from transformers import InternVLForConditionalGeneration
 
 from data_shards.tasks import TASKS
 from emoverse.kernels import attention
+from emoverse.kernels.backend import kernel_backend
 from emoverse.kernels.head import sums_by_group, supervised_cross_entropy
 from emoverse.models.architecture import Architecture, base_folder
 from emoverse.models.internvl2 import import_checkpoint
+from emoverse.models.lean import is_lean, make_lean
 from emoverse.models.lora import AdapterSettings, attach_lora, is_adapter
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -42,6 +44,8 @@ class ModelSettings(Protocol):
     def lora(self) -> AdapterSettings: ...
     @property
     def attention(self) -> str: ...
+    @property
+    def lean(self) -> str: ...
 
 
 class PackedBatch(Protocol):
@@ -84,7 +88,7 @@ class EmoVerse(nn.Module):
         train_vision: bool = False,
     ) -> None:
         super().__init__()
-        native.set_attn_implementation({"text_config": attention.NAME, "vision_config": "sdpa"})
+        native.set_attn_implementation(attention.NAME)
         self.native = native
         self.architecture = architecture
         self.train_vision = train_vision
@@ -99,6 +103,17 @@ class EmoVerse(nn.Module):
         if not self.train_vision:
             self.native.model.vision_tower.eval()
         return self
+
+    @property
+    def implementations(self) -> str:
+        """For the user: what attention and the decoder layers of training run on."""
+        weight = self.native.lm_head.weight
+        device = weight.device.type
+        layers = "lean" if is_lean(self.native.model.language_model) else "transformers'"
+        return (
+            f"attention {attention.attention_backend(device, weight.dtype)}, {layers} layers, "
+            f"kernels {kernel_backend(device)}"
+        )
 
     def trainable_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
         """Trained parameters by part: lora and projector; vision and llm when all are trained."""
@@ -292,6 +307,7 @@ def compose(
         native.requires_grad_(False)
     elif train == "lora" and settings is not None:
         attach_lora(native, architecture, settings.lora, settings.projector, seed=seed)
+        make_lean(native.model.language_model, settings.lean)
     else:
         raise ValueError(f"train must be lora (with model settings), all or none, found {train!r}")
     return EmoVerse(native, architecture, train_vision=train == "all")

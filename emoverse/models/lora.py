@@ -8,13 +8,13 @@ PeftModel.from_pretrained reads. No other file imports peft.
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import InternVLForConditionalGeneration
 
 from emoverse.models.architecture import (
@@ -108,6 +108,38 @@ def trainable_names(
         names = {f"{PROJECTOR}.{part}.{leaf}" for part in parts for leaf in ("weight", "bias")}
     return frozenset(
         names | {f"{module}.lora_{ab}.default.weight" for module in modules for ab in "AB"}
+    )
+
+
+class AdapterParts(NamedTuple):
+    """A linear layer as the lean layers read it; without an active adapter `a` is None."""
+
+    weight: Tensor
+    a: Tensor | None
+    b: Tensor | None
+    scale: float
+    p: float  # dropout of the adapter's input
+    plain: bool  # nothing but B A is added to the weight
+
+
+def read_linear(module: nn.Module, training: bool) -> AdapterParts:
+    """The parameters of a linear layer with or without an adapter, as they are now."""
+    if not isinstance(module, LoraLayer):
+        return AdapterParts(module.weight, None, None, 0.0, 0.0, type(module) is nn.Linear)
+    weight = module.get_base_layer().weight
+    plain = type(module.get_base_layer()) is nn.Linear
+    if module.disable_adapters or module.merged or not module.active_adapters:
+        return AdapterParts(weight, None, None, 0.0, 0.0, plain)
+    (name,) = module.active_adapters
+    dropout = module.lora_dropout[name]
+    plain = plain and not module.use_dora[name] and not module.lora_bias[name]
+    return AdapterParts(
+        weight,
+        module.lora_A[name].weight,
+        module.lora_B[name].weight,
+        float(module.scaling[name]),
+        dropout.p if training and isinstance(dropout, nn.Dropout) else 0.0,
+        plain,
     )
 
 

@@ -217,7 +217,9 @@ def tiny_inputs(tmp_path_factory: pytest.TempPathFactory) -> TinyInputs:
     export_checkpoint(build_native(config_json, seed=11), config_json, folder / "base")
     # Once here, inherited by all ranks: PEFT's first model costs half a second.
     lora = SimpleNamespace(preset="paper", r=1, alpha=1, dropout=0.0, targets=())
-    build_model(folder / "base", SimpleNamespace(lora=lora, projector="full", attention="auto"))
+    build_model(
+        folder / "base", SimpleNamespace(lora=lora, projector="full", attention="auto", lean="auto")
+    )
     return TinyInputs(shards=folder / "shards", base=folder / "base")
 
 

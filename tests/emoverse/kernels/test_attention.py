@@ -11,30 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from emoverse.kernels import attention
+from emoverse.kernels import attention, reference
 from emoverse.kernels.attention import (
     attention_backend,
     configure_attention,
     varlen_attention,
 )
+from emoverse.kernels.attention_sdpa import layout_of
 
 CPU = torch.device("cpu")
-
-
-def reference(
-    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, lengths: list[int], causal: bool, scale: float
-) -> Tensor:
-    """Softmax attention written out, segment by segment."""
-    repeat = q_TNH.shape[1] // k_TKH.shape[1]
-    outputs = []
-    for q, k, v in zip(*(x.split(lengths) for x in (q_TNH, k_TKH, v_TKH)), strict=True):
-        k, v = (x.repeat_interleave(repeat, dim=1) for x in (k, v))
-        scores = torch.einsum("qnh,knh->nqk", q, k) * scale
-        if causal:
-            ones = torch.ones(scores.shape[1:], dtype=torch.bool)
-            scores = scores.masked_fill(ones.triu(1), float("-inf"))
-        outputs.append(torch.einsum("nqk,knh->qnh", scores.softmax(-1), v))
-    return torch.cat(outputs)
 
 
 def borders(lengths: list[int]) -> Tensor:
@@ -49,7 +34,7 @@ def check(lengths: list[int], heads: int, kv_heads: int, causal: bool, seed: int
         for n in (heads, kv_heads, kv_heads)
     ]
     out = varlen_attention(*inputs, borders(lengths), max(lengths), causal=causal, scale=0.3)
-    expected = reference(*inputs, lengths, causal, 0.3)
+    expected = reference.attention(*inputs, lengths, causal=causal, scale=0.3)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
     upstream = torch.randn(out.shape, generator=generator)
     found = torch.autograd.grad(out, inputs, upstream)
@@ -101,7 +86,7 @@ def test_no_contamination_at_all() -> None:
 
 def test_groups_bound_the_padding() -> None:
     lengths = tuple([130, 128, 125, 120, 60, 58, 55, 300, 290, 9])
-    layout = attention._layout(lengths, CPU)
+    layout = layout_of(lengths, CPU)
     assert layout.groups == ((2, 300), (4, 130), (3, 60), (1, 9))
     slots = sum(segments * length for segments, length in layout.groups)
     assert slots - layout.padding.numel() == sum(lengths)
@@ -109,7 +94,7 @@ def test_groups_bound_the_padding() -> None:
 
 
 def test_equal_lengths_are_not_gathered() -> None:
-    layout = attention._layout((8, 8, 8), CPU)
+    layout = layout_of((8, 8, 8), CPU)
     assert layout.padding.numel() == 0 and layout.groups == ((3, 8),)
     assert torch.equal(layout.tokens_S, torch.arange(24))
 
@@ -122,25 +107,37 @@ def restore_setting() -> Iterator[None]:
 
 @pytest.mark.usefixtures("restore_setting")
 def test_choice_of_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda, bf16 = torch.device("cuda"), torch.bfloat16
-    monkeypatch.setattr(attention, "_has_flash_attn", lambda: False)
-    assert attention_backend(CPU, bf16) == "sdpa"
-    assert attention_backend(cuda, torch.float32) == "sdpa"
-    assert attention_backend(cuda, bf16) == "torch_varlen"
-    configure_attention("sdpa")
-    assert attention_backend(cuda, bf16) == "sdpa"
-    monkeypatch.setattr(attention, "_has_flash_attn", lambda: True)
-    configure_attention("flash")
-    assert attention_backend(cuda, bf16) == "flash_attn"
+    def chosen(setting: str, *, flash: bool, torch_varlen: bool, triton: bool) -> str:
+        monkeypatch.setattr(attention, "_has_flash_attn", lambda: flash)
+        monkeypatch.setattr(attention, "_has_torch_varlen", lambda: torch_varlen)
+        monkeypatch.setattr(attention, "has_triton", lambda: triton)
+        configure_attention(setting)
+        assert attention_backend("cuda", torch.float32) in ("sdpa", setting)
+        assert attention_backend("cpu", torch.bfloat16) in ("sdpa", setting)
+        return attention_backend("cuda", torch.bfloat16)
+
+    assert chosen("auto", flash=True, torch_varlen=True, triton=True) == "flash_attn"
+    assert chosen("auto", flash=False, torch_varlen=True, triton=True) == "torch_varlen"
+    assert chosen("auto", flash=False, torch_varlen=False, triton=True) == "triton"
+    assert chosen("auto", flash=False, torch_varlen=False, triton=False) == "sdpa"
+    assert chosen("flash", flash=True, torch_varlen=True, triton=True) == "flash_attn"
+    assert chosen("torch", flash=True, torch_varlen=True, triton=True) == "torch_varlen"
+    assert chosen("triton", flash=True, torch_varlen=True, triton=True) == "triton"
+    assert chosen("sdpa", flash=True, torch_varlen=True, triton=True) == "sdpa"
 
 
 @pytest.mark.usefixtures("restore_setting")
 def test_wrong_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"model.attention must be one of auto, sdpa, flash"):
+    with pytest.raises(
+        ValueError, match=r"model.attention must be one of auto, flash, torch, triton, sdpa"
+    ):
         configure_attention("eager")
     monkeypatch.setattr(attention, "_has_flash_attn", lambda: False)
     with pytest.raises(ValueError, match=r"install emoverse\[flash-attn\] or set"):
         configure_attention("flash")
+    monkeypatch.setattr(attention, "has_triton", lambda: False)
+    with pytest.raises(ValueError, match=r"triton is not installed; pip install triton, or set"):
+        configure_attention("triton")
 
 
 def test_flash_attn_gets_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +178,7 @@ def test_cuda_backends_agree(kv_heads: int) -> None:
     lengths = [100, 7, 64, 129]
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(300, n, 96, generator=generator) for n in (4, kv_heads, kv_heads)]
-    expected = reference(*inputs, lengths, True, 0.1)
+    expected = reference.attention(*inputs, lengths, causal=True, scale=0.1)
     on_gpu = [x.cuda().bfloat16() for x in inputs]
     out = varlen_attention(*on_gpu, borders(lengths).cuda(), 129, causal=True, scale=0.1)
     torch.testing.assert_close(out.float().cpu(), expected, atol=3e-2, rtol=3e-2)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from emoverse.kernels import reference
 from emoverse.kernels.head import sums_by_group, supervised_cross_entropy
 
 
@@ -29,15 +30,59 @@ def test_equals_the_full_head() -> None:
         torch.testing.assert_close(left, right, atol=1e-6, rtol=1e-5)
 
 
-def test_no_rows_keep_the_graph() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("max_logits", [31, 70, 10_000])
+def test_chunks_of_a_frozen_head(dtype: torch.dtype, max_logits: int) -> None:
+    """Rows one by one, in twos and all at once; the gradient is weighted afterwards."""
+    torch.manual_seed(0)
+    exact_TD = torch.randn(23, 12, dtype=torch.float64).to(dtype).double().requires_grad_()
+    hidden_TD = exact_TD.detach().to(dtype).requires_grad_()
+    lm_head = nn.Linear(12, 31, bias=False).to(dtype).requires_grad_(False)
+    labels = torch.full((23,), -100)
+    labels[[4, 5, 11, 12, 22]] = torch.tensor([1, 30, 7, 7, 0])
+    weights = torch.rand(22)
+    expected = reference.cross_entropy(exact_TD, labels, lm_head.weight.double()) * weights
+    (wanted,) = torch.autograd.grad(expected.sum(), exact_TD)
+    rows = (labels[1:] != -100).nonzero().squeeze(1)
+    losses = supervised_cross_entropy(
+        hidden_TD, rows, labels[rows + 1], lm_head, max_logits=max_logits
+    )
+    bound = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(losses.double(), expected[rows] / weights[rows], atol=0, rtol=bound)
+    (found,) = torch.autograd.grad((losses * weights[rows]).sum(), hidden_TD)
+    assert found.dtype == dtype
+    error = (found.double() - wanted).norm() / wanted.norm()
+    assert error < bound
+
+
+def test_chunks_of_a_trained_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits of one chunk at a time, made again in backward."""
+    torch.manual_seed(0)
+    lm_head = nn.Linear(8, 20, bias=False)
+    hidden_TD = torch.randn(9, 8, requires_grad=True)
+    rows, targets = torch.arange(9), torch.randint(20, (9,))
+    calls: list[int] = []
+    lm_head.register_forward_hook(lambda module, args, out: calls.append(len(out)))
+    grads = []
+    for max_logits in (1000, 60):
+        loss = supervised_cross_entropy(hidden_TD, rows, targets, lm_head, max_logits=max_logits)
+        grads.append(torch.autograd.grad(loss.sum(), (hidden_TD, lm_head.weight)))
+    assert calls == [9, 3, 3, 3, 3, 3, 3]
+    for left, right in zip(*grads, strict=True):
+        torch.testing.assert_close(left, right, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_no_rows_keep_the_graph(trained: bool) -> None:
     hidden_TD = torch.randn(5, 4, requires_grad=True)
-    lm_head = nn.Linear(4, 7, bias=False)
+    lm_head = nn.Linear(4, 7, bias=False).requires_grad_(trained)
     none = torch.zeros(0, dtype=torch.long)
     loss = supervised_cross_entropy(hidden_TD, none, none, lm_head).sum()
     loss.backward()
     assert loss.item() == 0.0
     assert hidden_TD.grad is not None and not hidden_TD.grad.any()
-    assert lm_head.weight.grad is not None and not lm_head.weight.grad.any()
+    if trained:
+        assert lm_head.weight.grad is not None and not lm_head.weight.grad.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

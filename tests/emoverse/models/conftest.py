@@ -46,7 +46,7 @@ def settings(
     r: int = 8,
 ) -> Any:
     lora = SimpleNamespace(preset=preset, r=r, alpha=32, dropout=dropout, targets=tuple(targets))
-    return SimpleNamespace(lora=lora, projector=projector, attention="auto")
+    return SimpleNamespace(lora=lora, projector=projector, attention="auto", lean="auto")
 
 
 def roughen(model: torch.nn.Module, seed: int = 5) -> None:

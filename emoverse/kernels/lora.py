@@ -1,0 +1,207 @@
+"""Linear layers with low-rank adapters in addmm form: Y = X W^T + S B^T, S = scale * drop(X) A^T.
+
+In:  an input, frozen weights that read it, their adapters, and a dropout that is replayed.
+Out: the outputs side by side. Kept for backward: the input once, S (rank numbers a token) and the
+parameters; no mask, no dropped copy, no result of B. The frozen weights get no gradient.
+Legend: T tokens, K input features, N output features, R ranks of all adapters on this input.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from emoverse.kernels.backend import use_triton
+from emoverse.kernels.dropout import Dropout, drop
+
+
+class LoraInput(NamedTuple):
+    """The input side of the adapters that share an input; one mask for all of them."""
+
+    a_RK: Tensor
+    scale: float
+    dropout: Dropout | None
+
+
+class Linears(NamedTuple):
+    """Linear layers that share an input; a layer without adapter has None for A and B."""
+
+    weights: tuple[Tensor, ...]  # N, K
+    a: tuple[Tensor | None, ...]  # r, K
+    b: tuple[Tensor | None, ...]  # N, r
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return tuple(0 if a is None else a.shape[0] for a in self.a)
+
+    def lora_input(self, scale: float, dropout: Dropout | None) -> LoraInput | None:
+        """All A stacked; None without any adapter."""
+        parts = [a for a in self.a if a is not None]
+        if not parts:
+            return None
+        return LoraInput(parts[0] if len(parts) == 1 else torch.cat(parts), scale, dropout)
+
+
+def wide(x: Tensor) -> Tensor:
+    """The type to compute in: fp32 for half precision."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+# The three places where an adapter's A meets its input ------------------------------------------
+
+
+def lora_input(x_TK: Tensor, lora: LoraInput) -> Tensor:
+    """S: T, R."""
+    if use_triton(x_TK):
+        found: Tensor = _triton().lora_input(x_TK, lora)
+        return found
+    return torch.mm(drop(x_TK, lora.dropout), lora.a_RK.t()).mul_(lora.scale)
+
+
+def input_gradient(grad_x_TK: Tensor, lora: LoraInput, grad_s_TR: Tensor) -> Tensor:
+    """Adds what comes back through A, behind the same mask, to `grad_x_TK` in place."""
+    if use_triton(grad_x_TK):
+        found: Tensor = _triton().input_gradient(grad_x_TK, lora, grad_s_TR)
+        return found
+    if lora.dropout is None or lora.dropout.threshold == 0:
+        return grad_x_TK.addmm_(grad_s_TR, lora.a_RK, alpha=lora.scale)
+    through = torch.mm(grad_s_TR, lora.a_RK).mul_(lora.scale)
+    return grad_x_TK.add_(drop(through, lora.dropout))
+
+
+def weight_gradient(x_TK: Tensor, lora: LoraInput, grad_s_TR: Tensor) -> Tensor:
+    """Gradient of A: R, K."""
+    if use_triton(x_TK):
+        found: Tensor = _triton().weight_gradient(x_TK, lora, grad_s_TR)
+        return found
+    return torch.mm(grad_s_TR.t(), drop(x_TK, lora.dropout)).mul_(lora.scale)
+
+
+# The large products --------------------------------------------------------------------------
+
+
+def project(x_TK: Tensor, s_TR: Tensor | None, linears: Linears) -> Tensor:
+    """Outputs of all layers side by side: T, sum of N."""
+    sizes = [weight.shape[0] for weight in linears.weights]
+    if len(sizes) == 1:
+        y_TN = torch.mm(x_TK, linears.weights[0].t())
+    else:
+        y_TN = x_TK.new_empty(x_TK.shape[0], sum(sizes))
+        for part, weight in zip(y_TN.split(sizes, dim=1), linears.weights, strict=True):
+            torch.mm(x_TK, weight.t(), out=part)
+    if s_TR is not None:
+        columns = s_TR.split(linears.ranks, dim=1)
+        for part, s, b in zip(y_TN.split(sizes, dim=1), columns, linears.b, strict=True):
+            if b is not None:
+                part.addmm_(s, b.t())
+    return y_TN
+
+
+def project_backward(
+    grad_TN: Tensor, s_TR: Tensor | None, linears: Linears
+) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
+    """Gradient of x without the adapters' part, gradient of S, gradient of each B."""
+    grads = grad_TN.split([weight.shape[0] for weight in linears.weights], dim=1)
+    grad_x_TK = torch.mm(grads[0], linears.weights[0])
+    for grad, weight in zip(grads[1:], linears.weights[1:], strict=True):
+        grad_x_TK.addmm_(grad, weight)
+    if s_TR is None:
+        return grad_x_TK, None, [None] * len(grads)
+    columns = s_TR.split(linears.ranks, dim=1)
+    grad_b = [
+        None if b is None else torch.mm(grad.t(), s)
+        for grad, s, b in zip(grads, columns, linears.b, strict=True)
+    ]
+    if len(grads) == 1:
+        assert linears.b[0] is not None
+        return grad_x_TK, torch.mm(grads[0], linears.b[0]), grad_b
+    grad_s_TR = torch.empty_like(s_TR)
+    for part, grad, b in zip(grad_s_TR.split(linears.ranks, dim=1), grads, linears.b, strict=True):
+        if b is not None:
+            torch.mm(grad, b, out=part)
+    return grad_x_TK, grad_s_TR, grad_b
+
+
+def split_grad_a(grad_a_RK: Tensor | None, linears: Linears) -> list[Tensor | None]:
+    """The stacked gradient of A, layer by layer."""
+    if grad_a_RK is None:
+        return [None] * len(linears.a)
+    parts = grad_a_RK.split(linears.ranks)
+    return [None if a is None else part for a, part in zip(linears.a, parts, strict=True)]
+
+
+# As a function with gradients -----------------------------------------------------------------
+
+
+def lora_linears(
+    x_TK: Tensor,
+    linears: Linears,
+    *,
+    scale: float,
+    dropout: Dropout | None = None,
+    bias_N: Tensor | None = None,
+) -> Tensor:
+    """Linear layers with adapters on one input, for example q, k and v, or gate and up.
+
+    Args:
+        bias_N: frozen biases of all layers side by side.
+    Returns:
+        All outputs side by side: T, sum of N. Gradients reach x, A and B.
+    """
+    found: Tensor = _LoraLinears.apply(
+        *(x_TK, bias_N, scale, dropout, len(linears.weights)),
+        *(*linears.weights, *linears.a, *linears.b),
+    )
+    return found
+
+
+class _LoraLinears(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TK: Tensor,
+        bias_N: Tensor | None,
+        scale: float,
+        dropout: Dropout | None,
+        count: int,
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        linears = unpack(tensors, count)
+        lora = linears.lora_input(scale, dropout)
+        s_TR = None if lora is None else lora_input(x_TK, lora)
+        y_TN = project(x_TK, s_TR, linears)
+        if bias_N is not None:
+            y_TN.add_(bias_N)
+        ctx.save_for_backward(x_TK, s_TR, *tensors)
+        ctx.settings = scale, dropout, count
+        return y_TN
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TN: Tensor) -> tuple[Tensor | None, ...]:
+        scale, dropout, count = ctx.settings
+        x_TK, s_TR, *tensors = ctx.saved_tensors
+        linears = unpack(tensors, count)
+        grad_x_TK, grad_s_TR, grad_b = project_backward(grad_TN, s_TR, linears)
+        lora, grad_a = linears.lora_input(scale, dropout), None
+        if lora is not None and grad_s_TR is not None:
+            grad_a = weight_gradient(x_TK, lora, grad_s_TR)
+            grad_x_TK = input_gradient(grad_x_TK, lora, grad_s_TR)
+        unused = [None] * (4 + count)
+        return (grad_x_TK, *unused, *split_grad_a(grad_a, linears), *grad_b)
+
+
+def unpack(tensors: Sequence[Tensor | None], count: int) -> Linears:
+    """Weights, then all A, then all B, as autograd functions take and save them."""
+    weights, a, b = (tuple(tensors[i * count : (i + 1) * count]) for i in range(3))
+    assert all(weight is not None for weight in weights)
+    return Linears(weights, a, b)  # type: ignore[arg-type]
+
+
+def _triton() -> Any:
+    # Triton is missing on many machines without a GPU: loaded only where it runs.
+    from emoverse.kernels import lora_triton
+
+    return lora_triton
