@@ -22,6 +22,7 @@ _TEXTS = 101  # stream of random numbers; the corpus and the phases of pretraini
 _SLOT: Mapping[str, Task] = {
     "face": TASKS[0], "sign": TASKS[0], "person": TASKS[0], "video": TASKS[1], "speaker": TASKS[1],
     "dialogue": TASKS[2], "repeat": TASKS[3], "words": TASKS[3], "turns": TASKS[4],
+    "many": TASKS[4],
 }  # fmt: skip
 
 

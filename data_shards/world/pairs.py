@@ -227,10 +227,44 @@ def _who_said_what(rng: np.random.Generator) -> GenericPair:
     )
 
 
-def _draw_dialogue(rng: np.random.Generator) -> tuple[grammar.Dialogue, int, int]:
+def _many_turns(rng: np.random.Generator) -> GenericPair:
+    """As `_who_said_what`, with several look-ups in one answer, in an order that is not the turns'.
+
+    One short answer a dialogue teaches a look-up slowly; a list of them shows it many times over.
+    """
+    dialogue, _, _ = _draw_dialogue(rng, most_events=6)
+    lines = dialogue.turns
+    named = [(place, event) for place, event in enumerate(dialogue.named) if event]
+    picked = [named[int(i)] for i in rng.permutation(len(named))]
+    numbers = [int(i) for i in rng.permutation(len(lines))][: int(rng.integers(2, 6))]
+    few = numbers[:2]
+    events, turns = ", ".join(event for _, event in picked), _numbers(numbers)
+    question, answer = (
+        (f"Which turns name {events}?", " ".join(f"{e}: {i + 1}." for i, e in picked)),
+        (f"Who names {events}?", " ".join(f"{e}: {lines[i].speaker}." for i, e in picked)),
+        (
+            f"Who speaks in turns {turns}?",
+            " ".join(f"{i + 1}. {lines[i].speaker}." for i in numbers),
+        ),
+        (
+            f"What is said in turns {_numbers(few)}?",
+            " ".join(f"{i + 1}. {lines[i].speaker}: {lines[i].text}" for i in few),
+        ),
+    )[int(rng.integers(4))]
+    return GenericPair(kind="many", question=f"{transcript(lines)} {question}", answer=answer)
+
+
+def _numbers(places: list[int]) -> str:
+    return ", ".join(str(place + 1) for place in places)
+
+
+def _draw_dialogue(
+    rng: np.random.Generator, *, most_events: int = 4
+) -> tuple[grammar.Dialogue, int, int]:
     """A dialogue, the place of one of its events, and any turn; places count from 0."""
     num_turns = int(rng.integers(3, 9))
-    kinds = rng.permutation(len(grammar.EVENTS))[: int(rng.integers(1, min(4, num_turns - 1) + 1))]
+    most = min(most_events, num_turns - 1)
+    kinds = rng.permutation(len(grammar.EVENTS))[: int(rng.integers(1, most + 1))]
     events = [grammar.draw_event(rng, list(grammar.EVENTS)[int(k)]) for k in kinds]
     dialogue = grammar.draw_dialogue(
         rng, events, num_turns, target=int(rng.integers(1, num_turns + 1)), target_event=None
@@ -296,21 +330,31 @@ _MAKERS: dict[str, Callable[[np.random.Generator], GenericPair]] = {
     "repeat": _repeat,
     "words": _words,
     "turns": _who_said_what,
+    "many": _many_turns,
 }
 KINDS = tuple(_MAKERS)
 # Shares of the kinds. Basics: to look and to copy; all else builds on both. Talk: the dialogues,
 # which are learned last, with enough of the rest to keep it.
 BASICS = {"face": 0.5, "words": 0.5}
-TALK = {"turns": 0.6, "video": 0.18, "face": 0.14, "repeat": 0.04, "words": 0.04}
+TALK = {
+    "turns": 0.54,
+    "many": 0.13,
+    "video": 0.14,
+    "face": 0.12,
+    "repeat": 0.03,
+    "words": 0.04,
+}
 MIXTURE = {
-    "face": 0.26,
-    "sign": 0.05,
+    "face": 0.24,
+    "sign": 0.04,
     "person": 0.04,
-    "video": 0.20,
+    "video": 0.18,
     "speaker": 0.02,
-    "dialogue": 0.30,
-    "repeat": 0.05,
-    "words": 0.08,
+    "dialogue": 0.06,
+    "turns": 0.28,
+    "many": 0.06,
+    "repeat": 0.03,
+    "words": 0.05,
 }
 
 
