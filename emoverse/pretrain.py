@@ -13,7 +13,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,8 @@ _SLOT_NAMES = ("image", "video", "dialogue", "repeat", "turns")
 _UNITS = tuple(SIGNS)
 _LOG_EVERY = 50  # steps
 _LOSSES = "losses.json"  # from rank 0 to the parent, removed at the end
-_PROGRESS = "progress.json"  # there while the first part is done and the second is not
+_PROGRESS = "progress.json"  # there from the first stored part until the gates are passed
+_PARTS = ("new", "talk")
 
 # (generator, how many) -> one pack of that many examples and the weight by which its loss counts.
 Draw = Callable[[np.random.Generator, int], tuple[Packs, float]]
@@ -280,56 +281,76 @@ def _prepare(config: PretrainConfig, folder: Path) -> None:
 def pretrain(config: PretrainConfig) -> dict[str, Any]:
     """Make a base in `config.out`. Returns its provenance with the gate figures.
 
-    The base is stored after `align` and again after `talk`; a run that was killed in between goes
-    on with `talk` when it is started again with the same config.
+    The base is stored after `align` and again after `talk`; a run that ended early goes on behind
+    its last stored part when it is started again with the same config. The gates may differ: they
+    are measured last, and a base that missed them is measured again.
 
     Raises:
         ValueError: `out` holds something else already, or the finished base misses a gate; then the
-            folder is kept for inspection.
+            folder is kept, with its figures in provenance.json.
     """
     # For the ranks: one thread each, and DeepSpeed's import of inductor costs a second.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    progress = config.out / _PROGRESS
-    minutes = _minutes_so_far(config)
-    if minutes is None:
+    progress = _progress_so_far(config)
+    if progress is None:
         config.out.mkdir(parents=True, exist_ok=True)
         _prepare(config, config.out)
-        minutes, _ = _run_part(config, "new")
-        state = {"config": to_yaml(config), "minutes": minutes}
-        progress.write_text(json.dumps(state) + "\n", encoding="utf-8")
-    more, losses = _run_part(config, "talk")
+        progress = _Progress()
+    for part in _PARTS[progress.parts :]:
+        minutes, losses = _run_part(config, part)
+        progress = _Progress(
+            parts=progress.parts + 1,
+            minutes=progress.minutes + minutes,
+            final_loss=float(np.mean(losses[-100:])),
+        )
+        state = {"config": _trained_by(config), **asdict(progress)}
+        (config.out / _PROGRESS).write_text(json.dumps(state) + "\n", encoding="utf-8")
     figures = measure_gates(config.out, seed=config.seed, samples=config.gates.samples)
     provenance = {
         "made_by": "emoverse pretrain",
         "config": to_yaml(config),
-        "final_loss": float(np.mean(losses[-100:])),
-        "minutes": round(minutes + more, 1),
+        "final_loss": progress.final_loss,
+        "minutes": round(progress.minutes, 1),
         "versions": {"torch": torch.__version__, "numpy": np.__version__},
         "gates": figures,
     }
     (config.out / "provenance.json").write_text(
         json.dumps(provenance, indent=2) + "\n", encoding="utf-8"
     )
-    progress.unlink()
     check_gates(figures, config.gates)
+    (config.out / _PROGRESS).unlink()
     return provenance
 
 
-def _minutes_so_far(config: PretrainConfig) -> float | None:
-    """Minutes that a killed run of the same config spent on its first part; None: start anew."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Progress:
+    """How far a run has come: stored parts, minutes that they took, the last one's final loss."""
+
+    parts: int = 0
+    minutes: float = 0.0
+    final_loss: float = 0.0
+
+
+def _trained_by(config: PretrainConfig) -> dict[str, Any]:
+    """What of a config decides the weights: all but the gates."""
+    return config.model_dump(mode="json", exclude={"gates"})
+
+
+def _progress_so_far(config: PretrainConfig) -> _Progress | None:
+    """What an earlier run of the same config has stored; None: start anew."""
     if not config.out.exists() or not any(config.out.iterdir()):
         return None
-    progress = config.out / _PROGRESS
-    if not progress.is_file():
+    file = config.out / _PROGRESS
+    if not file.is_file():
         raise ValueError(f"out: {config.out} is not empty; remove it or choose another folder")
-    state = json.loads(progress.read_text(encoding="utf-8"))
-    if state["config"] != to_yaml(config):
+    state = json.loads(file.read_text(encoding="utf-8"))
+    if state.pop("config") != _trained_by(config):
         raise ValueError(
             f"out: {config.out} holds an unfinished run of another config; remove it, choose "
             "another folder, or go on with its own config"
         )
-    return float(state["minutes"])
+    return _Progress(**state)
 
 
 def _run_part(config: PretrainConfig, part: str) -> tuple[float, list[float]]:

@@ -73,7 +73,9 @@ class Gates(Section):
         ge=-1, le=1, description="Sign F1 of captions above the best constant caption's."
     )
     dialogue_accuracy: float = Field(
-        ge=0, le=1, description="Exact answers to who-said-what questions."
+        ge=0,
+        le=1,
+        description="Exact answers to who speaks in a turn, what it says, who names an event.",
     )
     samples: Positive = Field(description="Held-out pictures, clips and dialogues per gate.")
 

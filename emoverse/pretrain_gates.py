@@ -1,8 +1,9 @@
 """What a finished nano base can do, measured on people and dialogues that it has not seen.
 
-In: its folder. Out: three figures: a linear probe of the frozen tower for the face's emotion (the
+In: its folder. Out: the figures: a linear probe of the frozen tower for the face's emotion (the
 only place where the base meets emotions, after it is finished), sign F1 of captions against the
-best constant caption, and exact answers to who-said-what questions.
+best constant caption, and exact answers to who-said-what questions (beside them, without a gate,
+to which turn names an event).
 """
 
 from collections import Counter
@@ -68,20 +69,29 @@ def measure_gates(folder: Path, *, seed: int, samples: int) -> dict[str, float]:
     caption_f1 = sign_f1(answers(model, tokenizer, options, captions), captions)
     video_f1 = sign_f1(answers(model, tokenizer, options, videos), videos)
     constant = max(sign_f1([guess] * samples, captions) for guess in constant_captions(captions))
-    right = sum(
-        answer == pair.answer
-        for answer, pair in zip(
-            answers(model, tokenizer, options, dialogues), dialogues, strict=True
-        )
-    )
+    said = answers(model, tokenizer, options, dialogues)
     return {
         "probe_accuracy": probe_emotion(model, seed=seed, samples=samples),
         "caption_f1": caption_f1,
         "video_f1": video_f1,
         "constant_caption_f1": constant,
         "caption_margin": caption_f1 - constant,
-        "dialogue_accuracy": right / samples,
+        "dialogue_accuracy": exact_share(said, dialogues, number=False),
+        "turn_number_accuracy": exact_share(said, dialogues, number=True),
     }
+
+
+def exact_share(
+    written: Sequence[str], asked: Sequence[pairs.GenericPair], *, number: bool
+) -> float:
+    """Share of exact answers to who-said-what, or to which turn (`number`): told apart, as counting
+    the line in which an event stands is another skill than reading what the line says."""
+    right = [
+        answer == pair.answer
+        for answer, pair in zip(written, asked, strict=True)
+        if (pairs.WHICH_TURN in pair.question) == number
+    ]
+    return sum(right) / max(1, len(right))
 
 
 def answers(

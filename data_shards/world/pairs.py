@@ -20,6 +20,7 @@ from data_shards.world.face import ACTION_UNITS, Person, Pose, draw_light, draw_
 from data_shards.world.scene import IMAGE_SIZE
 
 VIDEO_FRAMES = 4
+WHICH_TURN = "Which turn names"  # opens the questions whose answer is a number
 _NO_SIGN = "nothing special"
 # Signs that exclude each other in a drawing: one would hide the other.
 _EXCLUSIVE = {
@@ -193,7 +194,7 @@ def _about_dialogue(rng: np.random.Generator) -> GenericPair:
     dialogue, place, turn = _draw_dialogue(rng)
     event = dialogue.named[place]
     question, answer = (
-        (f"Which turn names {event}?", f"{place + 1}."),
+        (f"{WHICH_TURN} {event}?", f"{place + 1}."),
         (f"Who names {event}?", f"{dialogue.turns[place].speaker}."),
         (f"Who speaks in turn {turn + 1}?", f"{dialogue.turns[turn].speaker}."),
         (f"What is said in turn {turn + 1}?", dialogue.turns[turn].text),
@@ -217,7 +218,7 @@ def _who_said_what(rng: np.random.Generator) -> GenericPair:
     event = dialogue.named[place]
     speaker, text = dialogue.turns[turn].speaker, dialogue.turns[turn].text
     question, answer = (
-        (f"Which turn names {event}?", f"{event}: {place + 1}."),
+        (f"{WHICH_TURN} {event}?", f"{event}: {place + 1}."),
         (f"Who names {event}?", f"{event}: {dialogue.turns[place].speaker}."),
         (f"Who speaks in turn {turn + 1}?", f"{turn + 1}. {speaker}."),
         (f"What is said in turn {turn + 1}?", f"{turn + 1}. {speaker}: {text}"),

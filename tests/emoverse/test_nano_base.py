@@ -61,7 +61,7 @@ def test_it_passes_on_fresh_people_and_dialogues() -> None:
     """
     figures = measure_gates(BASE, seed=CONFIG.seed + 1, samples=100)
     assert figures["probe_accuracy"] >= 0.75, figures
-    assert figures["dialogue_accuracy"] >= CONFIG.gates.dialogue_accuracy - 0.12, figures
+    assert figures["dialogue_accuracy"] >= CONFIG.gates.dialogue_accuracy - 0.05, figures
     assert figures["caption_margin"] >= CONFIG.gates.caption_margin - 0.05, figures
 
 

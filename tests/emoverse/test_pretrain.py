@@ -17,7 +17,7 @@ from emoverse.models.internvl2 import build_native, import_checkpoint
 from emoverse.pretrain import pretrain, run
 from emoverse.pretrain_config import Gates, PretrainConfig
 from emoverse.pretrain_data import encode_generic, pair_options, world_texts
-from emoverse.pretrain_gates import check_gates, constant_captions, sign_f1
+from emoverse.pretrain_gates import check_gates, constant_captions, exact_share, sign_f1
 from emoverse.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.timeout(120)
@@ -133,7 +133,7 @@ def test_a_folder_that_holds_something_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_missed_gate_ends_the_run_and_the_same_seed_gives_the_same_bytes(
-    made: dict[str, dict[str, Any]], tmp_path: Path
+    made: dict[str, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     again = tmp_path / "again"
     gates = OPEN_GATES | {"caption_margin": 0.9, "dialogue_accuracy": 1.0}
@@ -151,6 +151,10 @@ def test_a_missed_gate_ends_the_run_and_the_same_seed_gives_the_same_bytes(
     # Two processes draw other pairs, with the same tokenizer.
     different = {file for file in FILES if (one / file).read_bytes() != (two / file).read_bytes()}
     assert different == {"model.safetensors", "provenance.json"}
+    # Other gates are measured without training again.
+    monkeypatch.setattr(pretrain_module, "_run_part", None)
+    assert pretrain(tiny(again))["gates"] == found
+    assert {path.name for path in again.iterdir()} == FILES
 
 
 def test_a_killed_run_goes_on_after_its_first_part(
@@ -179,6 +183,20 @@ def test_a_killed_run_goes_on_after_its_first_part(
 def test_gates_that_are_met_say_nothing() -> None:
     figures = {"probe_accuracy": 0.8, "caption_margin": 0.2, "dialogue_accuracy": 0.9}
     check_gates(figures, Gates(**figures, samples=1))
+
+
+def test_numbers_of_turns_are_counted_apart() -> None:
+    asked = [
+        pairs.GenericPair(kind="turns", question=f"1. Ann: Hi. {question}", answer=answer)
+        for question, answer in (
+            ("Which turn names the lie?", "the lie: 1."),
+            ("Which turn names the wolf?", "the wolf: 1."),
+            ("Who names the lie?", "the lie: Ann."),
+        )
+    ]
+    written = ["the lie: 1.", "the wolf: 2.", "the lie: Ann."]
+    assert exact_share(written, asked, number=True) == 0.5
+    assert exact_share(written, asked, number=False) == 1.0
 
 
 def test_sign_f1_counts_signs_not_words() -> None:
