@@ -11,7 +11,8 @@ import pytest
 
 from data_shards.build import build_shards
 from data_shards.record import Record, Turn, Video
-from data_shards.stats import add_arguments, cause_place, report_text, run, stats, summary
+from data_shards.stats import add_arguments, report_text, run, stats
+from data_shards.summary import cause_place, summary
 from data_shards.tasks import Pair, Task
 from data_shards.video import encode_mp4
 
