@@ -149,9 +149,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """The counts of one shard folder, or of annotation folders."""
     corpora = args.meld is not None or args.mosei is not None or bool(args.ecf)
     if corpora == (args.dir is not None):
-        raise ValueError(
-            "give either a shard folder, or annotation folders: --meld, --ecf, --mosei"
-        )
+        raise ValueError("give either a shard folder or annotation folders (--meld --ecf --mosei)")
     if corpora:
         report = corpus_stats.corpus_stats(meld=args.meld, ecf=args.ecf, mosei=args.mosei)
     else:
