@@ -15,7 +15,7 @@ import numpy as np
 
 from data_shards import corpus_stats
 from data_shards.index import ShardIndex
-from data_shards.preview import mp4_seconds
+from data_shards.mp4_header import mp4_seconds
 from data_shards.reader import DamagedRecord, ShardReader
 from data_shards.record import Record, Video
 from data_shards.stats_page import write_page
