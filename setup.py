@@ -52,7 +52,10 @@ setup(
         "demo": ["simplejpeg>=1.8"],
         # Needs the CUDA toolkit and: pip install --no-build-isolation -e .[flash-attn]
         "flash-attn": ["flash-attn>=2.8"],
+        # CMU-MOSEI's labels in the SDK's own format, csd (HDF5).
+        "mosei": ["h5py>=3.12"],
         "test": [
+            "h5py>=3.12",
             "hypothesis>=6.100",
             "mypy>=2",
             "playwright>=1.60",

@@ -179,5 +179,7 @@ def _report(index: ShardIndex, out: Path) -> dict[str, Any]:
         "bytes": sum(shard.bytes for shard in index.shards),
         "entries": entries,
         "skipped": index.provenance.get("skipped", {}),
+        # What the source itself says about its choices.
+        **{n: v for n, v in index.provenance.items() if n in ("leakage", "left_out", "attached")},
         "fingerprint": index.fingerprint,
     }

@@ -87,10 +87,11 @@ class MediaOptions:
 
 DEFAULT_MEDIA = MediaOptions()
 _CHECKED_FRAMES = 8
+_BLACK = 24  # brightest value of 255; black after lossy coding stays below
 
 
 def make_record(draft: Draft, options: MediaOptions = DEFAULT_MEDIA) -> Record | Skipped:
-    """The record of a draft, or why its media give none (missing, damaged, peak outside)."""
+    """The record of a draft, or why its media give none (missing, damaged, black, peak outside)."""
     path = draft.clip.path
     if path is None or not path.is_file():
         return _skipped(draft, "media-missing", f"no file {draft.place}")
@@ -102,7 +103,9 @@ def make_record(draft: Draft, options: MediaOptions = DEFAULT_MEDIA) -> Record |
             return _skipped(draft, "peak-outside", f"{detail}; annotate this very clip again")
         if options.check == "frames":
             wanted = {*clip_indices(num_frames, _CHECKED_FRAMES), draft.peak_frame or 0}
-            decode_frames(mp4, sorted(wanted & set(range(num_frames))))
+            frames = decode_frames(mp4, sorted(wanted & set(range(num_frames))))
+            if int(frames.max()) < _BLACK:
+                return _skipped(draft, "media-black", f"{path}: every frame looked at is black")
     except (OSError, ValueError) as error:
         return _skipped(draft, "media-damaged", f"{path}: {error}")
     return Record(

@@ -1,21 +1,26 @@
-"""What a shard folder holds: entries per task, labels, availability classes, lengths.
+"""What a shard folder holds: entries per task and source, labels, availability classes, lengths.
 
-In: a shard folder. Out: a dict of counts (a JSON object) and a text table. Counts of tasks and
-classes come from the index alone; labels and text lengths need every record to be read.
-Flow: build -> here; `emoverse stats DIR`.
+In: a shard folder, or annotation folders (corpus_stats). Out: a dict of counts (a JSON object), a
+text table, an HTML page. Counts of tasks and classes come from the index alone; sources, labels and
+text lengths need every record to be read. Flow: build -> here; `emoverse stats DIR`.
 """
 
 import argparse
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
+from data_shards import corpus_stats
 from data_shards.index import ShardIndex
+from data_shards.mp4_header import mp4_seconds
 from data_shards.reader import DamagedRecord, ShardReader
-from data_shards.record import Record
+from data_shards.record import Record, Video
+from data_shards.stats_page import write_page
+from data_shards.summary import cause_place, counted, summary
+from data_shards.table_one import table_rows, table_text
 from data_shards.tasks import TASKS, Task, build_query, format_answer, tasks_in
 
 _LABELS: Final[dict[Task, str]] = {
@@ -40,6 +45,10 @@ def stats(folder: Path | str, *, index_only: bool = False) -> dict[str, Any]:
     index = ShardIndex.load(folder)
     classes = index.class_counts()
     frames = np.concatenate([index.entries(shard)["frames"] for shard in range(index.num_shards)])
+    tasks = {
+        str(task): sum(count for mask, count in classes.items() if task in tasks_in(mask))
+        for task in TASKS
+    }
     report: dict[str, Any] = {
         "folder": str(folder),
         "fingerprint": index.fingerprint,
@@ -47,15 +56,13 @@ def stats(folder: Path | str, *, index_only: bool = False) -> dict[str, Any]:
         "records": index.num_records,
         "bytes": sum(info.bytes for info in index.shards),
         "options": dict(index.options),
-        "tasks": {
-            str(task): sum(count for mask, count in classes.items() if task in tasks_in(mask))
-            for task in TASKS
-        },
+        "provenance": dict(index.provenance),
+        "tasks": tasks,
         "classes": {"+".join(tasks_in(mask)): count for mask, count in classes.items()},
         "lengths": {"frames": summary(frames.tolist())},
     }
     if index_only:
-        return report
+        return report | {"table_one": table_rows({"all": dict(tasks)}, index.num_records)}
     counts = _Counts()
     reader = ShardReader(folder, index, max_open=1)
     for shard, info in enumerate(index.shards):
@@ -65,21 +72,8 @@ def stats(folder: Path | str, *, index_only: bool = False) -> dict[str, Any]:
             except DamagedRecord as error:
                 raise ValueError(f"{error}; 'emoverse lint {folder}' lists all damage") from error
     reader.close()
-    return report | counts.report(report["lengths"])
-
-
-def summary(values: Sequence[float]) -> dict[str, float]:
-    """Smallest, mean, median, 95th percentile and largest of some numbers; empty for none."""
-    if not values:
-        return {}
-    table = np.asarray(values, dtype=np.float64)
-    return {
-        "min": float(table.min()),
-        "mean": round(float(table.mean()), 2),
-        "median": float(np.median(table)),
-        "p95": round(float(np.percentile(table, 95)), 2),
-        "max": float(table.max()),
-    }
+    report |= counts.report(report["lengths"])
+    return report | {"table_one": table_rows(report["tasks_by_source"], index.num_records)}
 
 
 class _Counts:
@@ -88,15 +82,19 @@ class _Counts:
     def __init__(self) -> None:
         self._sources: Counter[str] = Counter()
         self._splits: Counter[str] = Counter()
+        self._tasks: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self._labels: defaultdict[Task, Counter[str]] = defaultdict(Counter)
         self._distance: Counter[str] = Counter()
         self._pairs: list[int] = []
-        self._lengths: defaultdict[str, list[int]] = defaultdict(list)
+        self._lengths: defaultdict[str, list[float]] = defaultdict(list)
 
     def add(self, record: Record) -> None:
         self._sources[record.source] += 1
         self._splits[record.split] += 1
+        self._tasks[record.source].update(str(task) for task in record.tasks)
         self._lengths["utterance words"].append(len(record.utterance.split()))
+        if isinstance(record.media, Video) and (seconds := mp4_seconds(record.media.mp4)):
+            self._lengths["seconds"].append(seconds)
         if record.conversation:
             self._lengths["turns"].append(len(record.conversation))
         for task in record.tasks:
@@ -122,39 +120,49 @@ class _Counts:
     def report(self, lengths: Mapping[str, Any]) -> dict[str, Any]:
         """The counts as a JSON object; `lengths` are those of the index."""
         return {
-            "sources": _by_count(self._sources),
-            "splits": _by_count(self._splits),
-            "labels": {str(t): _by_count(self._labels[t]) for t in TASKS if t in self._labels},
+            "sources": counted(self._sources),
+            "tasks_by_source": {
+                source: {str(task): tasks[task] for task in TASKS}
+                for source, tasks in sorted(self._tasks.items())
+            },
+            "splits": counted(self._splits),
+            "labels": {str(t): counted(self._labels[t]) for t in TASKS if t in self._labels},
             "pairs_per_target": summary(self._pairs),
-            "cause_place": _by_count(self._distance),
+            "cause_place": counted(self._distance),
             "lengths": {**lengths, **{name: summary(v) for name, v in self._lengths.items()}},
         }
 
 
-def cause_place(target: int, cause: int) -> str:
-    """Where a cause stands from its target: 'self', '1 before', '2 after', ..."""
-    if target == cause:
-        return "self"
-    return f"{target - cause} before" if cause < target else f"{cause - target} after"
-
-
-def _by_count(counts: Counter[str]) -> dict[str, int]:
-    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `emoverse stats`."""
-    parser.add_argument("dir", type=Path, metavar="DIR", help="shard folder")
-    parser.add_argument("--index-only", action="store_true", help="read the index, no record")
+    add = parser.add_argument
+    add("dir", type=Path, metavar="DIR", nargs="?", help="shard folder")
+    add("--index-only", action="store_true", help="read the index, no record")
+    add("--html", type=Path, metavar="FILE", help="also write the counts as a page")
+    raw = parser.add_argument_group("annotation folders instead of DIR, without media").add_argument
+    raw("--meld", type=Path, metavar="DIR", help="MELD's csv files")
+    raw("--ecf", type=Path, metavar="DIR", nargs="+", default=[], help="files of ECF 2.0 and 1.0")
+    raw("--mosei", type=Path, metavar="DIR", help="CMU-MOSEI's labels")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """The counts of one folder."""
-    return stats(args.dir, index_only=args.index_only)
+    """The counts of one shard folder, or of annotation folders."""
+    corpora = args.meld is not None or args.mosei is not None or bool(args.ecf)
+    if corpora == (args.dir is not None):
+        raise ValueError("give either a shard folder or annotation folders (--meld --ecf --mosei)")
+    if corpora:
+        report = corpus_stats.corpus_stats(meld=args.meld, ecf=args.ecf, mosei=args.mosei)
+    else:
+        report = stats(args.dir, index_only=args.index_only)
+    if args.html is not None:
+        write_page(report, args.html)
+    return report
 
 
 def report_text(report: Mapping[str, Any]) -> str:
     """The counts as tables for people."""
+    if "folder" not in report:
+        return corpus_stats.report_text(report)
     lines = [
         f"{report['folder']}: {report['records']} records in {report['shards']} shards, "
         f"{report['bytes'] / 2**20:.1f} MiB"
@@ -165,6 +173,8 @@ def report_text(report: Mapping[str, Any]) -> str:
             lines.append(f"{title}: {listed}")
     lines += _count_table("entries per task", report["tasks"], report["records"])
     lines += _count_table("records by tasks they serve", report["classes"], report["records"])
+    if report.get("table_one"):
+        lines += ["", *table_text(report["table_one"])]
     for task, labels in report.get("labels", {}).items():
         title = f"{task}: {_LABELS[Task(task)]}"
         lines += _count_table(title, labels, sum(labels.values()))

@@ -118,6 +118,15 @@ def test_damaged_media_say_why(film: Path, tmp_path: Path, damage: str) -> None:
         assert isinstance(make_record(draft(path), MediaOptions(check="packets")), Record)
 
 
+def test_a_black_clip_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "black.mp4"
+    path.write_bytes(encode_mp4(np.full((5, 32, 32, 3), 6, np.uint8), FPS))
+    result = make_record(draft(path))
+    assert isinstance(result, Skipped) and result.reason == "media-black"
+    path.write_bytes(encode_mp4([np.full((32, 32, 3), 90 * n, np.uint8) for n in (0, 1)], FPS))
+    assert isinstance(make_record(draft(path)), Record)  # it begins black
+
+
 def test_a_peak_outside_the_clip_is_not_trained_on(film: Path) -> None:
     face = {"expressions": ("Smile",), "tasks": (Task.MSA, Task.ER, Task.FER)}
     record = make_record(draft(film, peak_frame=59, **face))

@@ -11,7 +11,8 @@ import pytest
 
 from data_shards.build import build_shards
 from data_shards.record import Record, Turn, Video
-from data_shards.stats import add_arguments, cause_place, report_text, run, stats, summary
+from data_shards.stats import add_arguments, report_text, run, stats
+from data_shards.summary import cause_place, summary
 from data_shards.tasks import Pair, Task
 from data_shards.video import encode_mp4
 
@@ -65,6 +66,9 @@ def test_counts(folder: Path) -> None:
     assert report["tasks"] == {"msa": 2, "er": 2, "fer": 1, "eri": 1, "ecpe": 2}
     assert report["classes"] == {"msa+er": 2, "fer": 1, "ecpe": 1, "eri+ecpe": 1}
     assert report["sources"] == {"test": 5}
+    assert report["tasks_by_source"]["test"] == report["tasks"]
+    (msa, *_) = report["table_one"]
+    assert (msa["name"], msa["found"], msa["parts"]) == ("msa", 2, {"test": 2})
     assert report["splits"] == {"train": 4, "test": 1}
     assert report["labels"] == {
         "msa": {"negative": 1, "positive": 1},
@@ -81,6 +85,7 @@ def test_lengths(folder: Path) -> None:
     assert lengths["frames"] == {"min": 4, "mean": 4.8, "median": 4, "p95": 7.2, "max": 8}
     assert lengths["utterance words"]["max"] == 2
     assert lengths["turns"]["mean"] == 3
+    assert lengths["seconds"]["max"] == 1.0  # 8 frames at 8 a second
     assert lengths["eri answer chars"]["max"] == len("She smiles.")
     assert lengths["ecpe answer chars"]["max"] == len("3_joy,1;3_joy,3")
     assert "msa query chars" in lengths
@@ -93,6 +98,7 @@ def test_index_only_reads_no_record(folder: Path) -> None:
     report = stats(folder, index_only=True)
     assert set(whole) - set(report) == {
         "sources",
+        "tasks_by_source",
         "splits",
         "labels",
         "pairs_per_target",

@@ -1,0 +1,284 @@
+"""CMU-MOSEI: labels, words and clips of its several editions, joined, as drafts (tasks MSA, ER).
+
+In: a folder with MMSA's label.csv and Raw/, or with the SDK's csd (or the per-segment table), the
+raw transcripts, the folds and whole videos; both together give MMSA's clips the csd's emotions.
+Out: segments, a count of what could not be joined, drafts. Flow: mosei_files -> here -> build.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from data_shards.draft import Clip, Draft
+from data_shards.sources.mosei_files import (
+    CSD_EMOTIONS,
+    Interval,
+    LabelRow,
+    Line,
+    read_csd,
+    read_folds,
+    read_label_csv,
+    read_table,
+    read_transcript,
+)
+from data_shards.sources.raw_files import find_files, find_one
+from data_shards.tasks import Task
+
+EmotionRule = Literal["strongest", "single"]
+Ties = Literal["first", "skip"]
+_SAME_TIME_S: Final = 0.5  # transcripts and csd round differently; segments are longer than this
+_SAME_SENTIMENT: Final = 0.01
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Segment:
+    """One segment with all that is known of it."""
+
+    video: str
+    clip: str  # number of the clip file, or 'i' and the place of the label
+    text: str
+    sentiment: float
+    split: str
+    start_s: float | None = None  # in the whole video
+    end_s: float | None = None
+    intensities: tuple[float, ...] | None = None  # per CSD_EMOTIONS
+
+    @property
+    def key(self) -> str:
+        """Unique, since a clip has no '_': the last one always ends the video's id."""
+        return f"mosei_{self.video}_{self.clip}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MoseiCorpus:
+    """What a folder holds. `joined` counts segments, and videos whose parts do not fit."""
+
+    edition: Literal["mmsa", "csd", "table"]
+    segments: tuple[Segment, ...]
+    joined: Mapping[str, int]
+    files: tuple[Path, ...]
+
+
+def load_mosei(folder: Path) -> MoseiCorpus:
+    """Read the labels of a folder.
+
+    Raises:
+        FileNotFoundError: no label file, or the csd without folds or transcripts.
+        ValueError: a file is not as published.
+    """
+    labels, csds, tables = (
+        find_files([folder], name)
+        for name in ("label.csv", "CMU_MOSEI_Labels.csd", "CMU_MOSEI_Labels.csv")
+    )
+    if not labels and not csds and not tables:
+        raise FileNotFoundError(
+            f"MOSEI labels: no file label.csv (MMSA), CMU_MOSEI_Labels.csd (SDK) or "
+            f"CMU_MOSEI_Labels.csv in {folder} or below"
+        )
+    if labels:
+        rows = read_label_csv(labels[0])
+        intervals = read_csd(csds[0]) if csds else []
+        segments, joined = join_by_rank(rows, intervals)
+        files = (labels[0], *csds[:1])
+        return MoseiCorpus(edition="mmsa", segments=segments, joined=joined, files=files)
+    path = (csds or tables)[0]
+    intervals = read_csd(path) if csds else read_table(path)
+    folds, more = {}, []
+    if csds or find_files([folder], "standard_folds.json"):
+        fold = find_one([folder], ["*std_folds.py", "standard_folds.json"], what="MOSEI folds")
+        folds, more = read_folds(fold), [fold]
+    segments, joined = join_by_time(intervals, _transcripts(folder), folds)
+    return MoseiCorpus(
+        edition="csd" if csds else "table",
+        segments=segments,
+        joined=joined,
+        files=(path, *more),
+    )
+
+
+def _transcripts(folder: Path) -> Callable[[str], list[Line]]:
+    """Video -> the lines of its transcript; none where there is no file."""
+    paths = {
+        path.stem: path for path in find_files([folder], "Transcript/Segmented/Combined/*.txt")
+    }
+    paths |= {path.stem: path for path in find_files([folder], "Combined/*.txt")}
+    return lambda video: read_transcript(paths[video]) if video in paths else []
+
+
+def join_by_rank(
+    rows: Sequence[LabelRow], intervals: Sequence[Interval]
+) -> tuple[tuple[Segment, ...], dict[str, int]]:
+    """MMSA's rows with the times and emotions of the csd.
+
+    Inside a video the n-th clip number is the interval with the n-th end: the csd's own order is
+    not the order of time in 1,318 of 3,293 videos. A video is left without emotions where the
+    counts differ, or where any sentiment does, which proves a wrong pairing.
+    """
+    spans: defaultdict[str, list[Interval]] = defaultdict(list)
+    for interval in intervals:
+        spans[interval.video].append(interval)
+    clips: defaultdict[str, list[LabelRow]] = defaultdict(list)
+    for row in rows:
+        clips[row.video].append(row)
+    partner: dict[tuple[str, str], Interval] = {}
+    joined: Counter[str] = Counter({"segments": len(rows)})
+    for video, listed in clips.items():
+        ranked = sorted(spans[video], key=lambda interval: (interval.end_s, interval.start_s))
+        listed = sorted(listed, key=lambda row: int(row.clip))
+        if len(ranked) != len(listed):
+            joined["videos_counts_differ"] += bool(intervals)
+        elif any(
+            abs(a.sentiment - b.sentiment) > _SAME_SENTIMENT
+            for a, b in zip(listed, ranked, strict=True)
+        ):
+            joined["videos_sentiment_differs"] += 1
+        else:
+            pairs = zip(listed, ranked, strict=True)
+            partner |= {(row.video, row.clip): interval for row, interval in pairs}
+    joined["segments_with_emotions"] = len(partner)
+    segments = []
+    for row in rows:
+        found = partner.get((row.video, row.clip))
+        segment = Segment(
+            video=row.video,
+            clip=row.clip,
+            text=row.text,
+            sentiment=row.sentiment,
+            split=row.split,
+        )
+        if found is not None:
+            segment = replace(
+                segment,
+                start_s=found.start_s,
+                end_s=found.end_s,
+                intensities=found.intensities,
+            )
+        segments.append(segment)
+    return tuple(segments), dict(joined)
+
+
+def join_by_time(
+    intervals: Sequence[Interval],
+    transcript_of: Callable[[str], Sequence[Line]],
+    folds: Mapping[str, str],
+) -> tuple[tuple[Segment, ...], dict[str, int]]:
+    """Intervals with the words spoken in them: the transcript line of the same start and end.
+
+    The line's number is the clip's and no line serves twice; an interval without a line is named
+    after its place in the file ('i7') and has no words. Videos in no fold are left out.
+    """
+    joined: Counter[str] = Counter()
+    segments: list[Segment] = []
+    lines: dict[str, list[Line]] = {}
+    for interval in intervals:
+        split = folds.get(interval.video, "") if folds else interval.split
+        if not split:
+            joined["segments_in_no_fold"] += 1
+            continue
+        if interval.video not in lines:
+            lines[interval.video] = list(transcript_of(interval.video))
+        line = _nearest(interval, lines[interval.video])
+        if line is not None:
+            lines[interval.video].remove(line)
+        joined["segments"] += 1
+        joined["segments_without_words"] += line is None
+        joined["segments_start_below_zero"] += interval.start_s < 0
+        segments.append(
+            Segment(
+                video=interval.video,
+                clip=f"i{interval.index}" if line is None else line.index,
+                text="" if line is None else line.text,
+                sentiment=interval.sentiment,
+                split=split,
+                start_s=interval.start_s,
+                end_s=interval.end_s,
+                intensities=interval.intensities,
+            )
+        )
+    return tuple(segments), dict(joined)
+
+
+def _nearest(interval: Interval, lines: Sequence[Line]) -> Line | None:
+    def distance(line: Line) -> float:
+        return max(abs(line.start_s - interval.start_s), abs(line.end_s - interval.end_s))
+
+    best = min(lines, key=distance, default=None)
+    return best if best is not None and distance(best) <= _SAME_TIME_S else None
+
+
+def emotion_of(
+    intensities: Sequence[float], rule: EmotionRule = "strongest", ties: Ties = "first"
+) -> str | None:
+    """The one emotion of a segment with intensities 0 to 3; None = it has no single one.
+
+    All zero is neutral. 'strongest': the highest; several equally high: the first in the csd's
+    order, or none. 'single': none as soon as more than one is above zero.
+    """
+    top = max(intensities)
+    if top <= 0:
+        return "neutral"
+    if rule == "single" and sum(value > 0 for value in intensities) > 1:
+        return None
+    best = [name for name, value in zip(CSD_EMOTIONS, intensities, strict=True) if value == top]
+    return best[0] if len(best) == 1 or ties == "first" else None
+
+
+class MoseiClips:
+    """Where segments' media are: clip files <video>/<clip>.mp4, or whole videos <video>.mp4."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        raw = [folder / "Raw", folder]
+        self._clips = next((place for place in raw if any(place.glob("*/[0-9]*.mp4"))), None)
+        found = [*find_files([folder], "Full/Combined/*.mp4"), *find_files([folder], "Full/*.mp4")]
+        self._whole = {path.stem: path for path in found or find_files(raw[1:], "*.mp4", depth=0)}
+
+    def clip(self, segment: Segment) -> Clip:
+        """A clip file where there is one, else a span of the whole video."""
+        names = [f"{segment.video}/{segment.clip}.mp4", f"{segment.video}.mp4"]
+        if self._clips is not None and (path := self._clips / names[0]).is_file():
+            return Clip(path=path)
+        if segment.video in self._whole and segment.end_s is not None:
+            path = self._whole[segment.video]
+            return Clip(path=path, start_s=segment.start_s, end_s=segment.end_s)
+        place = self._clips or self._folder / "Raw"
+        return Clip(path=None, looked_for=str(place / names[0]))
+
+
+def mosei_draft(
+    segment: Segment,
+    clips: MoseiClips,
+    *,
+    rule: EmotionRule = "strongest",
+    ties: Ties = "first",
+    neutral_msa: bool = True,
+    still: bool = False,
+) -> Draft | None:
+    """The draft of a segment; None if it would serve no task (no sentiment wanted, no emotion)."""
+    emotion = None if segment.intensities is None else emotion_of(segment.intensities, rule, ties)
+    tasks = (
+        *((Task.MSA,) if neutral_msa or segment.sentiment != 0 else ()),
+        *((Task.ER,) if emotion is not None else ()),
+    )
+    if not tasks:
+        return None
+    notes: dict[str, Any] = {"video": segment.video, "clip": segment.clip}
+    if segment.start_s is not None and segment.end_s is not None:
+        notes |= {"start_s": segment.start_s, "end_s": segment.end_s}
+    if segment.intensities is not None:
+        notes |= dict(zip(CSD_EMOTIONS, segment.intensities, strict=True))
+    return Draft(
+        key=segment.key,
+        source="mosei",
+        split=segment.split,
+        utterance=segment.text,
+        speaker="",
+        sentiment=segment.sentiment,
+        emotion=emotion,
+        tasks=tasks,
+        notes=notes,
+        clip=clips.clip(segment),
+        still=still,
+    )

@@ -1,0 +1,222 @@
+"""The label files of CMU-MOSEI: MMSA's label.csv, the SDK's csd, a per-segment table, the folds,
+the raw transcripts.
+
+In: one file each. Out: plain values. Facts: thuiar/MMSA@a94e65d, CMU-MultimodalSDK@4f2eadc. Video
+ids are text, never numbers, and are never split: they may be digits only, start with '-', hold '_'.
+"""
+
+import ast
+import csv
+import io
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from data_shards.sources.raw_files import repair_text
+
+# In the order of the csd's columns behind the sentiment, in this project's words.
+CSD_EMOTIONS: Final = ("joy", "sadness", "anger", "surprise", "disgust", "fear")
+SPLITS: Final = ("train", "dev", "test")
+_MODES: Final = {"train": "train", "valid": "dev", "dev": "dev", "test": "test"}
+_TABLE_SPLITS: Final = {"0": "train", "1": "dev", "2": "test"}  # '3': in no fold
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Interval:
+    """One labelled span of a whole video."""
+
+    video: str
+    index: int  # place in its file; not the order of time
+    start_s: float  # may be slightly negative
+    end_s: float
+    sentiment: float  # -3 to 3
+    intensities: tuple[float, ...] | None  # 0 to 3 per CSD_EMOTIONS; None = the file has none
+    split: str = ""  # where the file says so
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LabelRow:
+    """One row of MMSA's label.csv: a clip file Raw/<video>/<clip>.mp4."""
+
+    video: str
+    clip: str
+    text: str
+    sentiment: float
+    split: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Line:
+    """One line of a raw transcript."""
+
+    index: str
+    start_s: float
+    end_s: float
+    text: str
+
+
+def read_label_csv(path: Path) -> list[LabelRow]:
+    """MMSA's rows; columns are found by name, since copies order them differently.
+
+    Raises ValueError with file and line for a missing column, a wrong label or mode, or the same
+    clip twice.
+    """
+    rows = []
+    seen: set[tuple[str, str]] = set()
+    for number, fields in _csv_rows(path, ("video_id", "clip_id", "text", "label", "mode")):
+        where = f"{path}:{number}"
+        mode = fields["mode"].strip().lower()
+        if mode not in _MODES:
+            raise ValueError(f"{where}: mode: must be one of {', '.join(_MODES)}, found {mode!r}")
+        name = fields["video_id"], fields["clip_id"].strip()
+        if not name[1].isdecimal():
+            raise ValueError(f"{where}: clip_id: must be a whole number, found {name[1]!r}")
+        if name in seen:
+            raise ValueError(f"{where}: the clip {name[0]}$_${name[1]} comes twice")
+        seen.add(name)
+        rows.append(
+            LabelRow(
+                video=name[0],
+                clip=name[1],
+                text=repair_text(fields["text"]),
+                sentiment=_number(fields["label"], where, "label", -3, 3),
+                split=_MODES[mode],
+            )
+        )
+    return rows
+
+
+def read_table(path: Path) -> list[Interval]:
+    """The per-segment table (columns file, index, start, end, label7, split).
+
+    Its sentiment is rounded to seven classes, away from zero, which keeps the sign. Its label6
+    calls every segment without emotion happy, hence is not used: intensities are None.
+    """
+    found = []
+    for number, fields in _csv_rows(path, ("file", "index", "start", "end", "label7", "split")):
+        where = f"{path}:{number}"
+        found.append(
+            Interval(
+                video=fields["file"],
+                index=int(_number(fields["index"], where, "index", 0, math.inf)),
+                start_s=_number(fields["start"], where, "start", -math.inf, math.inf),
+                end_s=_number(fields["end"], where, "end", -math.inf, math.inf),
+                sentiment=_number(fields["label7"], where, "label7", -3, 3),
+                intensities=None,
+                split=_TABLE_SPLITS.get(fields["split"].strip(), ""),
+            )
+        )
+    return found
+
+
+def read_csd(path: Path) -> list[Interval]:
+    """The SDK's CMU_MOSEI_Labels.csd, an HDF5 file: features (n, 7) and intervals (n, 2) per video.
+
+    Raises ValueError if it is not one, or h5py is not installed.
+    """
+    try:
+        import h5py  # optional: only this format needs it
+    except ImportError as error:
+        raise ValueError(
+            f"{path}: reading a csd needs h5py; pip install 'emoverse[mosei]'"
+        ) from error
+    found = []
+    try:
+        with h5py.File(path, "r") as file:
+            data = file["All Labels"]["data"]
+            for video in sorted(data):
+                features = data[video]["features"][()].tolist()
+                intervals = data[video]["intervals"][()].tolist()
+                for index, (label, span) in enumerate(zip(features, intervals, strict=True)):
+                    found.append(_csd_interval(video, index, label, span))
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(f"{path}: not a csd of MOSEI's labels: {error}") from error
+    return found
+
+
+def _csd_interval(video: str, index: int, label: list[float], span: list[float]) -> Interval:
+    if len(label) != 1 + len(CSD_EMOTIONS) or len(span) != 2:
+        raise ValueError(f"{video}: must have 7 labels and 2 times, found {label} and {span}")
+    if not -3 <= label[0] <= 3 or not all(0 <= value <= 3 for value in label[1:]):
+        raise ValueError(f"{video}: labels are out of range: {label}")
+    return Interval(
+        video=video,
+        index=index,
+        start_s=span[0],
+        end_s=span[1],
+        sentiment=float(label[0]),
+        intensities=tuple(float(value) for value in label[1:]),
+    )
+
+
+def read_folds(path: Path) -> dict[str, str]:
+    """Video -> split, of the SDK's cmu_mosei_std_folds.py (read, never run) or of a JSON copy."""
+    text = path.read_text(encoding="utf-8")
+    lists: Mapping[str, Any]
+    try:
+        if path.suffix == ".json":
+            lists = json.loads(text)
+        else:
+            lists = {
+                target.id: ast.literal_eval(node.value)
+                for node in ast.parse(text).body
+                if isinstance(node, ast.Assign)
+                for target in node.targets
+                if isinstance(target, ast.Name) and isinstance(node.value, ast.List)
+            }
+    except (ValueError, SyntaxError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from error
+    found: dict[str, str] = {}
+    for mode in ("train", "valid", "test"):
+        name = f"standard_{mode}_fold"
+        if not isinstance(lists.get(name), list):
+            raise ValueError(f"{path}: must hold a list {name}, found {sorted(lists)}")
+        for video in lists[name]:
+            if found.get(video, _MODES[mode]) != _MODES[mode]:
+                raise ValueError(f"{path}: video {video} is in two folds")
+            found[video] = _MODES[mode]
+    return found
+
+
+def read_transcript(path: Path) -> list[Line]:
+    """The lines `video___index___start___end___text` of one video, in the order of the file."""
+    found = []
+    text = path.read_text(encoding="utf-8", errors="replace")
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        fields = line.rstrip("\r").split("___", 4)
+        # The id itself is known from the file's name; with '_' at its end it would shift the rest.
+        if len(fields) != 5 or fields[0] != path.stem:
+            fields = [path.stem, *line.removeprefix(f"{path.stem}___").split("___", 3)]
+        where = f"{path}:{number}"
+        if len(fields) != 5:
+            raise ValueError(f"{where}: must be video___index___start___end___text, found {line!r}")
+        start, end = (_number(value, where, "time", -math.inf, math.inf) for value in fields[2:4])
+        found.append(Line(index=fields[1], start_s=start, end_s=end, text=repair_text(fields[4])))
+    return found
+
+
+def _csv_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
+    reader = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""))
+    missing = [name for name in columns if name not in (reader.fieldnames or ())]
+    if missing:
+        raise ValueError(f"{path}:1: column {missing[0]}: must be in the header, found none")
+    for fields in reader:
+        if any(fields[name] is None for name in columns):
+            raise ValueError(f"{path}:{reader.line_num}: the row is cut short")
+        yield reader.line_num, fields
+
+
+def _number(text: str, where: str, name: str, low: float, high: float) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not low <= value <= high or math.isinf(value):
+        rule = "a number" if math.isinf(high) else f"a number from {low} to {high}"
+        raise ValueError(f"{where}: {name}: must be {rule}, found {text!r}")
+    return value
