@@ -12,7 +12,10 @@ from data_shards.recipe import Recipe, Skipped
 from data_shards.record import Record
 
 # Name on the command line -> module; imported only when it is called.
-SOURCES: Final[Mapping[str, str]] = {"synthetic": "data_shards.sources.synthetic"}
+SOURCES: Final[Mapping[str, str]] = {
+    "synthetic": "data_shards.sources.synthetic",
+    "swift": "data_shards.sources.swift",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
