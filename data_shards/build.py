@@ -95,6 +95,8 @@ def build_shards(
             "max_records_per_shard and max_bytes must be at least 1, found "
             f"{max_records_per_shard} and {max_bytes}"
         )
+    if workers < 1:
+        raise ValueError(f"build: workers must be at least 1, found {workers}")
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise ValueError(
             f"build: the output folder must be new or empty, found {out_dir}; remove it or name "
