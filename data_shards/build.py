@@ -124,7 +124,7 @@ def build_shards(
         ShardIndex.load(work.shards)
         work.publish(out_dir)
     except BaseException:
-        if run.num_finished:
+        if work.has_finished():
             work.close()
         else:
             work.remove()
@@ -221,11 +221,6 @@ class _Run:
         self._items = work.finished[-1].items if work.finished else 0
         self._since: list[Skipped] = []  # left out since the last finished shard
         self.skipped = [row for shard in work.finished for row in shard.skipped]
-
-    @property
-    def num_finished(self) -> int:
-        """Shards that the next start will find."""
-        return len(self._shards)
 
     def remaining(self, items: Iterable[Record | Skipped | Recipe]) -> Iterator[Any]:
         """The items behind the last finished shard."""
