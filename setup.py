@@ -24,7 +24,7 @@ setup(
         include=["data_shards", "data_shards.*", "emoverse", "emoverse.*", "launch", "launch.*"]
     ),
     package_data={
-        "data_shards": ["py.typed"],
+        "data_shards": ["py.typed", "assets/**"],
         "emoverse": ["py.typed", "assets/**"],
         "launch": ["py.typed"],
     },

@@ -95,6 +95,8 @@ def build_shards(
             "max_records_per_shard and max_bytes must be at least 1, found "
             f"{max_records_per_shard} and {max_bytes}"
         )
+    if workers < 1:
+        raise ValueError(f"build: workers must be at least 1, found {workers}")
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise ValueError(
             f"build: the output folder must be new or empty, found {out_dir}; remove it or name "
@@ -122,7 +124,7 @@ def build_shards(
         ShardIndex.load(work.shards)
         work.publish(out_dir)
     except BaseException:
-        if run.num_finished:
+        if work.has_finished():
             work.close()
         else:
             work.remove()
@@ -219,11 +221,6 @@ class _Run:
         self._items = work.finished[-1].items if work.finished else 0
         self._since: list[Skipped] = []  # left out since the last finished shard
         self.skipped = [row for shard in work.finished for row in shard.skipped]
-
-    @property
-    def num_finished(self) -> int:
-        """Shards that the next start will find."""
-        return len(self._shards)
 
     def remaining(self, items: Iterable[Record | Skipped | Recipe]) -> Iterator[Any]:
         """The items behind the last finished shard."""

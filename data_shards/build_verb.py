@@ -32,7 +32,7 @@ from data_shards.unfinished import work_folder
 _LIBRARIES: Final = ("emoverse", "av", "numpy", "pillow", "simplejpeg")
 
 
-class StoppedEarly(Exception):
+class StoppedEarly(KeyboardInterrupt):
     """The build was stopped; the message says how to go on."""
 
 
@@ -42,12 +42,16 @@ def add_build_arguments(
     """Arguments of `emoverse build`; `more` adds those that all verbs share, to every source."""
     sources = parser.add_subparsers(dest="source", metavar="SOURCE", required=True)
     for name, module in SOURCES.items():
-        part = importlib.import_module(module)
-        summary = str(part.__doc__).partition("\n")[0]
+        summary = str(importlib.import_module(module).__doc__).partition("\n")[0]
         sub = sources.add_parser(name, help=summary, description=summary)
-        part.add_arguments(sub)
-        _add_shared_arguments(sub)
+        add_source_arguments(sub, name)
         more(sub)
+
+
+def add_source_arguments(parser: argparse.ArgumentParser, source: str) -> None:
+    """The arguments of building one source."""
+    importlib.import_module(SOURCES[source]).add_arguments(parser)
+    _add_shared_arguments(parser)
 
 
 def _add_shared_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,14 +5,17 @@ with `save` also the media as files to look at. Flow: build -> here; `emoverse p
 """
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from data_shards.curation import read_curation
 from data_shards.index import INDEX_FILE, ShardIndex
 from data_shards.mp4_header import mp4_seconds
+from data_shards.preview_page import media_files, write_page
 from data_shards.reader import ShardReader, iter_plain
-from data_shards.record import Frames, Record, Video, from_members
+from data_shards.record import Record, Video, from_members
 from data_shards.tasks import TASKS, Task, build_query, format_answer
 
 
@@ -72,7 +75,7 @@ def describe(
         "peak_frame": record.peak_frame,
         "duration_s": mp4_seconds(media.mp4) if isinstance(media, Video) else None,
         "stored": "video" if isinstance(media, Video) else f"{len(media.jpegs)} frames",
-        "media_bytes": sum(len(content) for content in _media_files(record).values()),
+        "media_bytes": sum(len(content) for content in media_files(record).values()),
         "notes": record.notes,
     }
 
@@ -94,21 +97,36 @@ def _records(source: Path) -> Iterator[Record]:
         yield from_members(key, members)
 
 
-def _media_files(record: Record) -> dict[str, bytes]:
-    if isinstance(record.media, Video):
-        return {f"{record.key}.mp4": record.media.mp4}
-    return _frame_files(record.key, record.media)
-
-
-def _frame_files(key: str, media: Frames) -> dict[str, bytes]:
-    files = {f"{key}.f{n}.jpg": jpeg for n, jpeg in enumerate(media.jpegs)}
-    return files if media.peak_jpeg is None else files | {f"{key}.peak.jpg": media.peak_jpeg}
-
-
 def _save(record: Record, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in _media_files(record).items():
+    for name, content in media_files(record).items():
         (folder / name).write_bytes(content)
+
+
+def write_preview_page(
+    source: Path,
+    folder: Path,
+    count: int,
+    *,
+    task: Task | None = None,
+    give_emotion: bool = False,
+    curation: Sequence[Path] = (),
+) -> dict[str, Any]:
+    """A page of the first `count` records (see `preview_page`), with decisions made so far.
+
+    Raises FileNotFoundError and ValueError as `preview` does.
+    """
+    if count < 1:
+        raise ValueError(f"preview: the number of records must be at least 1, found {count}")
+    chosen = (record for record in _records(source) if task is None or task in record.tasks)
+    page, keys = write_page(
+        islice(chosen, count),
+        folder,
+        title=source.name,
+        give_emotion=give_emotion,
+        decisions=read_curation(curation),
+    )
+    return {"page": str(page), "shown": len(keys)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -120,11 +138,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--task", choices=names, help="only records and entries of this task")
     add("--give-emotion", action="store_true", help="state the gold emotion in ECPE queries")
     add("--save", type=Path, metavar="FOLDER", help="write the records' media there")
+    add("--page", type=Path, metavar="FOLDER", help="write a page to look at and to decide on")
+    add(
+        "--curation",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="decisions with which the page begins (may be given several times)",
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """`{"records": [...]}`, each as `describe` gives it."""
+    """`{"records": [...]}`, each as `describe` gives it; with a page, where it is."""
     task = None if args.task is None else Task(args.task)
+    if args.page is not None:
+        return write_preview_page(
+            args.dir,
+            args.page,
+            args.count,
+            task=task,
+            give_emotion=args.give_emotion,
+            curation=args.curation,
+        )
     records = preview(
         args.dir, args.count, task=task, give_emotion=args.give_emotion, save=args.save
     )
@@ -133,6 +169,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def report_text(report: Mapping[str, Any]) -> str:
     """The records as text blocks for people."""
+    if "page" in report:
+        return f"{report['page']}: {report['shown']} records"
     blocks = []
     for record in report["records"]:
         seconds = "" if record["duration_s"] is None else f", {record['duration_s']:.2f} s"

@@ -117,7 +117,7 @@ class ShardWriter:
         keys = "".join(f"{key}\n" for key in self._keys).encode("ascii")
         sidecar(self._path, ".idx").write_bytes(idx)
         sidecar(self._path, ".keys").write_bytes(keys)
-        for path in shard_files(self._path):
+        for path in (*shard_files(self._path), self._path.parent):
             flush_to_disk(path)
         return ShardInfo(
             name=self._path.name,

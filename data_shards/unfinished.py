@@ -45,6 +45,10 @@ class Unfinished:
         """Where the shards are written."""
         return self._folder / "shards"
 
+    def has_finished(self) -> bool:
+        """Whether the next start will find a finished shard; asks the disk, whose word counts."""
+        return _mark(self._folder, 0).exists()
+
     @classmethod
     def open(cls, out_dir: Path, identity: Mapping[str, Any], *, fresh: bool = False) -> Self:
         """Make the work folder of an output folder, or go on in the one that a kill has left.

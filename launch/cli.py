@@ -102,32 +102,41 @@ def _build_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _build(args: argparse.Namespace) -> int:
-    from data_shards.build_verb import StoppedEarly, run_build
+    from data_shards.build_verb import run_build
 
+    return _resumable("build", lambda: _print_result(run_build(args), args))
+
+
+def _resumable(name: str, work: Callable[[], int]) -> int:
+    """Ctrl-C loses nothing that is finished, so it ends with the code that says so."""
     try:
-        return _print_result(run_build(args), args)
-    except StoppedEarly as stop:
-        print(f"emoverse build: {stop}", file=sys.stderr)
+        return work()
+    except KeyboardInterrupt as stop:
+        print(f"emoverse {name}: {stop or 'stopped; the same command goes on'}", file=sys.stderr)
         return STOPPED
 
 
-def _annotate_arguments(parser: argparse.ArgumentParser) -> None:
-    kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
-    for kind, (summary, module) in _ANNOTATIONS.items():
-        sub = kinds.add_parser(kind, help=summary, description=summary)
-        importlib.import_module(module).add_arguments(sub)
-        _add_json(sub)
+def _by_kind(verb: str, summary: str) -> Verb:
+    """A verb of several kinds, each a module with `add_arguments(parser)` and `run(args)`."""
 
+    def configure(parser: argparse.ArgumentParser) -> None:
+        kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
+        for kind, (line, module) in _KINDS[verb].items():
+            sub = kinds.add_parser(kind, help=line, description=line)
+            importlib.import_module(module).add_arguments(sub)
+            _add_json(sub)
 
-def _annotate(args: argparse.Namespace) -> int:
-    part = importlib.import_module(_ANNOTATIONS[args.kind][1])
-    try:
-        result = part.run(args)
-    except KeyboardInterrupt:
-        print(f"emoverse annotate {args.kind}: stopped; run it again to go on", file=sys.stderr)
-        return STOPPED
-    _print_result(result, args, getattr(part, "report_text", _lines))
-    return DONE if result.get("ok", True) else STOPPED
+    def handle(args: argparse.Namespace) -> int:
+        part = importlib.import_module(_KINDS[verb][args.kind][1])
+
+        def work() -> int:
+            result = part.run(args)
+            _print_result(result, args, getattr(part, "report_text", _lines))
+            return DONE if result.get("ok", True) else STOPPED
+
+        return _resumable(f"{verb} {args.kind}", work)
+
+    return Verb(summary=summary, configure=configure, handle=handle)
 
 
 def _part(summary: str, module: str) -> Verb:
@@ -245,10 +254,16 @@ def _report(args: argparse.Namespace) -> int:
     return _print_result({"report": str(page), **summary}, args, lambda _: text)
 
 
-# Kind -> its line in the help, and the module with `add_arguments` and `run`.
-_ANNOTATIONS = {
-    "fer": ("facial expressions from action units", "data_shards.annotate.action_units"),
-    "reasons": ("why people feel so, from two served models", "data_shards.annotate.reasons_verb"),
+# Verb -> kind -> its line in the help and its module; `ok` false in a result: run it again.
+_KINDS = {
+    "annotate": {
+        "fer": ("facial expressions from action units", "data_shards.annotate.action_units"),
+        "reasons": ("why people feel so, from served models", "data_shards.annotate.reasons_verb"),
+    },
+    "convert": {
+        "export": ("a shard folder as ms-swift data", "data_shards.swift_export"),
+        "import": ("ms-swift data as a shard folder", "data_shards.convert"),
+    },
 }
 
 VERBS = {
@@ -257,11 +272,8 @@ VERBS = {
         configure=_build_arguments,
         handle=_build,
     ),
-    "annotate": Verb(
-        summary="derive labels that a corpus lacks",
-        configure=_annotate_arguments,
-        handle=_annotate,
-    ),
+    "annotate": _by_kind("annotate", "derive labels that a corpus lacks"),
+    "convert": _by_kind("convert", "ms-swift training data, both ways"),
     "lint": _part("check every record of a shard folder", "data_shards.lint"),
     "preview": _part("show some records of a shard folder", "data_shards.preview"),
     "stats": _part("count what a shard folder holds", "data_shards.stats"),

@@ -62,7 +62,8 @@ class Patience:
     timeout_s: float = 120.0  # of one attempt, from the connection to the last byte
     attempts: int = 6  # including the first
     first_pause_s: float = 1.0  # doubles with every attempt, half of it by chance
-    longest_pause_s: float = 60.0  # also of what a server asks for by Retry-After
+    longest_pause_s: float = 60.0  # of our own choice
+    longest_asked_s: float = 600.0  # of what a server asks for by Retry-After
 
     def __post_init__(self) -> None:
         if self.timeout_s <= 0 or self.attempts < 1 or self.first_pause_s < 0:
@@ -141,7 +142,7 @@ class ChatClient:
         pause_s = min(longest, self._patience.first_pause_s * 2.0 ** (attempt - 1))
         pause_s *= 0.5 + 0.5 * self._draw.random()
         if isinstance(error, _Passing) and error.not_before_s > 0:
-            pause_s = max(pause_s, min(float(error.not_before_s), longest))
+            pause_s = max(pause_s, min(error.not_before_s, self._patience.longest_asked_s))
             # The server is busy, not this question: the others wait too.
             self._closed_until = max(self._closed_until, time.monotonic() + pause_s)
         return pause_s

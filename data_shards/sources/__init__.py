@@ -15,6 +15,7 @@ from data_shards.record import Record
 SOURCES: Final[Mapping[str, str]] = {
     "synthetic": "data_shards.sources.synthetic",
     **dict.fromkeys(("meld", "mosei", "ecf", "emt"), "data_shards.sources.emt"),
+    "swift": "data_shards.sources.swift",
 }
 
 

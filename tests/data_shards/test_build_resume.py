@@ -282,6 +282,11 @@ def test_an_interrupted_first_shard_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_number_of_workers_is_checked(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="workers must be at least 1, found 0"):
+        build(tmp_path / "a", workers=0)
+
+
 def test_amendments_are_made_before_storing(tmp_path: Path) -> None:
     def amend(record: Record) -> Record | Skipped:
         return replace(record, emotion="anger")

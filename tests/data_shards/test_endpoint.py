@@ -113,7 +113,7 @@ def test_retry_after_is_honoured_by_all(
 
 
 def test_a_long_retry_after_is_cut(chat_server: Callable[..., Any]) -> None:
-    patience = Patience(timeout_s=2, attempts=2, first_pause_s=0.01, longest_pause_s=0.2)
+    patience = Patience(timeout_s=2, attempts=2, first_pause_s=0.01, longest_asked_s=0.2)
     server = chat_server(["!429 86400", "Fine."])
     began = time.monotonic()
     assert ask(server.url, patience=patience)[0] == ["Fine."]

@@ -1,0 +1,262 @@
+"""ms-swift training data as records: rows of query, response and videos or images, by any author.
+
+In: JSON or JSONL and the media it names. Out: recipes for the build; rows that cannot be read are
+skipped with their reason. Rows about the same media and words become one record with several tasks.
+A query is read by its task's identifier; other wordings of the instruction are accepted. Polarity
+is all that a sentiment answer tells: it becomes 1 or -1. A picture becomes a video of one frame.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from data_shards.draft import hash_file
+from data_shards.jsonl import read_rows
+from data_shards.recipe import Recipe, Skipped
+from data_shards.record import Record, Turn, Video
+from data_shards.sources import Source
+from data_shards.tasks import IDENTIFIER, TASKS, Task, parse_answer
+from data_shards.video import count_frames, encode_mp4
+
+_MEDIA_TAG: Final = re.compile(r"\s*(<video>(</video>)?|<image>(</image>)?|<img>|</img>)\s*")
+_PREFIX: Final = re.compile(r"the person(?: in (?:the )?video)? says:\s*", re.IGNORECASE)
+_TURN: Final = re.compile(r"(\d+)\. ([^:\n]*): ?(.*)")
+_TARGET: Final = re.compile(r"Target (\d+):")
+
+
+class SwiftRow(NamedTuple):
+    """One row, checked for its form only."""
+
+    place: str  # FILE:LINE, or FILE[number] of a JSON list
+    query: str
+    response: str
+    media: tuple[str, ...]  # paths as written
+    is_video: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """What a query says."""
+
+    task: Task
+    utterance: str
+    conversation: tuple[Turn, ...] = ()
+    target: int = 0
+
+
+@dataclass(kw_only=True, slots=True)
+class _Clip:
+    """The rows about one clip."""
+
+    key: str
+    media: tuple[str, ...]
+    is_video: bool
+    asked: Asked
+    labels: dict[Task, Any] = field(default_factory=dict)
+
+
+def read_swift(path: Path) -> Iterator[SwiftRow]:
+    """The rows of a JSON list or a JSONL file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a row of another form; names the place.
+    """
+    if path.suffix == ".json":
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file; give the data of ms-swift")
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        if not isinstance(rows, list):
+            raise ValueError(f"{path}: must be a list of rows, found {type(rows).__name__}")
+        placed: Iterable[tuple[str, Any]] = ((f"{path}[{n}]", row) for n, row in enumerate(rows))
+    else:
+        placed = ((row.place, row.fields) for row in read_rows(path, "the data of ms-swift"))
+    for place, fields in placed:
+        yield _swift_row(place, fields)
+
+
+def _swift_row(place: str, fields: Any) -> SwiftRow:
+    if not isinstance(fields, Mapping):
+        raise ValueError(f"{place}: must be an object, found {fields!r:.80}")
+    for name in ("query", "response"):
+        if not isinstance(fields.get(name), str):
+            raise ValueError(f"{place}: {name}: must be text, found {fields.get(name)!r:.80}")
+    if fields.get("history"):
+        raise ValueError(f"{place}: history: several rounds are not supported, found some")
+    media = {name: fields.get(name) or [] for name in ("videos", "images")}
+    for name, paths in media.items():
+        if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+            raise ValueError(f"{place}: {name}: must be a list of paths, found {paths!r:.80}")
+    if len(media["videos"]) + len(media["images"]) == 0 or (media["videos"] and media["images"]):
+        raise ValueError(f"{place}: must have videos or images, found {media!r:.120}")
+    is_video = bool(media["videos"])
+    paths = media["videos"] if is_video else media["images"]
+    return SwiftRow(place, fields["query"], fields["response"], tuple(paths), is_video)
+
+
+def read_query(query: str) -> Asked:
+    """The task and the words of a query.
+
+    Raises:
+        ValueError: not exactly one identifier, or a conversation that cannot be read.
+    """
+    text = _MEDIA_TAG.sub(" ", query).strip()
+    found = [task for task in TASKS if IDENTIFIER[task] in text]
+    if len(found) != 1:
+        known = ", ".join(IDENTIFIER.values())
+        raise ValueError(f"must hold one identifier of {known}, found {len(found)}")
+    task = found[0]
+    before, _, after = text.partition(IDENTIFIER[task])
+    if task is Task.ECPE:
+        return _conversation(before, after)
+    utterance = _PREFIX.sub("", before.strip(), count=1).strip()
+    if len(utterance) >= 2 and utterance[0] == utterance[-1] == '"':
+        utterance = utterance[1:-1].strip()
+    return Asked(task=task, utterance=" ".join(utterance.split()))
+
+
+def _conversation(before: str, after: str) -> Asked:
+    turns: list[Turn] = []
+    for line in filter(None, map(str.strip, before.splitlines())):
+        match = _TURN.fullmatch(line)
+        if match is None or int(match[1]) != len(turns) + 1:
+            raise ValueError(f"turn {len(turns) + 1} must look like '1. Ann: Hey!', found {line!r}")
+        turns.append(Turn(speaker=match[2].strip(), text=match[3].strip()))
+    target = _TARGET.search(after)
+    if target is None or not 1 <= int(target[1]) <= len(turns):
+        raise ValueError(f"must name its target as 'Target 1: ...' up to {len(turns)}")
+    number = int(target[1])
+    return Asked(
+        task=Task.ECPE,
+        utterance=turns[number - 1].text,
+        conversation=tuple(turns),
+        target=number,
+    )
+
+
+def swift_items(
+    rows: Iterable[SwiftRow], media_root: Path, *, source: str, split: str
+) -> Iterator[Recipe | Skipped]:
+    """Recipes of the clips in order of their first row; rows that cannot be read are Skipped."""
+    clips: dict[tuple[Any, ...], _Clip] = {}
+    keys: set[str] = set()
+    for row in rows:
+        about = {"key": _key_of(row.media[0]), "source": source, "split": split}
+        try:
+            asked = read_query(row.query)
+            label = _label(asked, row.response)
+        except ValueError as error:
+            yield Skipped(**about, reason="row-unreadable", detail=f"{row.place}: {error}")
+            continue
+        if len(row.media) > 1:
+            detail = f"{row.place}: {len(row.media)} files; only one is supported"
+            yield Skipped(**about, reason="several-media", detail=detail)
+            continue
+        where = (row.media, asked.utterance, asked.conversation, asked.target)
+        if where not in clips:
+            key = _free_key(about["key"], keys)
+            clips[where] = _Clip(key=key, media=row.media, is_video=row.is_video, asked=asked)
+        clip = clips[where]
+        if clip.labels.setdefault(asked.task, label) != label:
+            detail = f"{row.place}: {asked.task} was {clip.labels[asked.task]!r}, now {label!r}"
+            yield Skipped(**about, reason="label-conflict", detail=detail)
+    for clip in clips.values():
+        yield partial(_make, clip, media_root, source, split)
+
+
+def _label(asked: Asked, response: str) -> Any:
+    parsed = parse_answer(asked.task, response)
+    if parsed.value is None:
+        raise ValueError(f"the {asked.task} response cannot be read: {response!r:.80}")
+    return parsed.value
+
+
+def _key_of(path: str) -> str:
+    """A record key from a path: `128258/9.png` is 128258-9."""
+    plain = path.removeprefix("media/").rpartition(".")[0] or path
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", plain).lstrip("-") or "clip"
+
+
+def _free_key(key: str, taken: set[str]) -> str:
+    number, free = 1, key
+    while free in taken:
+        number += 1
+        free = f"{key}-{number}"
+    taken.add(free)
+    return free
+
+
+def _make(clip: _Clip, media_root: Path, source: str, split: str) -> Record | Skipped:
+    path = media_root / clip.media[0]
+    about = {"key": clip.key, "source": source, "split": split}
+    try:
+        mp4 = path.read_bytes() if clip.is_video else _still(path)
+        num_frames = count_frames(mp4)
+    except (OSError, ValueError) as error:
+        reason = "media-damaged" if path.is_file() else "media-missing"
+        return Skipped(**about, reason=reason, detail=f"{path}: {error}")
+    labels = clip.labels
+    sentiment = {"positive": 1.0, "negative": -1.0}
+    tasks = tuple(task for task in TASKS if task in labels)
+    try:
+        return Record(
+            **about,
+            utterance=clip.asked.utterance,
+            speaker="",
+            conversation=clip.asked.conversation,
+            target=clip.asked.target,
+            sentiment=sentiment[labels[Task.MSA]] if Task.MSA in labels else None,
+            emotion=labels.get(Task.ER),
+            expressions=labels.get(Task.FER),
+            reason=labels.get(Task.ERI),
+            pairs=labels.get(Task.ECPE),
+            tasks=tasks,
+            num_frames=num_frames,
+            # A picture is its own peak; of a video the form does not say which frame it is.
+            peak_frame=None if clip.is_video else 0,
+            notes={"media": clip.media[0]},
+            media=Video(mp4=mp4),
+        )
+    except ValueError as error:
+        return Skipped(**about, reason="record-invalid", detail=str(error))
+
+
+def _still(path: Path) -> bytes:
+    """A picture as a video of one frame; yuv420p halves both axes, so an odd edge is cut off."""
+    with Image.open(path) as image:
+        rgb_HW3 = np.asarray(image.convert("RGB"), dtype=np.uint8)
+    even_H, even_W = (size - size % 2 for size in rgb_HW3.shape[:2])
+    return encode_mp4(rgb_HW3[None, :even_H, :even_W], fps=1)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `emoverse build swift` that say which data."""
+    add = parser.add_argument
+    add("file", type=Path, metavar="FILE", help="JSON list or JSONL of query, response and media")
+    add("--media-root", type=Path, help="where relative paths begin (default: beside FILE)")
+    add("--name", default="swift", help="source of the records (default: %(default)s)")
+    add("--split", default="train", help="their split (default: %(default)s)")
+
+
+def open_source(args: argparse.Namespace) -> Source:
+    """The clips of a file, rows about the same clip and words together."""
+    root = args.media_root or args.file.parent
+    items = list(swift_items(read_swift(args.file), root, source=args.name, split=args.split))
+    return Source(
+        items=items,
+        total=len(items),
+        provenance={
+            "source": args.name,
+            "split": args.split,
+            "format": "ms-swift",
+            "files": [hash_file(args.file)],
+        },
+    )

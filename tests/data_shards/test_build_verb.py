@@ -1,0 +1,62 @@
+"""`emoverse build`: stopped by a scheduler it ends with 75, and the same command goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from data_shards.unfinished import work_folder
+from launch import cli
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def words(out: Path) -> list[str]:
+    return ["build", "synthetic", "--clips", "12", "--out", str(out), "--shard-records", "2"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_its_processes_stops_it(
+    tmp_path: Path, number: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "shards"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launch.cli", *words(out), "--workers", "2"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    done = work_folder(out) / "done"
+    end = time.monotonic() + 60
+    while time.monotonic() < end and not list(done.glob("*.json")):
+        time.sleep(0.01)
+    os.killpg(process.pid, number)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 75, told
+    assert "stopped early, finished shards are kept; the same command goes on" in told
+    assert not out.exists()
+    assert cli.main([*words(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["records"] == 12
+    assert not work_folder(out).exists()
+
+
+def test_a_finished_build_is_only_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "shards"
+    reports = []
+    for _ in range(2):
+        assert cli.main([*words(out), "--json"]) == 0
+        reports.append(json.loads(capsys.readouterr().out))
+    assert [report["already_built"] for report in reports] == [False, True]
+    assert reports[0]["fingerprint"] == reports[1]["fingerprint"]
+    assert cli.main([*words(out), "--seed", "1"]) == 2
+    assert "output folder must be new or empty" in capsys.readouterr().err
