@@ -126,5 +126,5 @@ def _facts(
         if len(starts) > 1:
             facts.append(("launches", str(len(starts))))
     if ends and ends[-1].get("reason") == "done":
-        facts.append(("minutes", f"{sum(float(end['seconds']) for end in ends) / 60:.1f}"))
+        facts.append(("minutes", f"{sum(float(end.get('seconds', 0)) for end in ends) / 60:.1f}"))
     return facts

@@ -92,7 +92,7 @@ def incidents_section(incidents: Sequence[Incident]) -> str:
     """The table, or one sentence that there is nothing to tell."""
     if not incidents:
         return (
-            '<p class="empty">None: no restart, no skipped step, no replaced record in the logs '
+            '<p class="empty">Nothing to tell: no restart, no skipped step, no replaced record in the logs '
             "of this run.</p>"
         )
     body = "".join(

@@ -37,7 +37,7 @@ def run(make_run: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"kind": "start", "step": 300, "world_size": 4},
         {"kind": "skip", "step": 301, "reason": "loss is not finite: nan", "dump": "bad/301.json"},
         {"kind": "note", "step": 302, "text": "rank 1 is <slow>"},
-        {"kind": "end", "step": 303, "reason": "done"},
+        {"kind": "end", "step": 303, "reason": "done", "seconds": 9.0},
     )
     folder = run / "stage2" / "checkpoints" / "step_000300"
     folder.mkdir(parents=True)
@@ -83,7 +83,7 @@ def test_incidents_are_shown_as_text(text: str) -> None:
 
 def test_a_calm_run_says_so(make_run: MakeRun, tmp_path: Path) -> None:
     page = write_report(make_run(tmp_path / "calm")).read_text(encoding="utf-8")
-    assert "None: no restart, no skipped step" in section(page, "incidents")
+    assert "Nothing to tell: no restart, no skipped step" in section(page, "incidents")
 
 
 def test_the_paper_stands_beside_with_its_conditions(text: str) -> None:
