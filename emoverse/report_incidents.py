@@ -92,8 +92,8 @@ def incidents_section(incidents: Sequence[Incident]) -> str:
     """The table, or one sentence that there is nothing to tell."""
     if not incidents:
         return (
-            '<p class="empty">Nothing to tell: no restart, no skipped step, no replaced record in the logs '
-            "of this run.</p>"
+            '<p class="empty">Nothing to tell: no restart, no skipped step, no replaced record '
+            "in the logs of this run.</p>"
         )
     body = "".join(
         f'<tr><th scope="row">{escape(one.kind)}</th><td>{escape(one.stage)}</td>'
