@@ -85,6 +85,8 @@ def _task_json(
         "items": [asdict(item) for item in item_scores(rows)],
         "calibration": asdict(calibrated) if calibrated else None,
         "paper": paper_json(task, mine),
+        # The official ECPE protocol is complete only where such targets were asked too.
+        "without_truth": sum(row.truth == () for row in rows),
     }
 
 

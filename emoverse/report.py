@@ -9,13 +9,16 @@ Needs no torch: a report can be written on any machine that has the run director
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from emoverse.predictions import write_text_atomically
 from emoverse.report_clips import pick_clips
 from emoverse.report_curves import read_curves
+from emoverse.report_incidents import read_incidents
 from emoverse.report_page import render_page
 from emoverse.report_sections import PageData
+from emoverse.result_files import read_results
 from emoverse.summary import load_run_config, read_evaluations, summarise, summary_json
 
 
@@ -23,13 +26,16 @@ def write_report(
     run_dir: Path,
     *,
     text_only_run: Path | None = None,
+    systems: Mapping[str, Path] | None = None,
     seconds: float | None = None,
     peak_memory_bytes: int | None = None,
 ) -> Path:
     """Write `report.html` and `summary.json` into the run directory; return the page's path.
 
-    text_only_run: the run directory of the twin with blanked frames. seconds and peak_memory_bytes
-    are what the caller measured; when not given, an earlier summary of the same run keeps its own.
+    text_only_run: the run directory of the twin with blanked frames. systems: result files of
+    other systems by name, whose answers stand beside ours where they answered the same clips.
+    seconds and peak_memory_bytes are what the caller measured; when not given, an earlier summary
+    of the same run keeps its own.
     Raises FileNotFoundError when a folder is not a run directory.
     """
     config = load_run_config(run_dir)
@@ -37,6 +43,7 @@ def write_report(
     text_only = {}
     if text_only_run is not None:
         text_only = read_evaluations(text_only_run, load_run_config(text_only_run))
+    others = {name: read_results(path) for name, path in (systems or {}).items()}
     summary_path = run_dir / "summary.json"
     if summary_path.is_file():
         earlier = json.loads(summary_path.read_text())
@@ -54,7 +61,8 @@ def write_report(
         evaluated=evaluated,
         text_only=text_only,
         curves=read_curves(run_dir, config),
-        clips=pick_clips(config, evaluated, text_only, lines),
+        clips=pick_clips(config, evaluated, text_only, lines, others),
+        incidents=read_incidents(run_dir, config),
         provenance=json.loads(provenance_path.read_text()) if provenance_path.is_file() else {},
         seconds=seconds,
         peak_memory_bytes=peak_memory_bytes,

@@ -16,6 +16,7 @@ from html import escape
 WIDTH, HEIGHT = 560, 250
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 34
 MAX_POINTS = 240
+TABLE_POINTS = 8  # of a curve, in the table beneath it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -180,7 +181,28 @@ def _figure(
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="{escape(title)}">{inner}'
         f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" hidden=""/></svg>'
-        f'<ul class="legend">{names}{dashed}</ul></figure>'
+        f'<ul class="legend">{names}{dashed}</ul>{_values(series, x_label, percent)}</figure>'
+    )
+
+
+def _values(series: Sequence[Series], x_label: str, percent: bool) -> str:
+    """Some points of every line as a table, for who cannot see or point at the picture."""
+    head = "".join(f'<th scope="col" class="num">{escape(one.name)}</th>' for one in series)
+    longest = max(series, key=lambda one: len(one.xs))
+    n = len(longest.xs)
+    places = sorted({round(i * (n - 1) / (TABLE_POINTS - 1)) for i in range(TABLE_POINTS)})
+    body = ""
+    for x in (longest.xs[place] for place in places):
+        cells = ""
+        for one in series:
+            near = min(range(len(one.xs)), key=lambda i: abs(one.xs[i] - x))
+            y = one.ys[near]
+            text = "-" if not math.isfinite(y) else f"{y:.1%}" if percent else tidy(y)
+            cells += f'<td class="num">{text}</td>'
+        body += f'<tr><th scope="row">{tidy(x)}</th>{cells}</tr>'
+    return (
+        f'<details class="values"><summary>Values</summary><table><thead><tr><th scope="col">'
+        f"{escape(x_label)}</th>{head}</tr></thead><tbody>{body}</tbody></table></details>"
     )
 
 

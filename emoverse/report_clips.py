@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from data_shards.index import ShardIndex
-from data_shards.pixels import jpeg_decode
+from data_shards.pixels import jpeg_decode, jpeg_encode
 from data_shards.reader import ShardReader
 from data_shards.record import Frames, Record
 from data_shards.tasks import Task
@@ -27,6 +27,7 @@ from emoverse.scoring import Row
 from emoverse.summary import BASE, Evaluation, TaskSummary
 
 NUM_CLIPS = 12
+HARD_PER_TASK = 2
 MAX_CLIP_BYTES = 1_500_000  # a longer clip is shown by SLIDES of its frames, SLIDES_FPS a second
 SLIDES = 8
 SLIDES_FPS = 2
@@ -45,7 +46,10 @@ class Said:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Clip:
-    """One example; `mp4` is None when the record cannot be read, `note` then says why."""
+    """One example; `mp4` is None when the record cannot be read, `note` then says why.
+
+    hard: chosen because most systems are wrong. peak: the peak frame as JPEG, where one is known.
+    """
 
     task: Task
     key: str
@@ -54,6 +58,9 @@ class Clip:
     answers: tuple[Said, ...]
     mp4: bytes | None
     note: str
+    hard: bool = False
+    peak: bytes | None = None
+    peak_text: str = ""
 
 
 def verdict(row: Row) -> Verdict:
@@ -114,6 +121,34 @@ def choose(evaluated: Mapping[str, Evaluation], lines: Sequence[TaskSummary]) ->
     return chosen
 
 
+def hardest(
+    evaluated: Mapping[str, Evaluation],
+    lines: Sequence[TaskSummary],
+    systems: Mapping[str, Mapping[tuple[Task, str], Row]],
+) -> list[Prediction]:
+    """HARD_PER_TASK wrong answers of each scored state: the clips that most systems get wrong.
+
+    Among equals first the one of whose wrong answer the model was surest, then by a hash.
+    """
+    chosen = []
+    for line in lines:
+        if line.scored is None:
+            continue
+        wrong = [
+            one
+            for one in evaluated[line.scored].predictions
+            if one.row.task is line.task and verdict(one.row) == "wrong"
+        ]
+
+        def rank(one: Prediction) -> tuple[int, float, bytes]:
+            rows = (rows.get((one.row.task, one.row.key)) for rows in systems.values())
+            missed = sum(row is not None and verdict(row) == "wrong" for row in rows)
+            return -missed, -(one.confidence or 0), hashlib.sha256(one.row.key.encode()).digest()
+
+        chosen += sorted(wrong, key=rank)[:HARD_PER_TASK]
+    return chosen
+
+
 def _answers(
     one: Prediction, systems: Mapping[str, Mapping[tuple[Task, str], Row]]
 ) -> tuple[Said, ...]:
@@ -125,20 +160,42 @@ def _answers(
     )
 
 
-def _media(reader: ShardReader | None, one: Prediction) -> tuple[bytes | None, str]:
-    """The clip's video and a note on it; a damaged or missing record is no reason to stop."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Media:
+    """What can be shown of a record."""
+
+    mp4: bytes | None = None
+    note: str = ""
+    peak: bytes | None = None
+    peak_text: str = ""
+
+
+def _media(reader: ShardReader | None, one: Prediction) -> _Media:
+    """The clip's video and peak frame; a damaged or missing record is no reason to stop."""
     if reader is None:
-        return None, "The shards of this evaluation are not on the machine that wrote the report."
+        note = "The shards of this evaluation are not on the machine that wrote the report."
+        return _Media(note=note)
     try:
         record = reader.read(one.shard, one.slot)
         if record.key != one.row.key:
-            return None, "The shards have changed since the evaluation."
-        mp4 = playable_mp4(record)
+            return _Media(note="The shards have changed since the evaluation.")
+        mp4, peak = playable_mp4(record), peak_jpeg(record)
     except ValueError as error:
-        return None, f"The clip cannot be shown: {error}"
-    if one.row.task is Task.FER and record.peak_frame is not None:
-        return mp4, f"The model saw only frame {record.peak_frame + 1} of {record.num_frames}."
-    return mp4, ""
+        return _Media(note=f"The clip cannot be shown: {error}")
+    text = ""
+    if peak is not None and record.peak_frame is not None:
+        text = f"Peak frame, {record.peak_frame + 1} of {record.num_frames}"
+    note = "The model saw only the peak frame." if peak and one.row.task is Task.FER else ""
+    return _Media(mp4=mp4, note=note, peak=peak, peak_text=text)
+
+
+def peak_jpeg(record: Record) -> bytes | None:
+    """The peak frame as JPEG, None where the record knows none. Raises DamagedVideo."""
+    if record.peak_frame is None:
+        return None
+    if isinstance(record.media, Frames):
+        return record.media.peak_jpeg
+    return jpeg_encode(decode_frames(record.media.mp4, [record.peak_frame])[0])
 
 
 def pick_clips(
@@ -146,10 +203,12 @@ def pick_clips(
     evaluated: Mapping[str, Evaluation],
     text_only: Mapping[str, Evaluation],
     lines: Sequence[TaskSummary],
+    others: Mapping[str, Sequence[Prediction]] | None = None,
 ) -> list[Clip]:
-    """The example clips of a report, with every system's answer.
+    """The example clips of a report and the hardest ones, with every system's answer.
 
-    Needs the evaluation's shards for the videos; without them the clips are shown as text.
+    others: answers of further systems, by name. Needs the evaluation's shards for the videos;
+    without them the clips are shown as text.
     """
     by_system = {
         name: {(p.row.task, p.row.key): p.row for p in one.predictions}
@@ -161,14 +220,21 @@ def pick_clips(
         if line.scored in text_only
         for row in text_only[line.scored].rows(line.task)
     }
-    systems = {"text_only": twin, **{"before" if n == BASE else n: r for n, r in by_system.items()}}
+    foreign = {
+        name: {(p.row.task, p.row.key): p.row for p in answers}
+        for name, answers in (others or {}).items()
+    }
+    states = {"before" if name == BASE else name: rows for name, rows in by_system.items()}
+    systems = {**foreign, "text_only": twin, **states}
     folder = config.evaluation.shards
     reader = None
     if (folder / "index.json").is_file():
         reader = ShardReader(folder, ShardIndex.load(folder))
+    picked = [(one, False) for one in choose(evaluated, lines)]
+    picked += [(one, True) for one in hardest(evaluated, lines, systems)]
     clips = []
-    for one in choose(evaluated, lines):
-        mp4, note = _media(reader, one)
+    for one, hard in picked:
+        media = _media(reader, one)
         clips.append(
             Clip(
                 task=one.row.task,
@@ -176,8 +242,11 @@ def pick_clips(
                 question=one.question,
                 truth=one.label,
                 answers=_answers(one, systems),
-                mp4=mp4,
-                note=note,
+                mp4=media.mp4,
+                note=media.note,
+                hard=hard,
+                peak=media.peak,
+                peak_text=media.peak_text,
             )
         )
     return clips

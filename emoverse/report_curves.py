@@ -18,13 +18,20 @@ from data_shards.tasks import Task
 from emoverse.config import Config
 
 Curve = tuple[Sequence[float], Sequence[float]]
+# Keys of an interval that tell of throughput, with what they measure.
+SPEEDS = {
+    "samples_per_s": "samples per second",
+    "tokens_per_s": "packed tokens per second",
+    "data_wait": "share of time spent waiting for data",
+    "memory_bytes": "bytes of memory at the peak so far",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageCurves:
     """One stage: (steps, values) per task, the asked rates, and a few facts in words.
 
-    share: of the samples of each logged interval.
+    share: of the samples of each logged interval. speed: what the intervals say of throughput.
     """
 
     name: str
@@ -33,6 +40,7 @@ class StageCurves:
     loss: Mapping[Task, Curve]
     share: Mapping[Task, Curve]
     asked: Mapping[Task, float]
+    speed: Mapping[str, Curve]
     facts: Sequence[tuple[str, str]]
 
 
@@ -88,6 +96,13 @@ def _stage_curves(
         loss=loss,
         share=share,
         asked=asked,
+        speed={
+            name: (
+                [float(one["step"]) for one in intervals if one.get(name) is not None],
+                [float(one[name]) for one in intervals if one.get(name) is not None],
+            )
+            for name in SPEEDS
+        },
         facts=_facts(records, intervals),
     )
 
@@ -111,5 +126,5 @@ def _facts(
         if len(starts) > 1:
             facts.append(("launches", str(len(starts))))
     if ends and ends[-1].get("reason") == "done":
-        facts.append(("minutes", f"{sum(float(end['seconds']) for end in ends) / 60:.1f}"))
+        facts.append(("minutes", f"{sum(float(end.get('seconds', 0)) for end in ends) / 60:.1f}"))
     return facts

@@ -1,7 +1,6 @@
 """The HTML of the report: values in, one self-contained page out.
 
-Style sheet and script are package data (`assets/report.css`, `assets/report.js`) and are written
-into the page, as are pictures and videos: it makes no request, so it works from disk and by mail.
+The frame of the page is `report_shell.py`; pictures and videos are written into the page as well.
 """
 
 from __future__ import annotations
@@ -9,15 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
-from importlib import resources
 
 from data_shards.tasks import Task
 from emoverse.metric_table import primary
+from emoverse.report_calibration import calibration_section
 from emoverse.report_charts import Mark, Series, line_chart, range_strip, share_chart
-from emoverse.report_curves import StageCurves
+from emoverse.report_curves import SPEEDS, StageCurves
+from emoverse.report_examples import clips_section, hardest_section
+from emoverse.report_incidents import incidents_section
 from emoverse.report_sections import (
     PageData,
-    clips_section,
     errors_section,
     metrics_section,
     plain,
@@ -26,6 +26,7 @@ from emoverse.report_sections import (
     system_title,
     task_name,
 )
+from emoverse.report_shell import document
 from emoverse.significance import Score
 from emoverse.summary import MARGIN, TaskSummary
 
@@ -38,49 +39,20 @@ def render_page(page: PageData) -> str:
     sections = [
         ("results", "Results", _results(page)),
         ("training", "Training", _training(page)),
+        ("throughput", "Throughput", _throughput(page)),
         ("metrics", "Metrics", metrics_section(page)),
         ("errors", "Errors", errors_section(page)),
-        ("clips", "Clips", clips_section(page)),
+        (
+            "calibration",
+            "Calibration",
+            calibration_section(page.lines, page.evaluated),
+        ),
+        ("hardest", "Hardest", hardest_section(page.clips)),
+        ("clips", "Clips", clips_section(page.clips)),
+        ("incidents", "Incidents", incidents_section(page.incidents)),
         ("setup", "Setup", setup_section(page)),
     ]
-    links = "".join(f'<a href="#{key}">{title}</a>' for key, title, _ in sections)
-    body = "".join(
-        f'<section id="{key}" aria-labelledby="{key}-h"><h2 id="{key}-h">{title}</h2>{html}'
-        "</section>"
-        for key, title, html in sections
-    )
-    name = escape(page.config.run.name)
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{name} - EmoVerse report</title>
-<link rel="icon" href="data:,">
-<style>{_asset("report.css")}</style>
-</head>
-<body>
-<a class="skip" href="#results">Skip to the results</a>
-<header class="bar"><div class="wrap">
-<span class="brand"><i aria-hidden="true"></i>EmoVerse</span>
-<nav aria-label="Sections">{links}</nav>
-<button type="button" id="theme" aria-label="Switch between light and dark">Theme</button>
-</div></header>
-<main class="wrap">
-{_intro(page)}
-{body}
-</main>
-<footer class="wrap">Written by <code>emoverse report</code>. Every number on this page is computed
-from the run directory.</footer>
-<script>{_asset("report.js")}</script>
-</body>
-</html>
-"""
-
-
-def _asset(name: str) -> str:
-    return (resources.files("emoverse") / "assets" / name).read_text(encoding="utf-8")
+    return document(page.config.run.name, _intro(page), sections, "emoverse report")
 
 
 # --- the head ---
@@ -237,3 +209,22 @@ def _stage_block(curve: StageCurves) -> str:
         f'<div class="card"><h3>{escape(curve.name.replace("stage", "Stage "))}</h3>'
         f'<dl class="facts">{listed}</dl><div class="pair">{"".join(charts)}</div></div>'
     )
+
+
+def _throughput(page: PageData) -> str:
+    blocks = []
+    for curve in page.curves:
+        charts = "".join(
+            line_chart(
+                f"{curve.name}: {title}",
+                [Series(name=title, color="stage1", xs=xs, ys=ys)],
+                x_label="step",
+                y_label=title,
+            )
+            for name, title in SPEEDS.items()
+            for xs, ys in [curve.speed[name]]
+            if len(xs)
+        )
+        if charts:
+            blocks.append(f'<div class="card"><div class="pair">{charts}</div></div>')
+    return "".join(blocks) or '<p class="empty">No interval has been logged yet.</p>'

@@ -6,7 +6,6 @@ section. `report_page.py` puts them into the page.
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -14,12 +13,14 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from data_shards.tasks import IDENTIFIER, Task
+from data_shards.tasks import Task
 from emoverse.config import Config, describe
 from emoverse.metric_table import METRICS
+from emoverse.paper_tables import CONDITIONS, paper_value
 from emoverse.report_charts import heat_table, tidy
-from emoverse.report_clips import Clip, Said
+from emoverse.report_clips import Clip
 from emoverse.report_curves import StageCurves
+from emoverse.report_incidents import Incident
 from emoverse.score_tables import confusion, item_scores
 from emoverse.scoring import Row
 from emoverse.significance import Score, score
@@ -44,6 +45,7 @@ class PageData:
     text_only: Mapping[str, Evaluation]
     curves: Sequence[StageCurves]
     clips: Sequence[Clip]
+    incidents: Sequence[Incident]
     provenance: Mapping[str, Any]
     seconds: float | None
     peak_memory_bytes: int | None
@@ -103,19 +105,26 @@ def metrics_section(page: PageData) -> str:
         if not any(rows.values()):
             continue
         lines = [
-            f'<tr class="group"><th scope="rowgroup" colspan="{len(rows) + 1}">'
+            f'<tr class="group"><th scope="rowgroup" colspan="{len(rows) + 2}">'
             f"{task_name(line.task)}<small>{max(map(len, rows.values()))} clips</small></th></tr>"
         ]
         for metric in METRICS[line.task]:
+            if not any(metric.applies(found) for found in rows.values()):
+                continue
             cells = "".join(_score_cell(score(metric, found)) for found in rows.values())
+            printed = paper_value(line.task, metric.name)
+            cells += f'<td class="num">{"-" if printed is None else plain(printed / 100)}</td>'
             lines.append(f'<tr><th scope="row">{metric.title}</th>{cells}</tr>')
+        lines += _further_rules(page, line, len(rows))
         for status in ("repaired", "unparseable"):
             counts = "".join(
                 f'<td class="num">{sum(row.status == status for row in found) if found else "-"}'
                 "</td>"
                 for found in rows.values()
             )
-            lines.append(f'<tr class="minor"><th scope="row">{status} answers</th>{counts}</tr>')
+            lines.append(
+                f'<tr class="minor"><th scope="row">{status} answers</th>{counts}<td></td></tr>'
+            )
         bodies.append(f"<tbody>{''.join(lines)}</tbody>")
     if not bodies:
         return '<p class="empty">Nothing has been evaluated yet.</p>'
@@ -124,9 +133,50 @@ def metrics_section(page: PageData) -> str:
     )
     return (
         '<div class="card scroll"><table class="metrics"><thead><tr><th scope="col">metric</th>'
-        f"{head}</tr></thead>{''.join(bodies)}</table></div>"
-        '<p class="quiet">Small figures: 95% bootstrap interval over clips. Unparseable answers '
-        "count as wrong.</p>"
+        f'{head}<th scope="col" class="num">paper</th></tr></thead>{"".join(bodies)}</table></div>'
+        '<p class="quiet">Small figures: 95% bootstrap interval over clips (official ECPE metrics: '
+        "over conversations). Unparseable answers count as wrong. <em>paper</em> is EmoVerse-4B's "
+        "figure of Table VI, which differs in its conditions:</p>"
+        f"{_conditions(page)}"
+    )
+
+
+def _further_rules(page: PageData, line: TaskSummary, columns: int) -> list[str]:
+    """Rules beside the first one, which has its column: their primary metric as minor rows."""
+    state = page.evaluated.get(line.scored or "")
+    task = state.metrics.get("tasks", {}).get(str(line.task), {}) if state else {}
+    rows = []
+    for rule, found in list(task.get("baselines", {}).items())[1:]:
+        value = found[task["primary"]]["value"]
+        shown = "-" if value is None else plain(value)
+        rows.append(
+            f'<tr class="minor"><th scope="row">rule {escape(rule)}, {task["primary"]}</th>'
+            f'<td class="num">{shown}</td>{"<td></td>" * columns}</tr>'
+        )
+    return rows
+
+
+def _conditions(page: PageData) -> str:
+    protocol = protocol_of(page)
+    ours = {
+        "data": str(page.config.evaluation.shards),
+        "model": page.config.model.base,
+        "leakage": protocol.get("leakage") or "not recorded",
+        "give_emotion": "given" if protocol.get("give_emotion") else "not given",
+        "ecpe protocol": "target_given, and official",
+        "parser": "tolerant",
+        "visual": f"{page.config.data.visual}, {page.config.data.frames_per_clip} frames",
+    }
+    body = "".join(
+        f'<tr><th scope="row">{escape(key)}</th><td>{escape(CONDITIONS[key])}</td>'
+        f"<td>{escape(str(ours[key]))}</td></tr>"
+        for key in CONDITIONS
+    )
+    return (
+        '<details class="card"><summary>Conditions of the paper and of this run</summary>'
+        '<div class="scroll"><table class="pairs"><thead><tr><th scope="col">condition</th>'
+        '<th scope="col">paper</th><th scope="col">this run</th></tr></thead>'
+        f"<tbody>{body}</tbody></table></div></details>"
     )
 
 
@@ -161,7 +211,7 @@ def errors_section(page: PageData) -> str:
                 f'<td class="num">{item.recall:.2f}</td><td class="num">{item.support}</td></tr>'
                 for item in items
             )
-            what = "phrase" if line.task is Task.FER else "emotion"
+            what = {Task.FER: "phrase", Task.MSA: "polarity"}.get(line.task, "emotion")
             blocks.append(
                 f'<div class="card scroll"><table class="items"><caption>{title}</caption><thead>'
                 f'<tr><th scope="col">{what}</th><td></td><th scope="col" class="num">F1</th>'
@@ -174,64 +224,6 @@ def errors_section(page: PageData) -> str:
         if blocks
         else ('<p class="empty">Nothing has been evaluated yet.</p>')
     )
-
-
-# --- clips ---
-
-
-def clips_section(page: PageData) -> str:
-    if not page.clips:
-        return '<p class="empty">No answers to show yet.</p>'
-    tasks = list(dict.fromkeys(clip.task for clip in page.clips))
-    buttons = '<button type="button" data-filter="" aria-pressed="true">All</button>' + "".join(
-        f'<button type="button" data-filter="{task}" aria-pressed="false">{task.upper()}</button>'
-        for task in tasks
-    )
-    return (
-        '<p class="quiet">Chosen by rule, alternately right and wrong answers of the scored state, '
-        "so the mix says nothing about the scores.</p>"
-        f'<div class="filter" role="group" aria-label="Show the clips of one task">{buttons}</div>'
-        f'<div class="clips">{"".join(_clip(i, clip) for i, clip in enumerate(page.clips))}</div>'
-    )
-
-
-def _clip(number: int, clip: Clip) -> str:
-    if clip.mp4 is None:
-        screen = f'<div class="novideo">{escape(clip.note)}</div>'
-        note = ""
-    else:
-        data = base64.b64encode(clip.mp4).decode("ascii")
-        screen = (
-            f'<div class="screen"><video controls muted loop playsinline preload="auto" '
-            f'aria-label="Clip {escape(clip.key)}" src="data:video/mp4;base64,{data}"></video>'
-            '<button type="button" class="play" aria-label="Play the clip" hidden></button></div>'
-        )
-        note = f'<p class="note">{escape(clip.note)}</p>' if clip.note else ""
-    rows = "".join(_said(one) for one in clip.answers)
-    question = escape(clip.question)
-    for identifier in IDENTIFIER.values():
-        question = question.replace(escape(identifier), f"<mark>{escape(identifier)}</mark>")
-    return (
-        f'<article class="clip card" data-task="{clip.task}" aria-labelledby="clip-{number}">'
-        f'{screen}<div><h3 id="clip-{number}">{task_name(clip.task)}</h3>'
-        f'<p class="key">{escape(clip.key)}</p>{note}'
-        f'<p class="question" tabindex="0">{question}</p><table class="said"><tbody>'
-        f'<tr class="truth"><th scope="row">truth</th><td>{_text(clip.truth)}</td><td></td></tr>'
-        f"{rows}</tbody></table></div></article>"
-    )
-
-
-def _said(one: Said) -> str:
-    sign = {"right": "&#10003;", "partly": "&#8776;", "wrong": "&#10007;"}[one.verdict]
-    return (
-        f'<tr><th scope="row">{escape(system_title(one.system))}</th><td>{_text(one.text)}</td>'
-        f'<td class="verdict {one.verdict}"><span aria-hidden="true">{sign}</span>'
-        f'<span class="sr">{one.verdict}</span></td></tr>'
-    )
-
-
-def _text(text: str) -> str:
-    return escape(text) if text.strip() else '<span class="quiet">(empty)</span>'
 
 
 # --- setup ---

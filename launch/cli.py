@@ -241,6 +241,13 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text-only", type=Path, metavar="RUN2", help="run directory of the text-only baseline"
     )
+    parser.add_argument(
+        "--system",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="answers of another system (.jsonl) to show beside ours (repeatable)",
+    )
     _add_json(parser)
 
 
@@ -248,7 +255,13 @@ def _report(args: argparse.Namespace) -> int:
     from emoverse.report import write_report
     from emoverse.summary import summary_text
 
-    page = write_report(args.run, text_only_run=args.text_only)
+    systems = {}
+    for word in args.system:
+        name, sign, path = word.partition("=")
+        if not sign or not name or not path:
+            raise ValueError(f"--system: give NAME=FILE.jsonl, found {word!r}")
+        systems[name] = Path(path)
+    page = write_report(args.run, text_only_run=args.text_only, systems=systems)
     summary = json.loads((args.run / "summary.json").read_text(encoding="utf-8"))
     text = f"{summary_text(summary)}\n{page}"
     return _print_result({"report": str(page), **summary}, args, lambda _: text)
@@ -297,6 +310,7 @@ VERBS = {
         configure=_evaluate_arguments,
         handle=_evaluate,
     ),
+    "ablate": _part("run the paper's ablations and lay the tables beside it", "launch.ablate"),
     "report": Verb(
         summary="write a run's report.html and summary.json",
         configure=_report_arguments,

@@ -8,9 +8,7 @@ summary.json. Every step is a command of the `emoverse` front door, printed as i
 import argparse
 import json
 import os
-import shlex
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -20,8 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from launch.cli import DONE, FAULT
-
-_TAIL_LINES = 15  # of a failed step's log
+from launch.steps import StepError, run_step
 
 
 class MemoryWatch(threading.Thread):
@@ -77,36 +74,6 @@ def pss_bytes(pid: int) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
 
 
-class DemoError(RuntimeError):
-    """A step of the demo failed; its own message stands above."""
-
-
-def run_step(arguments: Sequence[str], *, quiet_log: Path | None = None) -> None:
-    """Run `emoverse ARGUMENTS`.
-
-    quiet_log: write its output there instead of showing it.
-    Raises DemoError if it ends with another code than 0, with the last lines of a quiet log.
-    """
-    print(f"$ emoverse {shlex.join(arguments)}", flush=True)
-    command = [sys.executable, "-m", "launch.cli", *arguments]
-    # Two steps run side by side on two cores: more threads would only wait for each other, and the
-    # order of sums, hence the last digit of a figure, depends on their number.
-    environ = {"OMP_NUM_THREADS": "1", **os.environ}
-    tail = ""
-    if quiet_log is None:
-        code = subprocess.run(command, check=False, env=environ).returncode
-    else:
-        quiet_log.parent.mkdir(parents=True, exist_ok=True)
-        with quiet_log.open("wb") as log:
-            code = subprocess.run(
-                command, check=False, env=environ, stdout=log, stderr=subprocess.STDOUT
-            ).returncode
-        lines = quiet_log.read_text(encoding="utf-8", errors="replace").splitlines()
-        tail = "".join(f"\n{line}" for line in lines[-_TAIL_LINES:])
-    if code != DONE:
-        raise DemoError(f"emoverse {arguments[0]} ended with exit code {code}{tail}")
-
-
 def _side_by_side(steps: Sequence[tuple[Sequence[str], Path | None]]) -> None:
     """Run steps, two of them at a time; the first error is raised when all have ended."""
     with ThreadPoolExecutor(2) as pool:
@@ -155,7 +122,7 @@ def _begin(args: argparse.Namespace) -> None:
     mark = run / "demo.json"
     if run.exists():
         if not mark.is_file():
-            raise DemoError(
+            raise StepError(
                 f"{run} exists and is not a demo's folder; remove it or name another with --out"
             )
         shutil.rmtree(run)  # a demo always starts anew, so that its figures are one run's
@@ -240,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         demo(args)
-    except DemoError as error:
+    except StepError as error:
         print(f"demo: {error}", file=sys.stderr)
         return FAULT
     return DONE

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_shards.tasks import TASKS, Task
 from emoverse.evaluation_target import Target, name_of, resolve, states_of
@@ -23,7 +23,8 @@ from emoverse.reading import MODES
 from emoverse.stop import EXIT_STOPPED as STOPPED
 from launch.worker import DONE, FAULT, WRONG_INPUT, run_ranks
 
-_PASSED_ON = ("which", "parser", "fresh", "out")  # options that the ranks get as they are
+if TYPE_CHECKING:
+    from data_shards.annotate.endpoint import Endpoint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,6 +69,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--give-emotion", action="store_true", help="a FILE's ECPE queries held the gold emotion"
     )
+    parser.add_argument(
+        "--judge", metavar="URL", help="also let a model behind this endpoint judge ERI answers"
+    )
+    parser.add_argument("--judge-model", default="", metavar="NAME", help="the judge's name there")
+    parser.add_argument(
+        "--judge-key-env", default="", metavar="VAR", help="environment variable with its key"
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -75,17 +83,31 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.processes < 1:
         raise ValueError(f"--processes: must be 1 or more, found {args.processes}")
     target = target_of(args)
+    endpoint = None
+    if args.judge:
+        from data_shards.annotate.endpoint import Endpoint
+
+        # Before anything is answered: wrong settings are told at once.
+        endpoint = Endpoint(
+            base_url=args.judge, model=args.judge_model, key_env=args.judge_key_env, max_tokens=16
+        )
+    results = _evaluate(args, target)
+    if endpoint is not None:
+        _judge(results, target, args, endpoint)
+    return results
+
+
+def _evaluate(args: argparse.Namespace, target: Target) -> dict[str, Any]:
     if target.kind == "predictions":
         from emoverse.score_results import score_results
 
         task = Task(args.task) if args.task else None
-        name = "metrics.json" if args.out else f"{target.path.stem}.metrics.json"
         scores = score_results(
             target.path,
             task=task,
             mode=args.parser,
             give_emotion=args.give_emotion,
-            out=target.out / name,
+            out=_scores_file(args, target),
         )
         return {target.path.name: scores}
     if args.processes > 1:
@@ -94,6 +116,37 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from emoverse.evaluate import run_target
 
     return run_target(target, mode=args.parser, fresh=args.fresh)
+
+
+def _scores_file(args: argparse.Namespace, target: Target) -> Path:
+    """Where the scores of a predictions file go: beside it, or into --out."""
+    return target.out / ("metrics.json" if args.out else f"{target.path.stem}.metrics.json")
+
+
+def _judge(
+    results: dict[str, Any], target: Target, args: argparse.Namespace, endpoint: "Endpoint"
+) -> None:
+    """Adds the judge's scores to every result and its files."""
+    from emoverse.judge import judge_state
+    from emoverse.predictions import read_predictions, write_predictions, write_text_atomically
+    from emoverse.result_files import read_results
+
+    def log(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    for state, metrics in results.items():
+        if target.kind == "predictions":
+            task = Task(args.task) if args.task else None
+            answers = read_results(target.path, task=task, mode=args.parser)
+            judge_state(metrics, answers, endpoint, target.out, log=log)
+            path = _scores_file(args, target)
+        else:
+            folder = target.out / "eval" / state
+            answers = read_predictions(folder / "predictions.jsonl")
+            judged = judge_state(metrics, answers, endpoint, folder, log=log)
+            write_predictions(folder / "predictions.jsonl", judged)
+            path = folder / "metrics.json"
+        write_text_atomically(path, json.dumps(metrics, indent=1) + "\n")
 
 
 def target_of(args: argparse.Namespace) -> Target:

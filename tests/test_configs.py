@@ -13,6 +13,7 @@ from launch.plan_report import make_plan, plan_text
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 PRETRAIN = [path for path in sorted(CONFIGS.glob("*.yaml")) if "pretrain" in path.name]
+OVERLAYS = sorted((CONFIGS / "ablations").glob("*.yaml"))
 RUNS = [path for path in sorted(CONFIGS.glob("*.yaml")) if path not in PRETRAIN]
 
 # As the corpora are: MSA and ER nearly everywhere, FER where a face is seen, few ERI entries.
@@ -51,6 +52,24 @@ def test_a_config_survives_being_resolved(path: Path, tmp_path: Path) -> None:
     config = load_config([path])
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert load_config([tmp_path / "config.yaml"]) == config
+
+
+@pytest.mark.parametrize("base", ["nano", "emoverse_4b"])
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)
+def test_an_ablation_is_a_few_lines_and_plans(
+    overlay: Path, base: str, tmp_path: Path, make_index: Callable[..., ShardIndex]
+) -> None:
+    lines = [line for line in overlay.read_text().splitlines() if not line.startswith("#")]
+    assert len(lines) <= 5
+    make_index(tmp_path / "shards", CORPUS.get(base, CORPUS["other"]), num_shards=20)
+    config = load_config(
+        [CONFIGS / f"{base}.yaml", overlay], [f"data.shards={tmp_path / 'shards'}"]
+    )
+    plain = load_config([CONFIGS / f"{base}.yaml"], [f"data.shards={tmp_path / 'shards'}"])
+    _, _, report = make_plan(config)
+    _, _, expected = make_plan(plain)
+    for name in ("stage1", "stage2"):  # the same data volume, so that rows compare
+        assert report["stages"][name]["samples"] == expected["stages"][name]["samples"]
 
 
 @pytest.mark.parametrize("path", PRETRAIN, ids=lambda path: path.stem)

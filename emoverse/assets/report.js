@@ -20,6 +20,15 @@
     });
   }
 
+  // What scrolls sideways must be reachable by keyboard.
+  for (const box of document.querySelectorAll(".scroll")) {
+    if (box.scrollWidth > box.clientWidth) {
+      box.tabIndex = 0;
+      box.setAttribute("role", "group");
+      box.setAttribute("aria-label", "table, scrolls sideways");
+    }
+  }
+
   // At rest a clip shows its middle frame and a play button; native controls appear on demand.
   // One clip plays at a time.
   const videos = [...document.querySelectorAll("video")];

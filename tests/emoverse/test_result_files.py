@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from data_shards.tasks import Pair, Task
-from emoverse.reading import read_text
+from data_shards.tasks import POLARITIES, Pair, Task
+from emoverse.reading import MODES, Mode, read_text
 from emoverse.result_files import read_results
 from emoverse.score_results import score_results
 from emoverse.scoring import Row
@@ -116,3 +118,13 @@ def test_pairs_of_a_result_are_pairs(tmp_path: Path) -> None:
     (found,) = read_results(write(tmp_path / "r.jsonl", line))
     assert found.row.truth == (Pair(3, "joy", 1),)
     assert found.row.value == () and found.row.key == "7"
+
+
+@given(st.text(max_size=40), st.sampled_from(list(Task)), st.sampled_from(MODES))
+def test_reading_never_raises_and_says_what_it_did(text: str, task: Task, mode: Mode) -> None:
+    found, rule = read_text(Row(key="a", task=task, truth="positive", value=None), text, mode=mode)
+    assert found.response == text and rule
+    assert (found.value is None) == (found.status == "unparseable")
+    assert mode == "tolerant" or found.status != "repaired"
+    if found.number is not None:
+        assert -3 <= found.number <= 3 and found.value in POLARITIES

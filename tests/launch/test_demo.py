@@ -13,14 +13,13 @@ from pathlib import Path
 import pytest
 
 from launch.demo import (
-    DemoError,
     MemoryWatch,
     build_parser,
     descendants,
     main,
     pss_bytes,
-    run_step,
 )
+from launch.steps import StepError, run_step
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 2**20
@@ -85,7 +84,7 @@ def test_a_failing_step_is_told_with_the_end_of_its_log(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log = tmp_path / "new" / "plan.log"
-    with pytest.raises(DemoError) as caught:
+    with pytest.raises(StepError) as caught:
         run_step(["plan", str(tmp_path / "no config.yaml")], quiet_log=log)
     head, *tail = str(caught.value).splitlines()
     assert head == "emoverse plan ended with exit code 2"
@@ -97,7 +96,7 @@ def test_a_failing_step_is_told_with_the_end_of_its_log(
 def test_a_failing_step_without_a_log_has_said_why_already(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    with pytest.raises(DemoError, match=r"^emoverse plan ended with exit code 2$"):
+    with pytest.raises(StepError, match=r"^emoverse plan ended with exit code 2$"):
         run_step(["plan", "nowhere.yaml"])
     assert "nowhere.yaml: no such file" in capfd.readouterr().err
 

@@ -124,6 +124,7 @@ def _predictions(records: Sequence[Record], skill: float, seed: int) -> list[Pre
                     shard=0,
                     slot=slot,
                     source="synthetic",
+                    confidence=round(rng.uniform(0.3, 1.0), 3),
                 )
             )
     ruled = {}
@@ -164,6 +165,9 @@ def _write_log(path: Path, rates: dict[str, float]) -> None:
                 "loss": 1.0,
                 "task": task,
                 "samples_per_s": 55.0 + rng.random(),
+                "tokens_per_s": 5500.0 + rng.random(),
+                "data_wait": 0.02,
+                "memory_bytes": 3 * 2**30,
             }
         )
     lines.append({"kind": "end", "step": 300, "seconds": 92.0, "reason": "done", "audit": "x"})

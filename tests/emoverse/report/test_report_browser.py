@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from emoverse.ablation_page import render_ablations
 from emoverse.report import write_report
 
 pytestmark = pytest.mark.browser
@@ -64,6 +65,68 @@ def test_the_video_plays(page: Any) -> None:
     page.wait_for_function("document.querySelector('video').paused")
 
 
+def test_every_table_is_filled(page: Any) -> None:
+    """No table without rows, no cell that holds nothing where a number belongs, no broken word."""
+    found = page.evaluate(
+        """() => ({
+          tables: document.querySelectorAll("table").length,
+          empty: [...document.querySelectorAll("table")].filter(
+            (t) => !t.querySelector("tbody tr")).map((t) => t.className),
+          blank: [...document.querySelectorAll("tbody td.num")].filter(
+            (cell) => !cell.textContent.trim()).length,
+          words: /\\b(NaN|undefined|null|None)\\b/.exec(
+            document.querySelector("main").innerText)?.[0] ?? "",
+          sections: [...document.querySelectorAll("main section")].map((s) => s.id),
+        })"""
+    )
+    assert found["tables"] > 30 and found["empty"] == [] and found["blank"] == 0
+    assert found["words"] == ""
+    assert found["sections"] == [
+        *("results", "training", "throughput", "metrics", "errors", "calibration"),
+        *("hardest", "clips", "incidents", "setup"),
+    ]
+
+
+def test_the_page_works_by_keyboard(page: Any) -> None:
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.className") == "skip"
+    page.keyboard.press("Enter")
+    assert page.url.endswith("#results")
+    page.locator("#hardest .play").first.focus()
+    page.keyboard.press("Enter")
+    page.wait_for_function(
+        "document.querySelector('#hardest video').currentTime > 0.1", timeout=10_000
+    )
+    page.locator("[data-filter=er]").focus()
+    page.keyboard.press("Space")
+    assert page.locator("[data-filter=er]").get_attribute("aria-pressed") == "true"
+    details = page.locator("#training details.values").first
+    details.locator("summary").focus()
+    page.keyboard.press("Enter")
+    assert details.locator("tbody tr").first.is_visible()
+
+
+def test_a_screen_reader_finds_names_and_headings(page: Any) -> None:
+    """Every control, picture and video has a name, headings do not jump, ids are unique."""
+    found = page.evaluate(
+        """() => {
+          const named = (e) => (e.getAttribute("aria-label") || e.getAttribute("alt")
+            || e.textContent).trim();
+          const levels = [...document.querySelectorAll("h1,h2,h3,h4")].map((h) => +h.tagName[1]);
+          return {
+            nameless: [...document.querySelectorAll("button,a,img,video,svg[role=img],summary")]
+              .filter((e) => !named(e)).map((e) => e.outerHTML.slice(0, 80)),
+            jumps: levels.filter((level, i) => i && level > levels[i - 1] + 1).length,
+            first: levels[0],
+            lang: document.documentElement.lang,
+            heads: [...document.querySelectorAll("thead th")].filter(
+              (th) => !th.hasAttribute("scope")).length,
+          };
+        }"""
+    )
+    assert found == {"nameless": [], "jumps": 0, "first": 1, "lang": "en", "heads": 0}
+
+
 def test_every_clip_can_be_decoded(page: Any) -> None:
     page.wait_for_function(
         "[...document.querySelectorAll('video')].every(v => v.readyState >= 2 && !v.error)",
@@ -111,3 +174,28 @@ def test_text_has_enough_contrast(page: Any) -> None:
     }"""
     too_faint = {pair: ratio for pair, ratio in page.evaluate(script).items() if ratio < 4.5}
     assert too_faint == {}
+
+
+def test_the_page_of_the_ablations_opens_filled_and_quiet(browser: Any, tmp_path: Path) -> None:
+    effect = {"table": "VI", "claim": "a <b> c", "better": "x/y", "worse": "z/y", "paper": 1.5}
+    effect |= {"ours": 2.0, "standard_error": 0.5, "verdict": "appears", "n": 9}
+    row = {"label": "M2SE", "paper": [85.51, None], "run": "m2se/stage2"}
+    row["ours"] = [{"value": 80.0, "low": 70.0, "high": 90.0, "n": 9}, None]
+    table = {"number": "VI", "title": "t", "columns": ["a", "b"], "rows": [row], "note": "n"}
+    line = {"what": "data", "paper": "p", "ours": "o"}
+    conditions = {"lines": [line], "unequal_protocols": []}
+    result = {"tables": [table], "effects": [effect], "conditions": conditions}
+    path = tmp_path / "ablations.html"
+    path.write_text(render_ablations(result), encoding="utf-8")
+    page = browser.new_page(viewport={"width": 900, "height": 700})
+    complaints: list[str] = []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("request", lambda one: complaints.append(one.url) if _outside(one.url) else None)
+    page.goto(path.as_uri())
+    assert page.locator("#tables tbody tr").count() == 1
+    assert "80.00" in page.locator("#tables").inner_text()
+    assert "a <b> c" in page.locator("#effects").inner_text()
+    page.locator("#theme").click()
+    page.close()
+    assert complaints == []

@@ -1,0 +1,126 @@
+"""The grown parts of the report: paper column, calibration, hardest clips, systems, incidents."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from data_shards.tasks import Task
+from emoverse.report import write_report
+from emoverse.report_incidents import read_incidents
+from emoverse.summary import load_run_config
+from launch.cli import main
+
+MakeRun = Callable[..., Path]
+
+
+def section(text: str, key: str) -> str:
+    start = text.index(f'<section id="{key}"')
+    return text[start : text.index("</section>", start)]
+
+
+def add_lines(path: Path, *lines: object) -> None:
+    whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
+    path.write_text("".join(f"{line}\n" for line in [*whole, *map(json.dumps, lines)]))
+
+
+@pytest.fixture(scope="module")
+def run(make_run: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = make_run(tmp_path_factory.mktemp("parts") / "run")
+    add_lines(
+        run / "stage1" / "metrics.jsonl",
+        {"kind": "end", "step": 300, "reason": "stopped"},
+        {"kind": "start", "step": 300, "world_size": 4},
+        {"kind": "skip", "step": 301, "reason": "loss is not finite: nan", "dump": "bad/301.json"},
+        {"kind": "note", "step": 302, "text": "rank 1 is <slow>"},
+        {"kind": "end", "step": 303, "reason": "done", "seconds": 9.0},
+    )
+    folder = run / "stage2" / "checkpoints" / "step_000300"
+    folder.mkdir(parents=True)
+    damage = {"key": "clip-1", "shard": 0, "task": "er", "position": 7, "cause": "checksum"}
+    (folder / "state.json").write_text(json.dumps({"data": {"quarantine": [damage]}}))
+    return run
+
+
+@pytest.fixture(scope="module")
+def text(run: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    other = tmp_path_factory.mktemp("other") / "other.jsonl"
+    lines = []
+    for line in (run / "eval" / "stage2" / "predictions.jsonl").read_text().splitlines():
+        fields = json.loads(line)
+        if fields["task"] == "eri":
+            kept = {name: fields[name] for name in ("key", "task", "label")}
+            lines.append(kept | {"response": "A person looks confident & assertive."})
+    other.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    code = main(["report", str(run), "--system", f"Somebody's model={other}", "--json"])
+    assert code == 0
+    return (run / "report.html").read_text(encoding="utf-8")
+
+
+def test_incidents_come_from_the_files_of_the_run(run: Path) -> None:
+    found = [
+        (one.stage, one.kind, one.step, one.text)
+        for one in read_incidents(run, load_run_config(run))
+    ]
+    assert found == [
+        ("stage1", "stop", 300, "stopped"),
+        ("stage1", "restart", 300, "launch 2, 4 processes"),
+        ("stage1", "skipped step", 301, "loss is not finite: nan; bad/301.json"),
+        ("stage1", "note", 302, "rank 1 is <slow>"),
+        ("stage2", "replaced record", None, "clip-1 of 0 (er, position 7): checksum"),
+    ]
+
+
+def test_incidents_are_shown_as_text(text: str) -> None:
+    shown = section(text, "incidents")
+    assert "rank 1 is &lt;slow&gt;" in shown and "bad/301.json" in shown
+    assert shown.count("<tr>") == 6
+
+
+def test_a_calm_run_says_so(make_run: MakeRun, tmp_path: Path) -> None:
+    page = write_report(make_run(tmp_path / "calm")).read_text(encoding="utf-8")
+    assert "Nothing to tell: no restart, no skipped step" in section(page, "incidents")
+
+
+def test_the_paper_stands_beside_with_its_conditions(text: str) -> None:
+    shown = section(text, "metrics")
+    for value in ("0.855", "0.878", "0.678", "0.667", "0.723", "0.722"):
+        assert f'<td class="num">{value}</td>' in shown
+    assert "ECF 2.0 training data re-annotates" in shown and "no_meld_test" in shown
+
+
+def test_calibration_has_a_diagram_and_a_table_per_task(text: str) -> None:
+    shown = section(text, "calibration")
+    assert shown.count("<svg") == 4  # free text is never right as a whole
+    for task in (Task.MSA, Task.ER, Task.FER, Task.ECPE):
+        assert re.search(rf"{task.upper()}, stage\d: ECE 0\.\d\d\d", shown)
+
+
+def test_the_hardest_clips_are_wrong_and_show_every_system(text: str) -> None:
+    shown = section(text, "hardest")
+    articles = shown.split("<article")[1:]
+    assert 8 <= len(articles) <= 10  # two per task, where two are wrong
+    for article in articles:
+        scored = "after stage 1" if 'data-task="fer"' in article else "after stage 2"
+        row = article[article.index(f'<th scope="row">{scored}</th>') :]
+        assert 'class="verdict wrong"' in row[: row.index("</tr>")]
+        assert "<video" in article and "Peak frame, " in article
+        assert article.count("Somebody&#x27;s model") == ('data-task="eri"' in article)
+    assert "looks confident &amp; assertive." in shown
+
+
+def test_throughput_is_charted_with_values_for_who_cannot_see(text: str) -> None:
+    shown = section(text, "throughput")
+    assert shown.count("<svg") == 8 and shown.count('<details class="values">') == 8
+    assert "packed tokens per second" in shown
+
+
+def test_a_system_needs_name_and_file(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(run), "--system", "other.jsonl"]) == 2
+    assert "--system: give NAME=FILE.jsonl, found 'other.jsonl'" in capsys.readouterr().err
+    assert main(["report", str(run), "--system", "x=gone.jsonl"]) == 2
+    assert "gone.jsonl: no such file" in capsys.readouterr().err
