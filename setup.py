@@ -33,6 +33,7 @@ setup(
     install_requires=[
         "av>=14",
         "deepspeed>=0.19",
+        "fsspec>=2025.3",
         "httpx2>=2",
         "numpy>=2",
         "peft>=0.21",
@@ -52,6 +53,8 @@ setup(
         "demo": ["simplejpeg>=1.8"],
         # Needs the CUDA toolkit and: pip install --no-build-isolation -e .[flash-attn]
         "flash-attn": ["flash-attn>=2.8"],
+        # Shard folders on s3://; http needs nothing more.
+        "s3": ["s3fs>=2025.3"],
         "test": [
             "hypothesis>=6.100",
             "mypy>=2",
