@@ -1,7 +1,7 @@
 """What the plan costs at any size, by simulation: python benchmarks/plan.py [--records N]
 
 A corpus known by arithmetic (no files): 1e9 records in 1e6 shards on 1,024 ranks by default.
-Prints memory and time to the first step of a rank, time to a step anywhere, shard opens per sample,
+Prints memory and CPU time to the first step of a rank, to a step anywhere, shard opens per sample,
 and how well block sizes shuffle. docs/benchmarks.md holds a run.
 """
 
@@ -67,14 +67,14 @@ def memory_mib() -> float:
 
 def scale(records: int, shards: int, ranks: int, batch: int) -> dict[str, float]:
     """One rank of many: from nothing to its first share, then to shares anywhere."""
-    table, before, began = Arithmetic(records, shards), memory_mib(), time.perf_counter()
+    table, before, began = Arithmetic(records, shards), memory_mib(), time.process_time()
     stage = plan_stages(table, [spec()], seed=1).stages["stage"]
-    planned = time.perf_counter()
+    planned = time.process_time()
     sampler = WeightedTaskSampler(
         stage, table, global_batch_size=batch, rank=ranks // 2, world_size=ranks
     )
     sampler.share(0)
-    first = time.perf_counter()
+    first = time.process_time()
     draws = np.random.default_rng(0).integers(0, sampler.num_steps, 40).tolist()
     seeks = [timed(sampler.share, step) for step in draws]
     state = json.dumps(sampler.state(draws[0]))
@@ -93,9 +93,9 @@ def scale(records: int, shards: int, ranks: int, batch: int) -> dict[str, float]
 
 
 def timed(call: object, argument: object) -> float:
-    began = time.perf_counter()
+    began = time.process_time()
     call(argument)  # type: ignore[operator]
-    return time.perf_counter() - began
+    return time.process_time() - began
 
 
 def opens(stage: StagePlan, block_shards: int, samples: int, per_shard: int) -> float:
