@@ -33,6 +33,7 @@ setup(
     install_requires=[
         "av>=14",
         "deepspeed>=0.19",
+        "fsspec>=2025.3",
         "httpx2>=2",
         "numpy>=2",
         "peft>=0.21",
@@ -54,6 +55,8 @@ setup(
         "flash-attn": ["flash-attn>=2.8"],
         # CMU-MOSEI's labels in the SDK's own format, csd (HDF5).
         "mosei": ["h5py>=3.12"],
+        # Shard folders on s3://; http needs nothing more.
+        "s3": ["s3fs>=2025.3"],
         "test": [
             "h5py>=3.12",
             "hypothesis>=6.100",

@@ -11,11 +11,11 @@ import json
 import re
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Mapping, Sized
+from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,6 +112,19 @@ def _classes_from_json(document: Any) -> dict[int, int]:
     return classes
 
 
+class Places(Protocol):
+    """Files of a dataset that do not all lie beside index.json."""
+
+    def path(self, name: str, size: int | None) -> Path:
+        """A file by its name in index.json; `size` is what it must have, None if nothing tells."""
+
+    def drop(self, name: str) -> None:
+        """The content of a file is wrong: fetch it again, if it was fetched."""
+
+    def prefetch(self, files: Iterable[tuple[str, int | None]]) -> None:
+        """These (name, size) will be needed soon, in this order."""
+
+
 class ShardIndex:
     """A loaded index. `load` checks the folder; a shard's sidecar files are read on first use."""
 
@@ -121,8 +134,13 @@ class ShardIndex:
         shards: tuple[ShardInfo, ...],
         options: Mapping[str, Any],
         provenance: Mapping[str, Any],
+        *,
+        places: Places | None = None,
+        source: str = "",
     ) -> None:
         self.folder = folder
+        self.places = places  # None: all files lie in the folder
+        self.source = source or str(folder)  # what the user calls it
         self.shards = shards
         self.options = options
         self.provenance = provenance
@@ -132,8 +150,10 @@ class ShardIndex:
         self._keys: OrderedDict[int, tuple[str, ...]] = OrderedDict()
 
     @classmethod
-    def load(cls, folder: Path | str) -> Self:
+    def load(cls, folder: Path | str, *, places: Places | None = None, source: str = "") -> Self:
         """Read and check index.json, and that every file it names is there with its exact size.
+
+        With `places` the other files are somewhere else and are checked when they are fetched.
 
         Raises:
             FileNotFoundError: the folder or a file is missing.
@@ -164,9 +184,17 @@ class ShardIndex:
                 f"{path}: must list at least one shard and none twice, found {len(shards)} shards "
                 f"with {len(names)} names; {_REBUILD}"
             )
-        for shard in shards:
-            _require_files(folder, shard)
-        return cls(folder, tuple(shards), document["options"], document["provenance"])
+        if places is None:
+            for shard in shards:
+                _require_files(folder, shard)
+        return cls(
+            folder,
+            tuple(shards),
+            document["options"],
+            document["provenance"],
+            places=places,
+            source=source,
+        )
 
     @property
     def num_shards(self) -> int:
@@ -221,9 +249,15 @@ class ShardIndex:
         shard = bisect_right(self._first, ordinal) - 1
         return shard, ordinal - self._first[shard]
 
+    def path(self, name: str, size: int | None) -> Path:
+        """Where a file of the dataset is now; fetched first if it was not here."""
+        if self.places is None:
+            return self.folder / name
+        return self.places.path(name, size)
+
     def _load_entries(self, shard: int) -> NDArray[np.void]:
         info = self.shards[shard]
-        path = sidecar(self.folder / info.name, ".idx")
+        path = self.path(sidecar(Path(info.name), ".idx").name, info.records * ENTRY_DTYPE.itemsize)
         # Read, not mapped: a mapped file that somebody cuts short ends the process without a word.
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != info.idx_sha256:
@@ -244,7 +278,7 @@ class ShardIndex:
 
     def _load_keys(self, shard: int) -> tuple[str, ...]:
         info = self.shards[shard]
-        path = sidecar(self.folder / info.name, ".keys")
+        path = self.path(sidecar(Path(info.name), ".keys").name, None)
         content = path.read_bytes()
         keys = tuple(content.decode("ascii", errors="replace").splitlines())
         if hashlib.sha256(content).hexdigest() != info.keys_sha256 or len(keys) != info.records:

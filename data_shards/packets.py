@@ -64,6 +64,8 @@ class Packets:
         if len(set(pts)) < len(pts):
             raise DamagedVideo("two frames of the video have the same time stamp")
         context = stream.codec_context
+        if context is None:
+            raise DamagedVideo("nothing here knows the codec of the video track")
         if context.width * context.height > MAX_PIXELS:
             raise DamagedVideo(
                 f"the picture has {context.width}x{context.height} pixels, at most {MAX_PIXELS} "

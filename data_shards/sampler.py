@@ -9,6 +9,7 @@ number and the plan's fingerprint: resuming costs nothing and may change the wor
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -157,16 +158,18 @@ def balanced_shares(lengths: Sequence[int], world_size: int, *, first: int = 0) 
     Among equals the ranks take turns, starting with rank `first` modulo the world size.
     """
     smallest, larger = divmod(len(lengths), world_size)
-    loads = [0] * world_size
     shares: list[list[int]] = [[] for _ in range(world_size)]
-    turns = [(first + turn) % world_size for turn in range(world_size)]
+    queue = [(0, turn) for turn in range(world_size)]  # (load, turn): a heap already
     for place in sorted(range(len(lengths)), key=lambda place: (-lengths[place], place)):
-        most = smallest + (larger > 0)
-        rank = min((r for r in turns if len(shares[r]) < most), key=loads.__getitem__)
-        if len(shares[rank]) == smallest:
+        while True:  # whoever has no room now will have none later
+            load, turn = heappop(queue)
+            share = shares[(first + turn) % world_size]
+            if len(share) < smallest + (larger > 0):
+                break
+        if len(share) == smallest:
             larger -= 1
-        shares[rank].append(place)
-        loads[rank] += lengths[place]
+        share.append(place)
+        heappush(queue, (load + lengths[place], turn))
     return [sorted(share) for share in shares]
 
 

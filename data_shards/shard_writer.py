@@ -72,9 +72,15 @@ def pack_record(record: Record) -> Packed:
         key=record.key,
         mask=record.mask,
         num_frames=record.num_frames,
-        text_chars=len(record.utterance)
-        + sum(len(turn.speaker) + len(turn.text) for turn in record.conversation),
+        text_chars=text_chars(record),
         blocks=blocks,
+    )
+
+
+def text_chars(record: Record) -> int:
+    """The index's estimate of a record's length in text."""
+    return len(record.utterance) + sum(
+        len(turn.speaker) + len(turn.text) for turn in record.conversation
     )
 
 

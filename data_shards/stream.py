@@ -28,6 +28,7 @@ from data_shards.video import clip_indices, decode_frames
 View = Literal["clip", "peak"]
 OnDamage = Literal["stop", "replace"]
 
+AHEAD_SAMPLES: Final = 512  # of the plan, for which remote shards are fetched ahead
 MAX_ATTEMPTS: Final = 16  # substitutes tried for one position before the run stops
 
 
@@ -157,7 +158,7 @@ def require_view(index: ShardIndex, options: ViewOptions) -> None:
     stored = index.options
     if stored.get("frames") == "extracted" and stored["frames_per_clip"] != options.num_frames:
         raise ValueError(
-            f"frames_per_clip: shard folder {index.folder} stores {stored['frames_per_clip']} "
+            f"frames_per_clip: shard folder {index.source} stores {stored['frames_per_clip']} "
             f"extracted frames per clip, found {options.num_frames}; set it to "
             f"{stored['frames_per_clip']} or build the folder again"
         )
@@ -196,6 +197,7 @@ class StepStream:
         self.view = view
         self.on_damage = on_damage
         self.wants_frames = wants_frames
+        self._expected = 0  # positions before this one were looked at for shards to fetch
         self.watch: Callable[[str], object] = _nobody_watches
 
     def __len__(self) -> int:
@@ -204,7 +206,25 @@ class StepStream:
     def __getitem__(self, step: int) -> list[Sample]:
         if not 0 <= step < len(self):
             raise IndexError(f"step must be 0..{len(self) - 1}, found {step}")
-        return [self._sample(slot) for slot in self.sampler.share(step)]
+        share = self.sampler.share(step)
+        if self.reader.index.places is not None:
+            self._expect(step, share)
+        return [self._sample(slot) for slot in share]
+
+    def _expect(self, step: int, share: Sequence[Slot]) -> None:
+        """Have the shards of this step and of the next ones fetched, in the order of the plan.
+
+        The next ones are those of all ranks: they share the cache of their machine. What was
+        looked at already is not looked at again; this only saves time, it changes no sample.
+        """
+        plan = self.sampler.stage_plan
+        shards = dict.fromkeys(slot.placement.shard for slot in share)
+        first = step * self.sampler.global_batch_size
+        stop = min(first + max(AHEAD_SAMPLES, 2 * self.sampler.global_batch_size), plan.num_samples)
+        begin = self._expected if first <= self._expected <= stop else first
+        shards.update(dict.fromkeys(plan.at(position).shard for position in range(begin, stop)))
+        self._expected = stop
+        self.reader.expect(shards)
 
     def _sample(self, slot: Slot) -> Sample:
         """The sample at a slot, or the first intact substitute."""

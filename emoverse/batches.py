@@ -81,7 +81,7 @@ def build_loader(
         key = cache_key(model, index, data.frames_per_clip, resize=data.resize)
         cache = FeatureCache(config.run.run_dir / "cache", key)
         features = KeyedFeatures(cache, record_ordinals(index))
-    reader = ShardReader(data.shards, index)
+    reader = ShardReader(index.folder, index)
     stream = StepStream(
         sampler,
         reader,

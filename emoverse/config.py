@@ -23,6 +23,8 @@ from pydantic import (
 )
 from ruamel.yaml import YAML
 
+from data_shards.fetch import is_remote
+from data_shards.remote import CacheOptions, default_cache_folder
 from data_shards.tasks import TASKS, Task
 from emoverse.config_errors import ConfigError, Problem, problems_of, show
 from emoverse.config_rules import cross_field_problems
@@ -81,6 +83,10 @@ def _one_or_many(value: object) -> object:
     return (value,) if isinstance(value, str) else value
 
 
+def _place(value: object) -> object:
+    return Path(value) if isinstance(value, str) and not is_remote(value) else value
+
+
 def _fill_tokens(given: dict[Task, int]) -> dict[Task, int]:
     return {task: given.get(task, DEFAULT_NEW_TOKENS[task]) for task in TASKS}
 
@@ -96,6 +102,8 @@ Rates = Annotated[dict[TaskKey, Rate], AfterValidator(_check_rates)]
 NewTokens = Annotated[dict[TaskKey, Annotated[int, Field(ge=1)]], AfterValidator(_fill_tokens)]
 Names = Annotated[tuple[str, ...], Field(strict=False), BeforeValidator(_one_or_many)]
 LoosePath = Annotated[Path, Field(strict=False)]
+# An address stays text: a Path would fold its double slash.
+ShardPlace = Annotated[str | Path, BeforeValidator(_place)]
 Betas = Annotated[
     tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]],
     Field(strict=False),
@@ -178,8 +186,17 @@ class ModelSection(Section):
 class DataSection(Section):
     """Which records are read and how they become samples."""
 
-    shards: LoosePath = Field(
-        description="Shard folder of the training split; relative to the working directory."
+    shards: ShardPlace = Field(
+        description="Shard folder of the training split: relative to the working directory, or an "
+        "address (https://, s3://, ...); tars without an index are indexed first."
+    )
+    cache_dir: LoosePath = Field(
+        default_factory=default_cache_folder,
+        description="Folder on a local disk for copies of remote shards, shared by a machine's "
+        "processes.",
+    )
+    cache_gib: float = Field(
+        64.0, gt=0, description="Most GiB of remote shards kept: at least two blocks of shards."
     )
     frames_per_clip: int = Field(8, ge=1, le=64, description="Frames taken from a clip.")
     visual: Literal["video", "peak_frame"] = Field(
@@ -214,6 +231,11 @@ class DataSection(Section):
     max_damaged: int = Field(
         10, ge=0, description="Damaged records a stage may replace before it stops after all."
     )
+
+    @property
+    def cache(self) -> CacheOptions:
+        """Where copies of remote shards go."""
+        return CacheOptions(folder=self.cache_dir, max_bytes=int(self.cache_gib * 2**30))
 
 
 class PoolSection(Section):

@@ -17,6 +17,7 @@ import numpy as np
 from data_shards.index import ShardIndex
 from data_shards.reader import ShardReader
 from data_shards.record import Record
+from data_shards.remote import CacheOptions, open_index
 from data_shards.tasks import TASKS, Task, bit
 from emoverse.reading import conversation_id
 from emoverse.scoring import Row
@@ -78,12 +79,14 @@ def plan_batches(
     return batches
 
 
-def training_truths(shards: Path, tasks: Iterable[Task]) -> dict[Task, list[Row]]:
+def training_truths(
+    shards: str | Path, tasks: Iterable[Task], cache: CacheOptions | None = None
+) -> dict[Task, list[Row]]:
     """Truths of the training shards, at most TRAINING_TRUTHS per task; {} without the folder."""
-    if not shards.is_dir():
+    if isinstance(shards, Path) and not shards.is_dir():
         return {}
-    index = ShardIndex.load(shards)
-    reader = ShardReader(shards, index)
+    index = open_index(shards, cache)
+    reader = ShardReader(index.folder, index)
     chosen = choose_entries(index, TRAINING_TRUTHS)
     rows = {
         task: [truth_row(reader.read(one.shard, one.slot), task) for one in chosen.get(task, ())]

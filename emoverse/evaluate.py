@@ -332,7 +332,7 @@ def run_target(
     if target.kind == "base" and world.is_main:
         write_config(target)
     answerer = Answerer(config, ShardIndex.load(config.evaluation.shards), target.out / "cache")
-    training = training_truths(config.data.shards, TASKS)
+    training = training_truths(config.data.shards, TASKS, config.data.cache)
     return {
         name_of(target, state): evaluate_checkpoint(
             config,

@@ -32,6 +32,8 @@ FREE_KNOBS = frozenset(
         "data.pack_tokens",
         "data.workers",
         "data.batch_timeout_s",
+        "data.cache_dir",
+        "data.cache_gib",
         "data.max_damaged",
     }
 )

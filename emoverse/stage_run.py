@@ -16,6 +16,7 @@ import torch
 
 from data_shards.index import ShardIndex
 from data_shards.plan import Plan
+from data_shards.remote import open_index
 from data_shards.sampler import WeightedTaskSampler
 from emoverse import checkpoint, storage
 from emoverse.batches import build_loader
@@ -75,7 +76,7 @@ def read_parts(config: Config, stage: str, world: World, *, resume: bool) -> Par
     """
     notes: list[str] = []
     parent = starting_stage(config, stage)
-    index = ShardIndex.load(config.data.shards)
+    index = open_index(config.data.shards, config.data.cache)
     plan = run_plan(config, index)
     sampler = WeightedTaskSampler(
         plan.stages[stage],

@@ -11,6 +11,7 @@ from typing import Any
 
 from data_shards.index import ShardIndex
 from data_shards.plan import Plan, StagePlan
+from data_shards.remote import open_index
 from emoverse.config import Config, StageSection
 from emoverse.models.architecture import load_architecture, parameter_counts
 from emoverse.stages import run_plan
@@ -24,7 +25,7 @@ def make_plan(config: Config) -> tuple[ShardIndex, Plan, dict[str, Any]]:
     """
     architecture = load_architecture(config.model.base)
     parameters = parameter_counts(architecture, config.model.lora, config.model.projector)
-    index = ShardIndex.load(config.data.shards)
+    index = open_index(config.data.shards, config.data.cache)
     plan = run_plan(config, index)
     report = {
         "run": config.run.name,

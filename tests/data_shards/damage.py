@@ -279,10 +279,10 @@ def tar_kinds(outside: Path) -> list[Kind]:
         kind("folder", sealed((f"{KEY}.f0.jpg", b"", tarfile.DIRTYPE)), "read", says_type),
         kind("sparse file", sealed((f"{KEY}.f0.jpg", b"", tarfile.GNUTYPE_SPARSE)), "read",
              says_type),
-        kind("long name", sealed((f"{KEY}.{'x' * 300}", b"", r)), "read", says_type),
+        kind("long name", sealed((f"{KEY}.{'x' * 300}", b"", r)), "read", "may not set b'path'"),
         kind("size beyond the record", _claims_more, "read", "claims 99999 bytes"),
         kind("no tar at all", lambda f: seal(f, b"garbage!" * 64), "read", "no tar header"),
-        kind("only zeros", lambda f: seal(f, bytes(1024)), "read", "no tar header at byte 0"),
+        kind("only zeros", lambda f: seal(f, bytes(1024)), "read", "no tar header"),
     ]  # fmt: skip
 
 
@@ -313,6 +313,8 @@ def content_kinds(outside: Path) -> list[Kind]:
              "16384x16384 pixels|cannot decode"),
         kind("video with compressed headers", video(lambda mp4: mp4.replace(b"mvhd", b"cmov")),
              "decode", "compressed"),
+        kind("video of no codec", video(lambda mp4: mp4.replace(b"avc1", b"zzz1")), "decode",
+             "knows the codec"),
         kind("playlist of other files", sealed(mp4=playlist.encode()), "decode", "cannot decode"),
         kind("list of other files", sealed(mp4=concat.encode()), "decode", "cannot decode"),
     ]  # fmt: skip

@@ -114,6 +114,40 @@ def test_resume_at_another_world_size_continues_the_plan(make_sampler: MakeSampl
     assert sorted(rest, key=lambda slot: slot.position) == whole[7 * 64 :]
 
 
+@settings(max_examples=12, deadline=None)
+@given(data=st.data(), batch=st.integers(1, 70))
+def test_any_history_of_restarts_trains_the_plan(
+    make_sampler: MakeSampler, data: st.DataObject, batch: int
+) -> None:
+    """Other ranks (1 to 64) and data workers (0 to 4) after every stop: the same steps, once each.
+
+    A worker makes every W-th step, in whatever order the workers get on.
+    """
+    trained: list[list[tuple[int, Any]]] = []
+    state = make_sampler(batch=batch).state(0)
+    while True:
+        world = data.draw(st.integers(1, min(64, batch)))
+        workers = data.draw(st.integers(0, 4)) or 1
+        ranks = [make_sampler(batch=batch, rank=rank, world=world) for rank in range(world)]
+        start = {sampler.load_state(json.loads(json.dumps(state))) for sampler in ranks}.pop()
+        if start == ranks[0].num_steps:
+            break
+        stop = data.draw(st.integers(start + 1, ranks[0].num_steps))
+        turns = [list(range(start + worker, stop, workers)) for worker in range(workers)]
+        made = {}
+        for step in data.draw(st.permutations([step for turn in turns for step in turn])):
+            slots = [slot for sampler in ranks for slot in sampler.share(step)]
+            made[step] = sorted(
+                ((slot.position, slot.placement) for slot in slots), key=lambda pair: pair[0]
+            )
+        trained += [made[step] for step in range(start, stop)]
+        state = ranks[0].state(stop)
+    plan = make_sampler().stage_plan
+    flat = [slot for step in trained for slot in step]
+    assert flat == [(position, plan.at(position)) for position in range(plan.num_samples)]
+    assert [len(step) for step in trained[:-1]] == [batch] * (len(trained) - 1)
+
+
 def test_the_quarantine_travels_with_the_state(make_sampler: MakeSampler) -> None:
     sampler = make_sampler()
     sampler.quarantine.append({"position": 3, "key": "a"})

@@ -1,10 +1,11 @@
 """From the plan to decoded samples: views, purity, and what happens to damaged records."""
 
+import json
 import pickle
 import re
 import shutil
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -280,3 +281,61 @@ def test_options_are_checked(built: Path) -> None:
         ViewOptions(num_frames=0, image_size=28)
     with pytest.raises(ValueError, match="visual must be 'video' or 'peak_frame', found 'x'"):
         ViewOptions(num_frames=1, image_size=28, visual="x")  # type: ignore[arg-type]
+
+
+def run_with_restarts(folder: Path, worlds: tuple[int, ...], stops: tuple[int, ...]) -> list[Any]:
+    """All samples, step by step, with another number of ranks after each stop.
+
+    Only the state travels, as JSON, with what the ledger would enter into the quarantine.
+    """
+    trained, start, state = [], 0, None
+    for world, stop in zip(worlds, (*stops, 4), strict=True):
+        ranks = [
+            open_stream(folder, rank=rank, world_size=world, on_damage="replace")
+            for rank in range(world)
+        ]
+        if state is not None:
+            start = {rank.sampler.load_state(json.loads(state)) for rank in ranks}.pop()
+        quarantine = list(ranks[0].sampler.quarantine)
+        for step in range(start, stop):
+            samples = sorted((s for rank in ranks for s in rank[step]), key=lambda s: s.position)
+            trained += [(identity(sample), sample.frames.tobytes()) for sample in samples]
+            quarantine += [asdict(damage) for sample in samples for damage in sample.quarantine]
+        ranks[0].sampler.quarantine = quarantine
+        state = json.dumps(ranks[0].sampler.state(stop))
+    return [*trained, quarantine]
+
+
+def test_resume_at_every_step_and_on_other_ranks_changes_nothing(folder: Path) -> None:
+    """1 -> 2 -> 4 -> 1 ranks, with a damaged record that is replaced on the way."""
+    damage(folder, {open_stream(folder)[2][1].record.key})
+    whole = run_with_restarts(folder, (1,), ())
+    assert len(whole) == 17 and len(whole[-1]) == 1
+    for stop in range(5):
+        assert run_with_restarts(folder, (1, 1), (stop,)) == whole
+        assert run_with_restarts(folder, (1, 2), (stop,)) == whole
+    assert run_with_restarts(folder, (1, 2, 4, 1), (1, 2, 3)) == whole
+    assert run_with_restarts(folder, (4, 3, 1, 2), (1, 1, 3)) == whole
+
+
+def test_more_ranks_than_records_and_shards_of_one(tmp_path: Path) -> None:
+    """Uneven ends: every rank gets through every step, with nothing to do in some."""
+    records = make_records()[:3]
+    folder = tmp_path / "few"
+    build_shards(records, folder, provenance={}, max_records_per_shard=1)
+    index = ShardIndex.load(folder)
+    spec = StageSpec(name="stage1", rates=((Task.ER, Fraction(1)),), epochs=5)
+    stage = plan_stages(index, (spec,), seed=1, block_shards=2).stages["stage1"]
+    for batch, world in ((8, 8), (4, 3), (7, 7), (64, 64)):
+        seen = []
+        for rank in range(world):
+            sampler = WeightedTaskSampler(
+                stage, index, global_batch_size=batch, rank=rank, world_size=world
+            )
+            stream = StepStream(sampler, ShardReader(folder, index), VIEW)
+            assert len(stream) == -(-15 // batch)
+            seen += all_samples(stream)
+        assert sorted(sample.position for sample in seen) == list(range(15))
+        assert Counter(sample.record.key for sample in seen) == dict.fromkeys(
+            (record.key for record in records), 5
+        )
