@@ -285,6 +285,7 @@ VERBS = {
         configure=_evaluate_arguments,
         handle=_evaluate,
     ),
+    "export": _part("write a trained state as a model that others load", "emoverse.export"),
     "report": Verb(
         summary="write a run's report.html and summary.json",
         configure=_report_arguments,
