@@ -276,6 +276,15 @@ class StageSection(Section):
         "keep", description="Whether a record keeps its task over the epochs."
     )
     start_from: str = Field("base", description="base, or the earlier stage it continues.")
+    adapter: Literal["continue", "merge"] = Field(
+        "continue",
+        description="The earlier stage's adapters: trained further, or merged into the base, which "
+        "then gets new ones.",
+    )
+    optimizer: Literal["fresh", "continue"] = Field(
+        "fresh",
+        description="Moments of AdamW: zero, or the earlier stage's; the schedule is always new.",
+    )
     optim: OptimSection = Field(default_factory=OptimSection, description="The optimiser.")
 
 
@@ -292,6 +301,11 @@ class TrainSection(Section):
     zero_stage: int = Field(2, ge=0, le=3, description="ZeRO stage of DeepSpeed, 0 to 3.")
     processes: int = Field(
         1, ge=1, description="Local processes that `emoverse train` starts, one rank each."
+    )
+    recompute: bool = Field(
+        False,
+        description="Compute activations again in the backward pass instead of keeping them: less "
+        "memory, about a third more work.",
     )
     log_every: int = Field(10, ge=1, description="Steps between two log lines.")
     save_every: int = Field(500, ge=1, description="Steps between two checkpoints.")

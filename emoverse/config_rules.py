@@ -79,6 +79,17 @@ def _stage_rules(tree: Node) -> Iterator[Problem]:
             allowed = ["base", *earlier]
             rule = f"must be {_listing(allowed)}{_near(start, allowed, name, list(stages))}"
             yield _problem(tree, ("stages", name, "start_from"), rule)
+        merges = _text(tree, "stages", name, "adapter") == "merge"
+        if merges and start in (None, "base"):
+            rule = "the base has no adapters to merge; name the earlier stage in start_from"
+            yield _problem(tree, ("stages", name, "adapter"), rule)
+        if _text(tree, "stages", name, "optimizer") == "continue":
+            if start in (None, "base"):
+                rule = "only an earlier stage hands moments over; name it in start_from"
+                yield _problem(tree, ("stages", name, "optimizer"), rule)
+            elif merges:
+                rule = "moments belong to adapters that are merged away; set one of both otherwise"
+                yield _problem(tree, ("stages", name, "optimizer"), rule)
         earlier.append(name)
 
 

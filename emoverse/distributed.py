@@ -214,3 +214,12 @@ def shutdown() -> None:
     """Leaves the process group, if this process is in one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def largest(value: int, device: torch.device) -> int:
+    """Collective: the largest value of all ranks; without a process group the value itself."""
+    if not dist.is_initialized():
+        return value
+    found = torch.tensor([value], device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return int(found)

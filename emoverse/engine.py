@@ -7,7 +7,7 @@ No other file imports deepspeed; nothing here compiles an operator, so no compil
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
@@ -31,9 +31,9 @@ from deepspeed.utils import (
 
 from emoverse.distributed import World
 from emoverse.optim import set_learning_rate
+from emoverse.zero_settings import deepspeed_config
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-MAX_BUCKET = 200_000_000  # elements; DeepSpeed's own 5e8 would allocate 2 GB of fp32 for any model
 
 
 class NonFiniteError(RuntimeError):
@@ -44,6 +44,12 @@ class Packs(Protocol):
     """A packed batch as the engine sees it."""
 
     def to(self, device: torch.device) -> "Packs": ...
+
+
+class Placeholders(Protocol):
+    """Parameters without memory, and their values, in the same order on every rank."""
+
+    def values(self) -> Iterator[tuple[nn.Parameter, Tensor]]: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,45 +98,6 @@ def start_process_group(world: World, *, timeout_s: float) -> None:
     )
 
 
-def deepspeed_config(
-    *, zero_stage: int, precision: str, clip: float, world_size: int, num_trainable: int
-) -> dict[str, Any]:
-    """The dict for `deepspeed.initialize`, a pure function of the run's settings.
-
-    Batch sizes are formal: a step's packs vary in number, so `Engine.step` sets the accumulation
-    boundary and scales the loss itself.
-
-    Raises:
-        ValueError: a combination that DeepSpeed accepts and gets wrong.
-    """
-    if zero_stage == 0 and precision == "bf16":
-        raise ValueError(
-            "train.zero_stage: 0 with model.precision: bf16 takes too small first steps "
-            "(DeepSpeed's optimiser runs an empty step); set train.zero_stage: 1"
-        )
-    bucket = max(1, min(MAX_BUCKET, num_trainable))
-    config: dict[str, Any] = {
-        "train_batch_size": world_size,
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": clip,
-        "zero_optimization": {
-            "stage": zero_stage,
-            "overlap_comm": False,  # adapter gradients are small; one stream keeps sums in order
-            "reduce_bucket_size": bucket,
-            "allgather_bucket_size": bucket,
-        },
-    }
-    if zero_stage == 3:
-        # The default keeps a model below 1e9 parameters gathered between forward and backward.
-        config["zero_optimization"]["stage3_max_reuse_distance"] = 0
-    if precision == "bf16":
-        config["bf16"] = {"enabled": True, "check_grad_overflow": True}
-        if zero_stage > 1:  # stage 1 with fp32 sums is another, older optimiser of DeepSpeed
-            config["data_types"] = {"grad_accum_dtype": "fp32"}
-    return config
-
-
 class _PackLoss(nn.Module):
     """Gives DeepSpeed's hooks what they look for: a tuple of tensors, the loss first."""
 
@@ -154,8 +121,13 @@ class Engine:
         optimizer: torch.optim.AdamW,
         world: World,
         settings: Mapping[str, Any],
+        deferred: Placeholders | None = None,
     ) -> None:
-        """`settings` is a `deepspeed_config`; `optimizer` holds all that `model` trains."""
+        """`settings` is a `deepspeed_config`; `optimizer` holds all that `model` trains.
+
+        deferred: frozen weights still to be read (ZeRO-3 only): each is partitioned as it comes,
+            so that no rank ever holds the whole model.
+        """
         self.world = world
         self.settings = dict(settings)
         self._stage: int = settings["zero_optimization"]["stage"]
@@ -166,6 +138,9 @@ class Engine:
         )
         self._shapes = {name: tuple(p.shape) for name, p in self._named.items()}
         self._updates = 0
+        if deferred is not None:
+            assert self._stage == 3, "only ZeRO-3 takes frozen weights piece by piece"
+            _partition(model, deferred, self.settings, world.device)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=_PackLoss(model), optimizer=optimizer, config=self.settings
         )
@@ -265,14 +240,18 @@ class Engine:
                     moments[key][name] = tensor
         return TrainedState(params=params, updates=self._updates, **moments)
 
-    def import_params(self, params: Mapping[str, Tensor]) -> None:
+    def import_params(self, params: Mapping[str, Tensor], *, some: bool = False) -> None:
         """Collective: sets the trained weights (model copy and fp32 master) on every rank.
+
+        some: parameters that are not given keep what they have.
 
         Raises:
             ValueError: names or shapes differ from the parameters that this stage trains.
         """
-        self._check(params)
+        self._check(params, some=some)
         for name, param in self._named.items():
+            if name not in params:
+                continue
             value = params[name].to(self.world.device, torch.float32)
             if self._stage == 3:
                 with deepspeed.zero.GatheredParameters([param], modifier_rank=0):
@@ -338,8 +317,10 @@ class Engine:
         padded = torch.nn.functional.pad(flat, (0, size * self.world.world_size - flat.numel()))
         return padded.narrow(0, size * self.world.rank, size)
 
-    def _check(self, tensors: Mapping[str, Tensor]) -> None:
+    def _check(self, tensors: Mapping[str, Tensor], *, some: bool = False) -> None:
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if some:
+            found = self._shapes | found
         if found == self._shapes:
             return
         missing = sorted(set(self._shapes) - set(found))
@@ -355,3 +336,51 @@ class Engine:
     def close(self) -> None:
         """Releases DeepSpeed's hooks so that the model can be used on its own."""
         self._engine.destroy()
+
+
+class SharedWeights:
+    """A model for answers only, of which every rank holds its share of the weights (ZeRO-3)."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        world: World,
+        *,
+        precision: str,
+        deferred: Placeholders | None = None,
+    ) -> None:
+        """Collective. deferred: weights still to be read, as for `Engine`."""
+        settings = deepspeed_config(
+            zero_stage=3,
+            precision=precision,
+            clip=1.0,
+            world_size=world.world_size,
+            num_trainable=1,
+        )
+        if deferred is not None:
+            _partition(model, deferred, settings, world.device)
+        model.requires_grad_(False)
+        self._engine, *_ = deepspeed.initialize(model=model, config=settings)
+
+    def close(self) -> None:
+        """Releases DeepSpeed's hooks; the weights stay partitioned."""
+        self._engine.destroy()
+
+
+def _partition(
+    model: nn.Module, deferred: Placeholders, settings: Mapping[str, Any], device: torch.device
+) -> None:
+    """Collective: gives each placeholder its value and keeps this rank's share of it."""
+    first: nn.Parameter | None = None
+    for param, value in deferred.values():
+        param.data = value.to(device)
+        if first is None:
+            holder = nn.Module()
+            holder.register_parameter("weight", param)
+            deepspeed.zero.Init(module=holder, config_dict_or_path=dict(settings))
+            first = param
+        else:
+            first.convert_to_zero_parameters(param_list=[param])
+    assert first is not None
+    rest = [param for param in model.parameters() if not hasattr(param, "ds_id")]
+    first.convert_to_zero_parameters(param_list=rest)

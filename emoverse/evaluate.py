@@ -31,7 +31,8 @@ from emoverse.config import Config
 from emoverse.distributed import World, agree, from_main, read_world
 from emoverse.entries import Entry, choose_entries, plan_batches, training_truths
 from emoverse.evaluation_target import Target, name_of, resolve, states_of, write_config
-from emoverse.generate import Answerer
+from emoverse.generate import Answerer, shared_weights
+from emoverse.handover import folds_below_checkpoint
 from emoverse.kernels.attention import attention_backend
 from emoverse.metrics_file import one_line, protocol_of, tasks_json, with_baseline
 from emoverse.models.architecture import base_folder
@@ -77,18 +78,36 @@ def find_state(config: Config, which: str, run_dir: Path, log: Log) -> Path | No
     return folder
 
 
-def load_state(config: Config, folder: Path | None, device: torch.device) -> EmoVerse:
+def load_state(
+    config: Config, folder: Path | None, device: torch.device, *, defer: bool = False
+) -> EmoVerse:
     """The base, or the model with the trained weights of a verified checkpoint.
+
+    defer: frozen weights are left to `generate.shared_weights`.
 
     Raises ValueError for a checkpoint that trains other parameters than the config.
     """
     dtype, seed = _dtype(config), config.run.seed
     if folder is None:
         return build_model(
-            config.model.base, config.model, device=device, dtype=dtype, train="none", seed=seed
+            config.model.base,
+            config.model,
+            device=device,
+            dtype=dtype,
+            train="none",
+            seed=seed,
+            defer=defer,
         )
     tensors = load_file(folder / TRAINED)
-    model = build_model(config.model.base, config.model, device=device, dtype=dtype, seed=seed)
+    model = build_model(
+        config.model.base,
+        config.model,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+        folds=folds_below_checkpoint(config, folder),
+        defer=defer,
+    )
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if tensors.keys() != trained.keys():
         raise ValueError(
@@ -159,10 +178,16 @@ def evaluate_checkpoint(
     together = agree(world, f"evaluating {name}") if world.world_size > 1 else nullcontext()
     found = dict(known)
     with together:
-        mine = [n for n in range(len(batches)) if n not in known][world.rank :: world.world_size]
-        if mine:
-            model = load_state(config, folder, world.device)
-            found |= _answer(model, answerer, batches, mine, target / PARTS, identity, world, log)
+        left = [number for number in range(len(batches)) if number not in known]
+        mine = left[world.rank :: world.world_size]
+        # Ranks that share the weights in training share them here, idle ones too.
+        shared = config.train.zero_stage == 3 and world.world_size > 1
+        if mine or (left and shared):
+            model = load_state(config, folder, world.device, defer=shared)
+            with shared_weights(model, world, config.model.precision):
+                found |= _answer(
+                    model, answerer, batches, mine, target / PARTS, identity, world, log
+                )
     found = _gather(found, world)
     predictions = [one for number in range(len(batches)) for one in found[number]]
     order = {

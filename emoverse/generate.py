@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +25,9 @@ from data_shards.reader import ShardReader
 from data_shards.record import Record
 from data_shards.stream import Sample, ViewOptions, decode_view, require_view, view_of
 from data_shards.tasks import build_query, format_answer
+from emoverse import distributed
 from emoverse.config import Config
+from emoverse.distributed import World
 from emoverse.encode import EncodeOptions, Example, encode_query
 from emoverse.entries import Entry, truth_row
 from emoverse.models.architecture import base_folder
@@ -63,9 +66,10 @@ def generate_answers(
     """Greedy answers to one batch of queries (`encode.encode_query`), in their order.
 
     Give examples of similar length: every row is padded to the longest. The model is left in the
-    mode that it was in.
+    mode that it was in. With the weights of ZeRO-3 this is collective: every rank calls it equally
+    often, with examples of its own or with none.
     """
-    if not examples:
+    if not examples and not model.partitioned:
         return []
     was_training = model.training
     model.eval()
@@ -100,18 +104,21 @@ def _generate(
 ) -> tuple[Tensor, Tensor]:
     """New ids, int64 [B, L], padded behind their end token, and their log-probabilities [B, L]."""
     chosen = _ChosenLogProbs()
-    inputs = model.prepare_generation([(one.ids_T, _visual(one)) for one in examples])
+    items = [(one.ids_T, _visual(one)) for one in examples]
+    # A rank without examples still gathers weights with the others.
+    inputs = model.prepare_generation(items or [([tokenizer.stop_ids[0]], None)])
     ids_BL: Tensor = model.native.generate(
         **inputs,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=max_new_tokens if items else 1,
         do_sample=False,
         num_beams=1,
         use_cache=True,
         eos_token_id=list(tokenizer.stop_ids),
         pad_token_id=tokenizer.pad_id,
         logits_processor=LogitsProcessorList([chosen]),
+        synced_gpus=model.partitioned,
     )
-    return ids_BL.cpu(), torch.stack(chosen.steps, dim=1)
+    return ids_BL.cpu()[: len(items)], torch.stack(chosen.steps, dim=1)[: len(items)]
 
 
 def _visual(example: Example) -> Any:
@@ -129,6 +136,24 @@ def read_answer(ids: Sequence[int], logprobs: Sequence[float], tokenizer: Tokeni
     text = tokenizer.decode(token for token in kept if token < tokenizer.vocab_size)
     confidence = float(f"{math.exp(sum(counted)):.4g}")  # what lies below is floating-point noise
     return Answered(text=text.strip(), finished=bool(ends), confidence=confidence)
+
+
+@contextmanager
+def shared_weights(model: EmoVerse, world: World, precision: str) -> Iterator[None]:
+    """While the block runs, each rank holds its share of weights that were deferred; collective.
+
+    A model that holds its own weights is left as it is.
+    """
+    if model.deferred is None:
+        yield
+        return
+    from emoverse.engine import SharedWeights  # DeepSpeed, which whole models do not need
+
+    shared = SharedWeights(model, world, precision=precision, deferred=model.deferred)
+    try:
+        yield
+    finally:
+        shared.close()
 
 
 class Answerer:
@@ -189,6 +214,10 @@ class Answerer:
                 self._prediction(entry, record, answer)
                 for (entry, record, _), answer in zip(loaded, answers, strict=True)
             ]
+        if model.partitioned:
+            device = model.native.lm_head.weight.device
+            for _ in range(distributed.largest(len(batches), device) - len(batches)):
+                generate_answers(model, self.tokenizer, [], max_new_tokens=1)
 
     def _load(
         self,

@@ -11,11 +11,12 @@ from typing import Any
 
 from data_shards.index import ShardIndex
 from data_shards.plan import Plan
-from emoverse.checkpoint import MANIFEST, TRAINED, OtherRun, find_checkpoint, read_state
+from emoverse.checkpoint import OtherRun, read_state
 from emoverse.config import Config, to_yaml
+from emoverse.handover import handed_over, label_of
 from emoverse.models.architecture import base_folder
 from emoverse.provenance import append_launch, base_fingerprint, describe_launch
-from emoverse.stages import stage_dir
+from emoverse.stages import merged_into, stage_dir
 
 # Knobs that may change between two launches: they decide where and how fast, not what is learned.
 # Paths are free too; the content behind them enters as the fingerprints of plan and base.
@@ -37,6 +38,8 @@ FREE_KNOBS = frozenset(
         "data.max_damaged",
     }
 )
+# What one stage decides for itself alone; the rest of every stage enters the common plan.
+HOW_A_STAGE_STARTS = ("optim", "start_from", "adapter", "optimizer")
 DECISIVE_TRAIN = ("train.global_batch_size", "train.loss")
 
 
@@ -64,7 +67,7 @@ def decisive_knobs(config: Config, stage: str) -> dict[str, Any]:
             continue
         if path in FREE_KNOBS:
             continue
-        if section == "stages" and rest[0] != stage and rest[1] in ("optim", "start_from"):
+        if section == "stages" and rest[0] != stage and rest[1] in HOW_A_STAGE_STARTS:
             continue
         knobs[path] = value
     return knobs
@@ -80,12 +83,7 @@ def run_identity(config: Config, stage: str, plan: Plan, parent: Path | None) ->
     identity = {**decisive_knobs(config, stage), "plan": plan.fingerprint, "base": base}
     if parent is None:
         return {**identity, "start": "base"}
-    folder = find_checkpoint(parent / "checkpoints", lambda message: None)
-    if folder is None:
-        raise FileNotFoundError(
-            f"{parent / 'checkpoints'} holds no checkpoint, so stages.{stage}.start_from: "
-            f"{parent.name} has nothing to hand over; restore it or train {parent.name} again"
-        )
+    folder = handed_over(parent)
     theirs = read_state(folder)["identity"]
     for part in ("plan", "base"):
         if theirs[part] != identity[part]:
@@ -95,8 +93,8 @@ def run_identity(config: Config, stage: str, plan: Plan, parent: Path | None) ->
                 f"so undo the change to data or stages, or choose another run.run_dir and train "
                 f"{parent.name} again"
             )
-    weights = json.loads((folder / MANIFEST).read_text())["files"][TRAINED]["sha256"]
-    return {**identity, "start": f"{parent.name} {folder.name} {weights[:16]}"}
+    merged = [label_of(handed_over(stage_dir(config, name))) for name in merged_into(config, stage)]
+    return {**identity, "start": label_of(folder), **({"merged": merged} if merged else {})}
 
 
 def write_run_files(

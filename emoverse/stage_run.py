@@ -23,11 +23,13 @@ from emoverse.batches import build_loader
 from emoverse.config import Config
 from emoverse.distributed import World, agree
 from emoverse.engine import Engine, TrainedState, deepspeed_config
+from emoverse.handover import folds_below, handed_over
 from emoverse.lease import Lease
 from emoverse.ledger import Ledger
 from emoverse.loader import StepLoader
 from emoverse.models.architecture import load_architecture, parameter_counts
 from emoverse.models.emoverse import EmoVerse, build_model
+from emoverse.models.lora import is_adapter
 from emoverse.optim import build_optimizer, lr_factor, parameter_groups, warmup_steps
 from emoverse.runfiles import decisive_knobs, run_identity, write_run_files
 from emoverse.stages import DONE, run_plan, stage_dir, starting_stage
@@ -95,7 +97,11 @@ def read_parts(config: Config, stage: str, world: World, *, resume: bool) -> Par
         device=world.device,
         dtype=torch.bfloat16 if config.model.precision == "bf16" else torch.float32,
         seed=config.run.seed,
+        folds=folds_below(config, stage, config.run.run_dir, notes.append),
+        defer=config.train.zero_stage == 3,
     ).train()
+    if config.train.recompute:
+        model.recompute_activations()
     ledger = Ledger(sampler, index, world, max_damaged=config.data.max_damaged)
     start_step = 0
     if folder is not None:
@@ -212,12 +218,12 @@ def build_run(parts: Parts, world: World, lease: Lease | None) -> Iterator[Run]:
         )
         if world.is_main:
             write_run_files(config, stage, parts.index, parts.plan, settings)
-    engine = Engine(parts.model, optimizer, world, settings)
+    engine = Engine(parts.model, optimizer, world, settings, parts.model.deferred)
     with agree(world, f"{stage}: loading trained weights"):
         if parts.resume_from is not None:
             engine.import_state(_trained_state(parts.resume_from))
         elif parts.parent is not None:
-            engine.import_params(checkpoint.load_trained(parts.parent, parts.notes.append))
+            _hand_over(parts, engine)
     telemetry = Telemetry(
         stage_dir=folder,
         stage=stage,
@@ -237,13 +243,29 @@ def build_run(parts: Parts, world: World, lease: Lease | None) -> Iterator[Run]:
         engine.close()
 
 
+def _hand_over(parts: Parts, engine: Engine) -> None:
+    """Sets what the earlier stage passes on; merged adapters are in the base already."""
+    assert parts.parent is not None
+    stage = parts.config.stages[parts.stage]
+    if stage.optimizer == "continue":
+        engine.import_state(_trained_state(handed_over(parts.parent)))
+        return
+    trained = checkpoint.load_trained(parts.parent, parts.notes.append)
+    if stage.adapter == "merge":
+        # The projector goes on from its fp32 masters, not from their rounded copy in the base.
+        whole = {name: value for name, value in trained.items() if not is_adapter(name)}
+        engine.import_params(whole, some=True)
+    else:
+        engine.import_params(trained)
+
+
 def _trained_state(folder: Path) -> TrainedState:
     found = checkpoint.read_checkpoint(folder)
     return TrainedState(
         params=found.params,
         exp_avg=found.exp_avg,
         exp_avg_sq=found.exp_avg_sq,
-        updates=found.step,
+        updates=int(found.state["updates"]),
     )
 
 

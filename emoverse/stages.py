@@ -3,9 +3,10 @@
 In: the config, the shard index. Out: the plan of the whole run, the stages to train in order, and
 what each of them starts from. Where: between the config and the training loop; no torch.
 
-The hand-over: a stage passes on what was trained, adapters and projector, and nothing else.
-Optimiser moments, learning-rate schedule and position start anew, since the tasks, their rates
-and the records have changed.
+The hand-over: a stage passes on what was trained, adapters and projector. The next one trains the
+adapters further (`adapter: continue`) or merges them into the base and begins new ones (`merge`).
+Optimiser moments start anew unless `optimizer: continue` asks for them; the learning-rate schedule
+and the position always do, since the tasks, their rates and the records have changed.
 """
 
 from collections.abc import Sequence
@@ -85,3 +86,12 @@ def starting_stage(config: Config, stage: str) -> Path | None:
             f"train it first (--stage {start}) or check run.run_dir = {config.run.run_dir}"
         )
     return folder
+
+
+def merged_into(config: Config, stage: str) -> tuple[str, ...]:
+    """The earlier stages whose adapters are merged into the base of `stage`, in turn."""
+    section = config.stages[stage]
+    if section.start_from == BASE:
+        return ()
+    before = merged_into(config, section.start_from)
+    return (*before, section.start_from) if section.adapter == "merge" else before

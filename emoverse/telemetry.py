@@ -28,9 +28,7 @@ from data_shards.tasks import TASKS, Task
 from emoverse.distributed import World
 from emoverse.engine import StepResult
 from emoverse.models.architecture import Architecture
-
-# Dense bf16 peak of a GPU in FLOP/s, from the makers' data sheets; fp32 sums, no sparsity.
-PEAK_FLOPS = {"3090": 71e12, "A100": 312e12, "H100": 989e12, "H200": 989e12}
+from emoverse.work import PEAK_FLOPS
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -311,6 +311,7 @@ VERBS = {
         handle=_evaluate,
     ),
     "ablate": _part("run the paper's ablations and lay the tables beside it", "launch.ablate"),
+    "export": _part("write a trained state as a model that others load", "emoverse.export"),
     "report": Verb(
         summary="write a run's report.html and summary.json",
         configure=_report_arguments,

@@ -13,8 +13,10 @@ from data_shards.index import ShardIndex
 from data_shards.plan import Plan, StagePlan
 from data_shards.remote import open_index
 from emoverse.config import Config, StageSection
+from emoverse.memory import memory_report, memory_text
 from emoverse.models.architecture import load_architecture, parameter_counts
 from emoverse.stages import run_plan
+from emoverse.work import work_report, work_text
 
 
 def make_plan(config: Config) -> tuple[ShardIndex, Plan, dict[str, Any]]:
@@ -38,6 +40,10 @@ def make_plan(config: Config) -> tuple[ShardIndex, Plan, dict[str, Any]]:
         "processes": config.train.processes,
         "zero_stage": config.train.zero_stage,
         "parameters": parameters,
+        "memory": memory_report(config, architecture),
+        "work": work_report(
+            config, architecture, sum(stage.num_samples for stage in plan.stages.values())
+        ),
         "visual_tokens_per_clip": config.data.frames_per_clip
         * architecture.visual_tokens_per_frame,
         "stages": {
@@ -87,6 +93,7 @@ def plan_text(report: Mapping[str, Any]) -> str:
         f"llm {parts['llm']:,})",
         f"trainable  {parts['trainable']:,} (" + _trainable_parts(parts) + ")",
     ]
+    lines += ["", *memory_text(report["memory"]), work_text(report["work"])]
     for name, stage in report["stages"].items():
         lines += ["", *_stage_text(name, stage)]
     return "\n".join([*lines, "", f"plan {report['plan_fingerprint']}"])

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from transformers import InternVLForConditionalGeneration
 
 from data_shards.tasks import TASKS
+from emoverse import distributed
 from emoverse.kernels import attention
 from emoverse.kernels.backend import kernel_backend
 from emoverse.kernels.head import sums_by_group, supervised_cross_entropy
 from emoverse.models.architecture import Architecture, base_folder
-from emoverse.models.internvl2 import import_checkpoint
+from emoverse.models.fold import Fold
+from emoverse.models.internvl2 import Deferred, import_checkpoint, import_deferred
 from emoverse.models.lean import is_lean, make_lean
 from emoverse.models.lora import AdapterSettings, attach_lora, is_adapter
 
@@ -92,6 +94,7 @@ class EmoVerse(nn.Module):
         self.native = native
         self.architecture = architecture
         self.train_vision = train_vision
+        self.deferred: Deferred | None = None  # frozen weights that are still to be read
         self.image_token_id = int(native.config.image_token_id)
         if not train_vision:
             native.model.vision_tower.requires_grad_(False)
@@ -114,6 +117,10 @@ class EmoVerse(nn.Module):
             f"attention {attention.attention_backend(device, weight.dtype)}, {layers} layers, "
             f"kernels {kernel_backend(device)}"
         )
+
+    def recompute_activations(self) -> None:
+        """From now on a decoder layer keeps its input only and runs again in the backward pass."""
+        self.native.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def trainable_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
         """Trained parameters by part: lora and projector; vision and llm when all are trained."""
@@ -184,18 +191,24 @@ class EmoVerse(nn.Module):
                 f"features must have shape F, {shape[0]}, {shape[1]}, found "
                 f"{tuple(features_FPC.shape)}; they belong to another base model"
             )
-        if len(places) != frames * shape[0]:
-            raise ValueError(
-                f"the ids hold {len(places)} image context tokens (id {self.image_token_id}) but "
-                f"{frames} frames give {frames * shape[0]} visual tokens; write exactly {shape[0]} "
-                "context tokens per frame into the prompt"
-            )
+        self._check_context(ids_T, frames)
         if features_FPC is None:
             return embeddings_TD
         visual_FPD = self.native.model.multi_modal_projector(features_FPC.to(embeddings_TD.dtype))
         if dummy:
             return embeddings_TD + 0.0 * visual_FPD.sum()
         return embeddings_TD.index_copy(0, places, visual_FPD.flatten(0, 1))
+
+    def _check_context(self, ids_T: Tensor, frames: int) -> None:
+        """As many context tokens as visual tokens, or a ValueError."""
+        tokens = self.architecture.visual_tokens_per_frame
+        count = int((ids_T == self.image_token_id).sum())
+        if count != frames * tokens:
+            raise ValueError(
+                f"the ids hold {count} image context tokens (id {self.image_token_id}) but "
+                f"{frames} frames give {frames * tokens} visual tokens; write exactly {tokens} "
+                "context tokens per frame into the prompt"
+            )
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
         """Last hidden states of all packed tokens: T, D. Segments do not see each other."""
@@ -211,6 +224,9 @@ class EmoVerse(nn.Module):
         return self._decode(self.embed(batch.ids_T, features, dummy=dummy), batch)
 
     def _decode(self, embeddings_TD: Tensor, batch: PackedBatch) -> Tensor:
+        # In bf16 neighbouring positions are the same, and the loss hardly shows it.
+        rotary = self.native.model.language_model.rotary_emb.inv_freq
+        assert rotary.dtype == torch.float32, f"rotary table cast to {rotary.dtype}"
         output = self.native.model.language_model(
             inputs_embeds=embeddings_TD.unsqueeze(0),
             position_ids=batch.position_ids_T.unsqueeze(0),
@@ -254,26 +270,48 @@ class EmoVerse(nn.Module):
         all_ids = [to_tensor(ids).to(device, torch.long) for ids, _ in items]
         visuals = [None if visual is None else to_tensor(visual).to(device) for _, visual in items]
         features = self._features_of(visuals)
+        for ids, feature in zip(all_ids, features, strict=True):
+            self._check_context(ids, 0 if feature is None else len(feature))
+        # One call of the projector and of the embedding for all items: under ZeRO-3 the ranks call
+        # the same modules in the same order, however many items each of them has.
+        present = [feature for feature in features if feature is not None]
+        dummy = not present
+        if dummy and self.partitioned:
+            size = self.architecture.vision.image_size
+            blank = torch.zeros(1, size, size, 3, dtype=torch.uint8, device=device)
+            present = [self._live_features([blank])[0]]
+        joined_FPC = torch.cat(present) if present else None
+        embeddings_TD = self.embed(torch.cat(all_ids), joined_FPC, dummy=dummy)
         longest = max(len(ids) for ids in all_ids)
         rows, mask_BL = [], torch.zeros(len(items), longest, dtype=torch.long, device=device)
-        for row, (ids, feature) in enumerate(zip(all_ids, features, strict=True)):
-            embeddings_TD = self.embed(ids, feature)
-            padding = embeddings_TD.new_zeros(longest - len(ids), embeddings_TD.shape[1])
-            rows.append(torch.cat((padding, embeddings_TD)))
-            mask_BL[row, longest - len(ids) :] = 1
+        for row, part in enumerate(embeddings_TD.split([len(ids) for ids in all_ids])):
+            rows.append(nn.functional.pad(part, (0, 0, longest - len(part), 0)))
+            mask_BL[row, longest - len(part) :] = 1
         return {"inputs_embeds": torch.stack(rows), "attention_mask": mask_BL}
+
+    @property
+    def partitioned(self) -> bool:
+        """Does each rank hold only its share of the weights (ZeRO-3)?"""
+        return hasattr(self.native.lm_head.weight, "ds_id")
 
     def _features_of(self, visuals: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Features of each item; all uint8 frames go through the tower together."""
         features: list[Tensor | None] = list(visuals)
         live = [i for i, x in enumerate(visuals) if x is not None and x.dtype == torch.uint8]
+        clips = [x for x in (visuals[i] for i in live) if x is not None]
         if live:
-            clips = [x for x in (visuals[i] for i in live) if x is not None]
-            chunks = torch.cat(clips).split(MAX_FRAMES)
-            computed = torch.cat([self.vision_features(chunk) for chunk in chunks])
-            for i, part in zip(live, computed.split([len(clip) for clip in clips]), strict=True):
+            for i, part in zip(live, self._live_features(clips), strict=True):
                 features[i] = part
         return features
+
+    def _live_features(self, clips: Sequence[Tensor]) -> list[Tensor]:
+        """Frames through the tower in chunks; under ZeRO-3 as many chunks as the busiest rank."""
+        chunks = list(torch.cat(list(clips)).split(MAX_FRAMES))
+        computed = [self.vision_features(chunk) for chunk in chunks]
+        if self.partitioned:
+            for _ in range(distributed.largest(len(chunks), chunks[0].device) - len(chunks)):
+                self.vision_features(chunks[0][:1])
+        return list(torch.cat(computed).split([len(clip) for clip in clips]))
 
 
 def to_tensor(values: Sequence[int] | NDArray[Any] | Tensor) -> Tensor:
@@ -321,11 +359,23 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     train: str = "lora",
     seed: int = 0,
+    folds: Sequence[Fold] = (),
+    defer: bool = False,
 ) -> EmoVerse:
     """Import the base checkpoint and make it EmoVerse (see compose). In eval mode.
 
+    Args:
+        folds: adapters of earlier stages to merge into the base while it is read.
+        defer: leave the frozen weights to `EmoVerse.deferred`: they take no memory until the
+            engine partitions them (ZeRO-3).
     Raises:
         FileNotFoundError, ValueError: see base_folder and import_checkpoint.
     """
-    native, config_json = import_checkpoint(base_folder(base), dtype)
-    return compose(native, config_json, settings, train=train, seed=seed).to(device)
+    folder, deferred = base_folder(base), None
+    if defer:
+        native, config_json, deferred = import_deferred(folder, dtype, device=device, folds=folds)
+    else:
+        native, config_json = import_checkpoint(folder, dtype, device=device, folds=folds)
+    model = compose(native, config_json, settings, train=train, seed=seed)
+    model.deferred = deferred
+    return model

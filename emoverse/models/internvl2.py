@@ -7,124 +7,29 @@ No remote code: the released modelling files give NaN under transformers 5.
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-from transformers import (
-    InternVLConfig,
-    InternVLForConditionalGeneration,
-    InternVLVisionConfig,
-    LlamaConfig,
-    Phi3Config,
-)
+from torch import Tensor, nn
+from transformers import InternVLConfig, InternVLForConditionalGeneration
 
 from emoverse.models.architecture import Architecture, read_config_json
+from emoverse.models.fold import Fold, check_folds, folded
 from emoverse.models.internvl2_keys import BLOCKS, GROUPS, Link, links
+from emoverse.models.native_config import image_token_id, native_config
+from emoverse.models.released_files import SHARD_BYTES, ShardWriter, WeightFiles, open_weights
 
-__all__ = [
-    "build_native",
-    "export_checkpoint",
-    "import_checkpoint",
-    "native_config",
-]
-
-IMG_CONTEXT = "<IMG_CONTEXT>"
-SHARD_BYTES = 5 * 10**9
-
-
-def native_config(config_json: Mapping[str, Any], image_token_id: int) -> InternVLConfig:
-    """Translate a released config.json. Every field that a default would get wrong is set here."""
-    architecture = Architecture.from_config_json(config_json)
-    vision, llm = config_json["vision_config"], config_json["llm_config"]
-    vision_config = InternVLVisionConfig(
-        hidden_size=architecture.vision.hidden,
-        num_hidden_layers=architecture.vision.layers,
-        num_attention_heads=architecture.vision.heads,
-        intermediate_size=architecture.vision.mlp,
-        image_size=architecture.vision.image_size,
-        patch_size=architecture.vision.patch_size,
-        hidden_act=vision["hidden_act"],
-        norm_type=vision["norm_type"],
-        layer_norm_eps=vision["layer_norm_eps"],
-        layer_scale_init_value=float(vision.get("initializer_factor", 1.0)),
-        attention_bias=True,
-        use_qk_norm=False,
-        use_mean_pooling=True,  # False would add a final LayerNorm that the checkpoints lack
-    )
-    shared: dict[str, Any] = {
-        "hidden_size": architecture.llm.hidden,
-        "num_hidden_layers": architecture.llm.layers,
-        "num_attention_heads": architecture.llm.heads,
-        "num_key_value_heads": architecture.llm.kv_heads,
-        "intermediate_size": architecture.llm.mlp,
-        "vocab_size": architecture.llm.vocab,
-        "rms_norm_eps": llm["rms_norm_eps"],
-        "max_position_embeddings": llm["max_position_embeddings"],
-        "rope_parameters": _rope_parameters(llm),
-        "bos_token_id": llm["bos_token_id"],
-        "eos_token_id": llm["eos_token_id"],
-        "pad_token_id": llm["pad_token_id"],
-        "attention_dropout": 0.0,
-        "tie_word_embeddings": False,
-        # A default cache switches off the packing of sequences; generate() turns it on by itself.
-        "use_cache": False,
-    }
-    if architecture.llm.family == "phi3":
-        original = llm.get("original_max_position_embeddings", llm["max_position_embeddings"])
-        text_config: Phi3Config | LlamaConfig = Phi3Config(
-            **shared,
-            original_max_position_embeddings=original,
-            sliding_window=llm.get("sliding_window"),
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-        )
-    else:
-        text_config = LlamaConfig(**shared, attention_bias=False, mlp_bias=False)
-    return InternVLConfig(
-        vision_config=vision_config,
-        text_config=text_config,
-        image_token_id=image_token_id,
-        image_seq_length=architecture.visual_tokens_per_frame,
-        downsample_ratio=float(config_json["downsample_ratio"]),
-        vision_feature_layer=int(config_json["select_layer"]),
-        vision_feature_select_strategy="default",  # drops the class token
-        tie_word_embeddings=False,  # the class default True would tie the head to the embedding
-    )
-
-
-def _rope_parameters(llm: Mapping[str, Any]) -> dict[str, Any]:
-    """rope_theta and rope_scaling of the released layout as transformers' rope_parameters."""
-    scaling = llm.get("rope_scaling")
-    parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": float(llm["rope_theta"])}
-    if not scaling:
-        return parameters
-    kind = scaling.get("type", scaling.get("rope_type"))
-    if kind in ("su", "longrope"):
-        return parameters | {
-            "rope_type": "longrope",
-            "short_factor": list(scaling["short_factor"]),
-            "long_factor": list(scaling["long_factor"]),
-            "original_max_position_embeddings": llm["original_max_position_embeddings"],
-        }
-    if kind == "dynamic":
-        return parameters | {"rope_type": "dynamic", "factor": float(scaling["factor"])}
-    raise ValueError(
-        f"llm_config.rope_scaling.type must be su, longrope or dynamic, found {kind!r}; "
-        "use the config.json of the released model"
-    )
+PROJECTOR = "model.multi_modal_projector."
 
 
 def build_native(
     config_json: Mapping[str, Any], *, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> InternVLForConditionalGeneration:
     """A randomly initialised model; the same seed gives the same weights."""
-    config = native_config(config_json, _image_token_id(config_json, None))
+    config = native_config(config_json, image_token_id(config_json, None))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = InternVLForConditionalGeneration(config).to(dtype)
@@ -132,13 +37,61 @@ def build_native(
     return model.eval()
 
 
-def import_checkpoint(
-    folder: str | Path, dtype: torch.dtype | None = None
-) -> tuple[InternVLForConditionalGeneration, dict[str, Any]]:
-    """Load a released folder; `dtype` None keeps what the file holds.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Released:
+    """A released folder whose names, shapes and settings have been checked; no number is read."""
 
-    Returns:
-        The native model (eval, all parameters requiring gradients) and its config.json.
+    folder: Path
+    config_json: dict[str, Any]
+    architecture: Architecture
+    config: InternVLConfig
+    weights: WeightFiles
+    links: Mapping[str, Link]  # by released name
+
+    def tensors(
+        self,
+        dtype: torch.dtype | None = None,
+        *,
+        folds: Sequence[Fold] = (),
+        only: Callable[[str], bool] = lambda name: True,
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Native (name, tensor) pairs in the order of the files, one at a time in memory.
+
+        Args:
+            dtype: type to convert to, after folding; None keeps the stored one.
+            folds: adapters to merge, in fp32.
+            only: native names to read.
+        """
+        for released, tensor in self.weights.tensors():
+            link = self.links[released]
+            if not any(only(name) for name in link.native):
+                continue
+            for name, part in zip(
+                link.native, split_rows(tensor, link, self.architecture), strict=True
+            ):
+                if only(name):
+                    value = folded(name, part, folds)
+                    # A copy of its own: slices of a mapped file must not outlive it.
+                    yield name, value.to(dtype or part.dtype, copy=True).contiguous()
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every native tensor."""
+        return native_shapes(self.architecture)
+
+
+def native_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of the native model."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for link in links(architecture):
+        parts = split_rows(torch.empty(link.shape, device="meta"), link, architecture)
+        shapes |= {n: tuple(p.shape) for n, p in zip(link.native, parts, strict=True)}
+    return shapes
+
+
+def open_checkpoint(folder: str | Path) -> Released:
+    """Check a released folder by its config.json and the headers of its weights; reads no numbers.
+
     Raises:
         FileNotFoundError: no config.json or no safetensors.
         ValueError: wrong architecture; pickled weights; missing, unexpected or misshapen tensors.
@@ -146,22 +99,18 @@ def import_checkpoint(
     folder = Path(folder)
     config_json = read_config_json(folder)
     architecture = Architecture.from_config_json(config_json, origin=str(folder / "config.json"))
-    config = native_config(config_json, _image_token_id(config_json, folder))
+    config = native_config(config_json, image_token_id(config_json, folder))
+    weights = open_weights(folder)
     expected = {link.released: link for link in links(architecture)}
-    state: dict[str, Tensor] = {}
     problems: list[str] = []
-    for name, tensor in _released_tensors(folder):
-        link = expected.pop(name, None)
+    headers = weights.headers
+    for name, header in headers.items():
+        link = expected.get(name)
         if link is None:
-            problems.append(f"unexpected tensor {name} {tuple(tensor.shape)}")
-        elif tuple(tensor.shape) != link.shape:
-            problems.append(f"{name} must have shape {link.shape}, found {tuple(tensor.shape)}")
-        else:
-            parts = split_rows(tensor, link, architecture)
-            for native, part in zip(link.native, parts, strict=True):
-                # A copy of its own: slices of a memory-mapped file must not outlive it.
-                state[native] = part.to(dtype or part.dtype, copy=True).contiguous()
-    problems += [f"missing tensor {name}" for name in expected]
+            problems.append(f"unexpected tensor {name} {header.shape}")
+        elif header.shape != link.shape:
+            problems.append(f"{name} must have shape {link.shape}, found {header.shape}")
+    problems += [f"missing tensor {name}" for name in expected if name not in headers]
     if problems:
         shown = "\n  ".join(problems[:20])
         rest = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
@@ -169,12 +118,109 @@ def import_checkpoint(
             f"{folder}: the weights do not fit its config.json:\n  {shown}{rest}\n"
             "Download or export the checkpoint again; config.json and weights must belong together."
         )
-    with torch.device("meta"):
-        model = InternVLForConditionalGeneration(config)
-    model.load_state_dict(state, strict=True, assign=True)
+    return Released(
+        folder=folder,
+        config_json=config_json,
+        architecture=architecture,
+        config=config,
+        weights=weights,
+        links=expected,
+    )
+
+
+def import_checkpoint(
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    folds: Sequence[Fold] = (),
+) -> tuple[InternVLForConditionalGeneration, dict[str, Any]]:
+    """Load a released folder tensor by tensor; `dtype` None keeps what the file holds.
+
+    Memory: the model itself and one tensor; everything is checked before the first one is read.
+
+    Returns:
+        The native model (eval, all parameters requiring gradients) and its config.json.
+    Raises:
+        FileNotFoundError, ValueError: see open_checkpoint and check_folds.
+    """
+    released = open_checkpoint(folder)
+    check_folds(folds, released.shapes)
+    model = _empty_model(released)
+    for name, value in released.tensors(dtype, folds=folds):
+        _place(model, name, value.to(device))
     _reset_rotary(model)
+    model.model.language_model.rotary_emb.to(device)
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
-    return model.eval(), config_json
+    return model.eval(), released.config_json
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Deferred:
+    """Frozen parameters that take no memory yet, and their values to be read later.
+
+    Under ZeRO-3 every rank keeps its share of each tensor only; the whole model never exists.
+    """
+
+    released: Released
+    dtype: torch.dtype
+    folds: Sequence[Fold]
+    parameters: Mapping[str, nn.Parameter]
+
+    def values(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Each placeholder with its value on the CPU, one after the other, in the same order on
+        every rank."""
+        wanted = self.parameters.__contains__
+        for name, value in self.released.tensors(self.dtype, folds=self.folds, only=wanted):
+            yield self.parameters[name], value
+
+
+def import_deferred(
+    folder: str | Path,
+    dtype: torch.dtype,
+    *,
+    device: torch.device | str = "cpu",
+    folds: Sequence[Fold] = (),
+) -> tuple[InternVLForConditionalGeneration, dict[str, Any], Deferred]:
+    """As import_checkpoint, but only the projector is read; the rest is the third value's.
+
+    A placeholder has the right shape, type and device, and one number's worth of memory.
+    """
+    released = open_checkpoint(folder)
+    check_folds(folds, released.shapes)
+    model = _empty_model(released)
+    frozen = {name for name in released.shapes if not name.startswith(PROJECTOR)}
+    for name, value in released.tensors(dtype, folds=folds, only=lambda name: name not in frozen):
+        _place(model, name, value.to(device))
+    for name in frozen:
+        blank = torch.zeros((), dtype=dtype, device=device)
+        _place(model, name, blank.expand(released.shapes[name]))
+    _reset_rotary(model)
+    model.model.language_model.rotary_emb.to(device)
+    parameters = dict(model.named_parameters())
+    deferred = Deferred(
+        released=released,
+        dtype=dtype,
+        folds=folds,
+        parameters={name: parameters[name] for name in frozen},
+    )
+    return model.eval(), released.config_json, deferred
+
+
+def _empty_model(released: Released) -> InternVLForConditionalGeneration:
+    """The model on the meta device; its names are exactly those that the table fills."""
+    with torch.device("meta"):
+        model = InternVLForConditionalGeneration(released.config)
+    assert set(model.state_dict()) == set(released.shapes)
+    return model
+
+
+def _place(model: nn.Module, name: str, value: Tensor) -> None:
+    """Puts a value where the meta device has a parameter only in name."""
+    module, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(module)
+    assert tuple(owner.get_parameter(leaf).shape) == tuple(value.shape), name
+    owner.register_parameter(leaf, nn.Parameter(value))
 
 
 def _reset_rotary(model: InternVLForConditionalGeneration) -> None:
@@ -216,45 +262,24 @@ def export_checkpoint(
         )
     folder.mkdir(parents=True, exist_ok=True)
     if copy_from is not None:
-        for path in sorted(Path(copy_from).iterdir()):
-            weights = path.suffix in (".safetensors", ".bin") or path.name.endswith(".index.json")
-            if path.is_file() and not weights:
-                shutil.copyfile(path, folder / path.name)
+        copy_small_files(Path(copy_from), folder)
     (folder / "config.json").write_text(
         json.dumps(config_json, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
     )
-    shards: list[dict[str, Tensor]] = [{}]
-    filled = 0
+    writer = ShardWriter(folder, shard_bytes=shard_bytes)
     for link in table:
         tensor = join_rows([state[name] for name in link.native], link, architecture)
-        tensor = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
-        size = tensor.numel() * tensor.element_size()
-        if shards[-1] and filled + size > shard_bytes:
-            shards.append({})
-            filled = 0
-        shards[-1][link.released] = tensor
-        filled += size
-    _write_shards(shards, folder)
+        writer.add(link.released, tensor.detach().to("cpu", dtype or tensor.dtype).contiguous())
+    writer.close()
 
 
-def _write_shards(shards: list[dict[str, Tensor]], folder: Path) -> None:
-    """One model.safetensors, or numbered files and model.safetensors.index.json."""
-    for stale in (*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")):
-        stale.unlink()
-    if len(shards) == 1:
-        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
-        return
-    weight_map: dict[str, str] = {}
-    total = 0
-    for number, shard in enumerate(shards, start=1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, name)
-        total += sum(tensor.numel() * tensor.element_size() for tensor in shard.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps(index, indent=2) + "\n", encoding="utf-8"
-    )
+def copy_small_files(source: Path, folder: Path) -> None:
+    """Everything of a released folder but its weights: config, tokenizer, code, licence."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.iterdir()):
+        weights = path.suffix in (".safetensors", ".bin") or path.name.endswith(".index.json")
+        if path.is_file() and not weights:
+            shutil.copyfile(path, folder / path.name)
 
 
 def split_rows(tensor: Tensor, link: Link, architecture: Architecture) -> tuple[Tensor, ...]:
@@ -280,76 +305,3 @@ def join_rows(parts: list[Tensor], link: Link, architecture: Architecture) -> Te
         shaped = [part.view(llm.kv_heads, -1, llm.head_dim, columns) for part in parts]
         return torch.cat(shaped, dim=1).reshape(-1, columns)
     return parts[0]
-
-
-def _released_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the folder, one file open at a time."""
-    index_path = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
-    if index_path.is_file():
-        weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
-        for name in sorted(set(weight_map.values())):
-            listed = {key for key, file in weight_map.items() if file == name}
-            with _opened(folder / name) as reader:
-                held = set(reader.keys())
-                if held != listed:
-                    raise ValueError(
-                        f"{folder / name} does not hold what {index_path.name} lists: "
-                        f"{len(listed - held)} missing, {len(held - listed)} unlisted; "
-                        "download the file again"
-                    )
-                for key in sorted(held):
-                    yield key, reader.get_tensor(key)
-    elif single.is_file():
-        with _opened(single) as reader:
-            for key in reader.keys():  # noqa: SIM118 - not a dict
-                yield key, reader.get_tensor(key)
-    else:
-        pickled = sorted(path.name for path in folder.glob("*.bin"))
-        if pickled:
-            raise ValueError(
-                f"{folder} holds pickled weights ({pickled[0]}), which can run code when loaded; "
-                "only safetensors are read: download the safetensors files of the same model"
-            )
-        raise FileNotFoundError(
-            f"{folder} has neither model.safetensors nor model.safetensors.index.json; "
-            "point to the folder of a complete checkpoint"
-        )
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is listed in the index but missing; download it again")
-    try:
-        reader = safe_open(path, framework="pt")
-    except Exception as error:
-        raise ValueError(
-            f"{path} is not a whole safetensors file ({error}); get it again"
-        ) from error
-    with reader as opened:
-        yield opened
-
-
-def _image_token_id(config_json: Mapping[str, Any], folder: Path | None) -> int:
-    """Id of <IMG_CONTEXT>: config.json's img_context_token_id, else the tokenizer's files."""
-    value = config_json.get("img_context_token_id")
-    if isinstance(value, int):
-        return value
-    if folder is not None:
-        path = folder / "tokenizer_config.json"
-        if path.is_file():
-            table = json.loads(path.read_text(encoding="utf-8")).get("added_tokens_decoder", {})
-            for number, token in table.items():
-                if token.get("content") == IMG_CONTEXT:
-                    return int(number)
-        path = folder / "added_tokens.json"
-        if path.is_file():
-            table = json.loads(path.read_text(encoding="utf-8"))
-            if IMG_CONTEXT in table:
-                return int(table[IMG_CONTEXT])
-    raise ValueError(
-        f"the id of {IMG_CONTEXT} is in neither config.json (img_context_token_id) nor "
-        f"tokenizer_config.json nor added_tokens.json of {folder}; copy the tokenizer files "
-        "next to the weights"
-    )

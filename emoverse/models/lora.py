@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from emoverse.models.architecture import (
     check_projector,
     lora_linears,
 )
+from emoverse.models.fold import delta
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PROJECTOR = "model.multi_modal_projector"
@@ -165,7 +166,6 @@ def save_adapter(
             fp32 masters); must cover every trained parameter.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     trained = {name: value for name, value in native.named_parameters() if value.requires_grad}
     source = trained if tensors is None else tensors
     missing = sorted(set(trained) - set(source))
@@ -174,17 +174,51 @@ def save_adapter(
             f"cannot save the adapter to {folder}: {len(missing)} trained tensors have no value "
             f"(first: {missing[0]}); pass all of them"
         )
+    settings = LoraConfig(**_peft_config(native).to_dict())
+    _write_adapter({name: source[name] for name in trained}, settings, folder, base)
+
+
+def write_adapter(
+    tensors: Mapping[str, Tensor], folder: str | Path, *, r: int, alpha: int, base: str
+) -> None:
+    """An adapter folder in PEFT's format from tensors by native name, without a model.
+
+    Raises:
+        ValueError: whole tensors outside the projector, which PEFT could not put back.
+    """
+    adapted = sorted({name.partition(".lora_")[0] for name in tensors if is_adapter(name)})
+    odd = [name for name in tensors if not is_adapter(name) and not name.startswith(PROJECTOR)]
+    if odd:
+        raise ValueError(
+            f"cannot write {folder}: {odd[0]} is no adapter and not the projector's; export "
+            "--layout internvl2 merges everything"
+        )
+    pattern = "|".join(name.replace(".", r"\.") for name in adapted)
+    settings = LoraConfig(r=r, lora_alpha=alpha, target_modules=pattern, bias="none")
+    _write_adapter(tensors, settings, Path(folder), base)
+
+
+def _write_adapter(
+    tensors: Mapping[str, Tensor], settings: LoraConfig, folder: Path, base: str
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     state = {
-        FILE_PREFIX + name.replace(".default.", "."): source[name].detach().cpu().contiguous()
-        for name in trained
+        FILE_PREFIX + name.replace(".default.", "."): value.detach().cpu().contiguous()
+        for name, value in tensors.items()
     }
     save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    settings = LoraConfig(**_peft_config(native).to_dict())
     settings.base_model_name_or_path = base
     settings.inference_mode = True
-    if any(not is_adapter(name) for name in trained):
+    if any(not is_adapter(name) for name in tensors):
         settings.modules_to_save = [PROJECTOR.rpartition(".")[2]]
     settings.save_pretrained(str(folder))
+
+
+def put_on(native: InternVLForConditionalGeneration, folder: str | Path) -> None:
+    """Attach a saved adapter to a plain model in place, by PEFT's own reader."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
+        PeftModel.from_pretrained(native, str(folder), autocast_adapter_dtype=False)
 
 
 def load_adapter(native: InternVLForConditionalGeneration, folder: str | Path) -> None:
@@ -228,15 +262,22 @@ def load_adapter(native: InternVLForConditionalGeneration, folder: str | Path) -
             value.copy_(state[name])
 
 
+@torch.no_grad()
 def merge_adapters(native: InternVLForConditionalGeneration) -> None:
-    """Fold the adapters into the base weights, in place; the model is plain again afterwards."""
+    """Fold the adapters into the base weights, in place; the model is plain again afterwards.
+
+    The sum is taken in fp32 and rounded once. PEFT's own merge adds in the type of the weight.
+    """
     adapted = [
         (name, module) for name, module in native.named_modules() if isinstance(module, LoraLayer)
     ]
     for name, module in adapted:
-        module.merge(safe_merge=True)
+        plain = module.get_base_layer()
+        a_RI, b_OR = (table["default"].weight for table in (module.lora_A, module.lora_B))
+        merged = plain.weight.float() + module.scaling["default"] * delta(a_RI, b_OR)
+        plain.weight.copy_(merged)
         parent, _, leaf = name.rpartition(".")
-        setattr(native.get_submodule(parent), leaf, module.get_base_layer())
+        setattr(native.get_submodule(parent), leaf, plain)
 
 
 def _peft_config(native: InternVLForConditionalGeneration) -> LoraConfig:

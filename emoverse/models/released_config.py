@@ -149,9 +149,18 @@ def unsupported_settings(config_json: Mapping[str, Any]) -> list[str]:
         ("llm_config.hidden_act", llm.get("hidden_act", "silu"), "silu"),
         ("llm_config.bias", llm.get("bias", False), False),
         ("llm_config.tie_word_embeddings", llm.get("tie_word_embeddings", False), False),
+        ("tie_word_embeddings", config_json.get("tie_word_embeddings", False), False),
+        ("llm_config.attention_bias", llm.get("attention_bias", False), False),
+        ("llm_config.partial_rotary_factor", llm.get("partial_rotary_factor", 1.0), 1.0),
     ]
-    return [
+    problems = [
         f"{key} must be {wanted!r}, found {value!r}"
         for key, value, wanted in found
         if value != wanted
     ]
+    size, forced = vision.get("image_size"), config_json.get("force_image_size")
+    if forced not in (None, size):
+        problems.append(
+            f"force_image_size must be vision_config.image_size ({size}), found {forced}"
+        )
+    return problems

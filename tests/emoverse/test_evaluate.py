@@ -204,11 +204,13 @@ def test_blank_frames_hide_the_clip(make_run: Callable[..., tuple[Config, Path]]
     assert len(replies["seeing"]) > len(replies["blind"])
 
 
+@pytest.mark.parametrize("zero_stage", [2, 3])
 def test_two_ranks_write_what_one_rank_writes(
-    run_ranks: Ranks, make_run: Callable[..., tuple[Config, Path]]
+    run_ranks: Ranks, make_run: Callable[..., tuple[Config, Path]], zero_stage: int
 ) -> None:
+    """Also when no rank holds all the weights."""
     _, alone = make_run(*FEW, run="alone")
-    _, shared = make_run(*FEW, run="shared")
+    _, shared = make_run(*FEW, f"train.zero_stage={zero_stage}", run="shared")
     run(alone, which=["base"], log=quiet)
 
     def work(world: World) -> int:

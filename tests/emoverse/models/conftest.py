@@ -1,7 +1,10 @@
 """Tiny models of both layouts, their sections of a config, and packed batches for them."""
 
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
+from dataclasses import dataclass
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -152,3 +155,56 @@ def make_sample() -> type[Sample]:
 @pytest.fixture
 def make_batch() -> Callable[..., Any]:
     return packed
+
+
+@dataclass
+class Pack:
+    """A namespace batch with the engine's `to`."""
+
+    values: dict[str, Any]
+
+    def __getattr__(self, name: str) -> Any:
+        return self.values[name]
+
+    def to(self, device: torch.device) -> "Pack":
+        return Pack(
+            {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.values.items()}
+        )
+
+
+@pytest.fixture
+def make_pack() -> Callable[[Any], Pack]:
+    """A batch as the engine takes it."""
+    return lambda batch: Pack(vars(batch))
+
+
+@pytest.fixture(scope="session")
+def original() -> ModuleType:
+    """original.py beside this file: tests are no package, so it is loaded by its path."""
+    spec = spec_from_file_location("original", Path(__file__).with_name("original.py"))
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def folder_of(tmp_path: Path, original: ModuleType) -> Callable[[str], Path]:
+    """`folder_of(family)`: a released folder of the original's random weights."""
+
+    def make(family: str) -> Path:
+        phi3 = family == "phi3"
+        config = tiny(
+            family,
+            rope_scaling=original.rope_of(family),
+            max_positions=32 * original.SWITCH if phi3 else original.SWITCH,
+            rope_theta=1e4 if phi3 else 1e6,
+        )
+        config["llm_config"]["original_max_position_embeddings"] = original.SWITCH
+        folder = tmp_path / family
+        if not folder.exists():
+            folder.mkdir()
+            original.write_released(family, folder, config)
+        return folder
+
+    return make

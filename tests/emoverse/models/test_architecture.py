@@ -133,6 +133,7 @@ def test_refuses_what_it_cannot_reproduce(
 ) -> None:
     config = make_tiny("phi3")
     (config if section is None else config[section])[key] = value
+    config["force_image_size"] = (config["vision_config"] or {}).get("image_size")
     with pytest.raises(ValueError, match=message) as caught:
         Architecture.from_config_json(config, origin="some/config.json")
     assert "some/config.json" in str(caught.value)

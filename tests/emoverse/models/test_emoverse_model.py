@@ -48,6 +48,34 @@ def test_packed_equals_separate(
         torch.testing.assert_close(value, grad_alone[name], atol=1e-5, rtol=1e-4, msg=name)
 
 
+def test_recomputing_activations_changes_nothing(
+    make_model: Make, make_batch: Make, samples: list[Any]
+) -> None:
+    """The same masks of dropout, the same loss, the same gradients; fewer kept tensors."""
+    found, kept = [], []
+    for recompute in (False, True):
+        model = make_model(dropout=0.2).train()
+        if recompute:
+            model.recompute_activations()
+        sizes: list[int] = []
+
+        def keep(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        torch.manual_seed(5)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = model(make_batch(samples))
+        kept.append(sum(sizes))
+        output.loss_sum.backward()
+        found.append((float(output.loss_sum.detach()), gradients(model)))
+    assert kept[1] < 0.6 * kept[0]
+    (loss, plain), (other, again) = found
+    assert loss == other
+    for name, value in plain.items():
+        torch.testing.assert_close(again[name], value, atol=1e-6, rtol=1e-6, msg=name)
+
+
 def test_sliding_window_of_the_released_phi3(
     make_tiny: Make, make_settings: Make, make_batch: Make, samples: list[Any]
 ) -> None:

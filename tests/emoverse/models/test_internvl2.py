@@ -15,10 +15,10 @@ from emoverse.models.internvl2 import (
     build_native,
     export_checkpoint,
     import_checkpoint,
-    native_config,
 )
 from emoverse.models.internvl2_keys import links
 from emoverse.models.lora import attach_lora, trainable_names
+from emoverse.models.native_config import native_config
 
 
 @pytest.fixture
@@ -234,13 +234,19 @@ def test_export_refuses_adapters(
 
 
 @pytest.mark.parametrize(
-    ("name", "preset", "projector"),
-    [("internvl2-4b", "paper", "full"), ("internvl2-8b", "authors", "lora")],
+    ("name", "preset", "projector", "trainable"),
+    [
+        ("internvl2-4b", "paper", "full", 34_617_344),
+        ("internvl2-4b", "authors", "lora", 12_689_408),
+        ("internvl2-8b", "paper", "full", 54_542_336),
+        ("internvl2-8b", "authors", "lora", 21_102_592),
+    ],
 )
 def test_full_size_models_without_memory(
     name: str,
     preset: str,
     projector: str,
+    trainable: int,
     make_tiny: Callable[..., dict[str, Any]],
     make_settings: Callable[..., Any],
 ) -> None:
@@ -272,4 +278,5 @@ def test_full_size_models_without_memory(
     assert total == counts["total"]
     assert trained.keys() == trainable_names(sizes, lora, projector)
     assert sum(value.numel() for value in trained.values()) == counts["trainable"]
+    assert counts["trainable"] == trainable
     assert not any("vision_tower" in name for name in trained)

@@ -1,12 +1,10 @@
 """EmoVerse under DeepSpeed with two ranks: every ZeRO stage trains the same model."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from emoverse.distributed import World
 from emoverse.models.emoverse import compose
@@ -15,26 +13,12 @@ from emoverse.models.internvl2 import build_native
 Make = Callable[..., Any]
 
 
-@dataclass
-class Pack:
-    """A namespace batch with the engine's `to`."""
-
-    values: dict[str, Any]
-
-    def __getattr__(self, name: str) -> Any:
-        return self.values[name]
-
-    def to(self, device: torch.device) -> "Pack":
-        return Pack(
-            {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.values.items()}
-        )
-
-
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_stages_agree(
     make_tiny: Make,
     make_settings: Make,
     make_batch: Make,
+    make_pack: Make,
     samples: list[Any],
     run_ranks: Callable[..., list[Any]],
     dropout: float,
@@ -65,7 +49,7 @@ def test_stages_agree(
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         torch.manual_seed(7)
         engine = Engine(model, torch.optim.AdamW(groups), world, settings)
-        packs = [Pack(vars(make_batch([sample]))) for sample in shares[world.rank]]
+        packs = [make_pack(make_batch([sample])) for sample in shares[world.rank]]
         results = [
             engine.step(
                 packs, num_packs=2, normaliser=4.0, lr_factor=1.0, make_empty=lambda: packs[0]

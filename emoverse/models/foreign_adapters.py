@@ -1,0 +1,129 @@
+"""Adapter folders of PEFT, ms-swift and InternVL, read as what changes the native model.
+
+In:  adapter_config.json and adapter_model.safetensors, with the names of either layout.
+Out: a Fold by native names. A fused wqkv adapter becomes three exact ones: A is copied to q, k and
+     v, and B's rows are dealt like those of wqkv. The way back does not exist at the same rank.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from emoverse.models.architecture import Architecture
+from emoverse.models.fold import LORA_A, LORA_B, Fold, check_folds
+from emoverse.models.internvl2 import native_shapes, split_rows
+from emoverse.models.internvl2_keys import Link, links
+
+SETTINGS_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+# Settings that change the mathematics of an adapter; only plain LoRA is understood.
+PLAIN: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "use_rslora": (None, False),
+    "use_dora": (None, False),
+    "bias": (None, "none"),
+    "rank_pattern": (None, {}),
+    "alpha_pattern": (None, {}),
+    "fan_in_fan_out": (None, False),
+    "lora_bias": (None, False),
+}
+
+
+def read_adapter(folder: str | Path, architecture: Architecture) -> tuple[Fold, dict[str, Any]]:
+    """The adapter as a Fold, and its settings.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: pickled weights, another kind of adapter, names or shapes that are not this
+            architecture's.
+    """
+    folder = Path(folder)
+    settings = _read_settings(folder)
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        pickled = sorted(item.name for item in folder.glob("*.bin"))
+        if pickled:
+            raise ValueError(
+                f"{folder} holds pickled weights ({pickled[0]}), which can run code when loaded; "
+                f"save the adapter as {WEIGHTS_FILE}"
+            )
+        raise FileNotFoundError(f"{path} does not exist; point to a folder with a saved adapter")
+    table = links(architecture)
+    by_released = {link.released: link for link in table}
+    natives = {name for link in table for name in link.native}
+    tensors: dict[str, Tensor] = {}
+    for key, value in load_file(path).items():
+        name = plain_name(key)
+        base, end = _base_of(name)
+        if base in natives:
+            tensors[base if end is None else base.removesuffix(".weight") + end] = value
+        elif base in by_released:
+            tensors |= _native_parts(by_released[base], end, value, architecture)
+        else:
+            raise ValueError(
+                f"{path}: {key} belongs to {base}, which this base does not have; the adapter is "
+                "another model's"
+            )
+    fold = Fold(tensors=tensors, scale=settings["lora_alpha"] / settings["r"], origin=str(folder))
+    check_folds([fold], native_shapes(architecture))
+    return fold, settings
+
+
+def plain_name(key: str) -> str:
+    """A tensor's name without what PEFT, ms-swift and InternVL wrap around it.
+
+    >>> plain_name("base_model.model.mlp1.1.lora_A.default.weight")
+    'mlp1.1.lora_A.weight'
+    >>> plain_name("language_model.base_model.model.model.layers.0.attention.wo.lora_B.weight")
+    'language_model.model.layers.0.attention.wo.lora_B.weight'
+    """
+    for wrapping in ("base_model.model.", "modules_to_save.", "base_layer."):
+        key = key.replace(wrapping, "", 1)
+    return key.replace(".default.", ".")
+
+
+def _base_of(name: str) -> tuple[str, str | None]:
+    """The base tensor that this one changes, and which half of an adapter it is."""
+    for short, end in ((".lora_A.weight", LORA_A), (".lora_B.weight", LORA_B)):
+        if name.endswith(short):
+            return name.removesuffix(short) + ".weight", end
+    return name, None
+
+
+def _native_parts(
+    link: Link, end: str | None, value: Tensor, architecture: Architecture
+) -> dict[str, Tensor]:
+    # The input is the same for all parts.
+    shared = end == LORA_A
+    parts = (value,) * len(link.native) if shared else split_rows(value, link, architecture)
+    ends = ((name if end is None else name.removesuffix(".weight") + end) for name in link.native)
+    return {name: part.contiguous() for name, part in zip(ends, parts, strict=True)}
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    path = folder / SETTINGS_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; point to a folder with a saved adapter")
+    try:
+        settings = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}; copy the file again") from error
+    problems = [
+        f"{key} must be {' or '.join(map(repr, allowed))}, found {settings.get(key)!r}"
+        for key, allowed in PLAIN.items()
+        if settings.get(key) not in allowed
+    ]
+    problems += [
+        f"{key} must be a positive integer, found {settings.get(key)!r}"
+        for key in ("r", "lora_alpha")
+        if not isinstance(settings.get(key), int) or settings[key] < 1
+    ]
+    if problems:
+        raise ValueError(
+            f"{path}: only plain LoRA can be read exactly:\n  "
+            + "\n  ".join(problems)
+            + "\nMerge the adapter with the tool that made it, and use the merged model."
+        )
+    return settings

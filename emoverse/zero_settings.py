@@ -1,0 +1,47 @@
+"""The settings that DeepSpeed gets: a pure function of the run's, written to the run directory too.
+
+No other file knows DeepSpeed's keys. Torch-free: the memory estimate uses the same bounds.
+"""
+
+from typing import Any
+
+MAX_BUCKET = 200_000_000  # elements; DeepSpeed's own 5e8 would allocate 2 GB of fp32 for any model
+
+
+def deepspeed_config(
+    *, zero_stage: int, precision: str, clip: float, world_size: int, num_trainable: int
+) -> dict[str, Any]:
+    """The dict for `deepspeed.initialize`, a pure function of the run's settings.
+
+    Batch sizes are formal: a step's packs vary in number, so `Engine.step` sets the accumulation
+    boundary and scales the loss itself.
+
+    Raises:
+        ValueError: a combination that DeepSpeed accepts and gets wrong.
+    """
+    if zero_stage == 0 and precision == "bf16":
+        raise ValueError(
+            "train.zero_stage: 0 with model.precision: bf16 takes too small first steps "
+            "(DeepSpeed's optimiser runs an empty step); set train.zero_stage: 1"
+        )
+    bucket = max(1, min(MAX_BUCKET, num_trainable))
+    config: dict[str, Any] = {
+        "train_batch_size": world_size,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": clip,
+        "zero_optimization": {
+            "stage": zero_stage,
+            "overlap_comm": False,  # adapter gradients are small; one stream keeps sums in order
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+        },
+    }
+    if zero_stage == 3:
+        # The default keeps a model below 1e9 parameters gathered between forward and backward.
+        config["zero_optimization"]["stage3_max_reuse_distance"] = 0
+    if precision == "bf16":
+        config["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        if zero_stage > 1:  # stage 1 with fp32 sums is another, older optimiser of DeepSpeed
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config

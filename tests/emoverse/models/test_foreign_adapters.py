@@ -1,0 +1,92 @@
+"""Adapters of ms-swift and InternVL: fused wqkv becomes three exact parts; the rest is refused."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from emoverse.models.foreign_adapters import plain_name, read_adapter
+from emoverse.models.internvl2 import import_checkpoint, open_checkpoint
+from emoverse.models.layouts import write_internvl2
+
+
+def foreign(family: str, folder: Path, prefix: str, original: Any, **settings: Any) -> None:
+    """An adapter as ms-swift writes it: fused wqkv, released names."""
+    generator = torch.Generator().manual_seed(6)
+    state = {}
+    for name, shape in original.released_shapes(family).items():
+        linear = len(shape) == 2 and ("layers" in name or name.startswith("mlp1"))
+        if linear and "vision_model" not in name:
+            stem = prefix + name.removesuffix(".weight")
+            if prefix.startswith("language_model."):
+                if name.startswith("mlp1"):
+                    continue
+                stem = prefix + name.removesuffix(".weight").removeprefix("language_model.")
+            state[f"{stem}.lora_A.weight"] = torch.randn(4, shape[1], generator=generator) * 0.1
+            state[f"{stem}.lora_B.weight"] = torch.randn(shape[0], 4, generator=generator) * 0.1
+    folder.mkdir()
+    save_file(state, folder / "adapter_model.safetensors")
+    written = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none", **settings}
+    (folder / "adapter_config.json").write_text(json.dumps(written))
+
+
+@pytest.mark.parametrize("prefix", ["base_model.model.", "language_model.base_model.model."])
+def test_adapters_of_the_released_layout(
+    folder_of: Callable[[str], Path], family: str, prefix: str, tmp_path: Path, original: Any
+) -> None:
+    """Merged here, they give the logits of the original on W + 2 B A, wqkv fused and all."""
+    base, adapter = folder_of(family), tmp_path / "adapter"
+    foreign(family, adapter, prefix, original)
+    released = open_checkpoint(base)
+    fold, settings = read_adapter(adapter, released.architecture)
+    assert settings["r"] == 4 and fold.scale == 2.0
+    weights = original.random_weights(family)
+    stored = load_file(adapter / "adapter_model.safetensors")
+    for key, a in stored.items():
+        if key.endswith(".lora_A.weight"):
+            b = stored[key.replace("lora_A", "lora_B")]
+            weights[plain_name(key).removesuffix(".lora_A.weight") + ".weight"] += 2 * b @ a
+    write_internvl2(released, [fold], tmp_path / "merged")
+    case = original.CASES["short"]
+    with torch.no_grad():
+        theirs = original.Original(family, weights).logits(case.ids, case.lengths, case.pixels)
+        native, _ = import_checkpoint(tmp_path / "merged")
+        ours = original.native_logits(native, case)
+    assert original.distance(case, ours, theirs) < 5e-5
+    # The merged file holds exactly the fused sum.
+    written: dict[str, torch.Tensor] = {}
+    for path in (tmp_path / "merged").glob("*.safetensors"):
+        written |= load_file(path)
+    for name, value in weights.items():
+        torch.testing.assert_close(written[name], value, atol=1e-6, rtol=0, msg=name)
+
+
+def test_adapters_that_are_not_understood(
+    folder_of: Callable[[str], Path], tmp_path: Path, original: Any
+) -> None:
+    architecture = open_checkpoint(folder_of("internlm2")).architecture
+    with pytest.raises(FileNotFoundError, match="folder with a saved adapter"):
+        read_adapter(tmp_path, architecture)
+    for number, (setting, message) in enumerate(
+        [
+            ({"use_dora": True}, "use_dora must be None or False, found True"),
+            ({"use_rslora": True}, "use_rslora must be None or False"),
+            ({"peft_type": "IA3"}, "peft_type must be 'LORA', found 'IA3'"),
+            ({"rank_pattern": {"wqkv": 16}}, "rank_pattern must be"),
+            ({"r": 0}, "r must be a positive integer, found 0"),
+        ]
+    ):
+        foreign("internlm2", tmp_path / str(number), "base_model.model.", original, **setting)
+        with pytest.raises(ValueError, match=message):
+            read_adapter(tmp_path / str(number), architecture)
+    foreign("phi3", tmp_path / "phi3", "base_model.model.", original)
+    with pytest.raises(ValueError, match=r"which this base does not have; the adapter is another"):
+        read_adapter(tmp_path / "phi3", architecture)
+    weights = tmp_path / "phi3" / "adapter_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(ValueError, match="pickled weights"):
+        read_adapter(tmp_path / "phi3", architecture)
