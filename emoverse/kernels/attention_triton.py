@@ -21,6 +21,11 @@ BLOCK_M, BLOCK_C = 64, 64  # forward
 SMALL_M, SMALL_C = 32, 64  # backward keeps more tiles at a time
 
 
+def num_warps(head_dim: int) -> int:
+    """Enough threads to hold the tiles of wide heads in registers."""
+    return 4 if head_dim <= 64 else 8
+
+
 @triton.jit
 def load_tile(base, rows, stride, lanes, inside_rows, H: tl.constexpr, UPCAST: tl.constexpr):
     """Rows of one head: tile, H padded with zeros."""
@@ -248,4 +253,5 @@ def _sizes(q: Tensor, k: Tensor, causal: bool) -> dict[str, Any]:
         "CAUSAL": causal,
         "UPCAST": upcast(q),
         "BLOCK_H": max(16, triton.next_power_of_2(q.shape[2])),
+        "num_warps": num_warps(q.shape[2]),
     }

@@ -22,6 +22,7 @@ from emoverse.kernels.triton_common import (
 PLAIN, NORMED, ACTIVATED = 0, 1, 2
 _NORMED, _ACTIVATED = tl.constexpr(NORMED), tl.constexpr(ACTIVATED)
 BLOCK_T, BLOCK_K = 32, 128
+GRADIENT_BLOCK_T = 16  # of the input's gradient, which reads, adds and writes a tile
 MAX_CHUNKS = 32  # of tokens, each with its own partial sums: no atomics, the same sums every time
 FREE = ["seed", "stream", "threshold", "T"]  # values that must not make new kernels
 
@@ -155,12 +156,12 @@ def input_gradient(grad_x_TK: Tensor, lora: LoraInput, grad_s_TR: Tensor) -> Ten
         return grad_x_TK.addmm_(grad_s_TR, lora.a_RK, alpha=lora.scale)
     grad_x_TK, a_RK, grad_s_TR = (x.contiguous() for x in (grad_x_TK, lora.a_RK, grad_s_TR))
     (tokens, width), rank = grad_x_TK.shape, a_RK.shape[0]
-    grid = (triton.cdiv(tokens, BLOCK_T), triton.cdiv(width, BLOCK_K))
+    grid = (triton.cdiv(tokens, GRADIENT_BLOCK_T), triton.cdiv(width, BLOCK_K))
     input_gradient_kernel[grid](
         *(grad_x_TK, a_RK, grad_s_TR, tokens),
         scale=lora.scale,
         **dropout_arguments(lora.dropout),
-        **_sizes(grad_x_TK, width, rank),
+        **(_sizes(grad_x_TK, width, rank) | {"BLOCK_T": GRADIENT_BLOCK_T}),
     )
     return grad_x_TK
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_N = 8  # heads of a program
+BLOCK_N = 32  # heads of a program, of one token or of several
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -16,22 +16,22 @@ def rope_kernel(
     HEADS: tl.constexpr, H: tl.constexpr, SIGN: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """target = source turned by SIGN times its angle, 0 copies; one token, BLOCK_N heads."""
-    token = tl.program_id(0).to(tl.int64)
-    heads = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    """target = source turned by SIGN times its angle, 0 copies; BLOCK_N heads, token by token."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    token, head = row // HEADS, row % HEADS
     half: tl.constexpr = H // 2
     lanes = tl.arange(0, BLOCK_H)[None, :]
-    inside = (heads < HEADS) & (lanes < half)
-    places = source + token * source_token + heads * source_head + lanes
+    inside = (token < T) & (lanes < half)
+    places = source + token * source_token + head * source_head + lanes
     a = tl.load(places, inside, 0.0)
     b = tl.load(places + half, inside, 0.0)
     if SIGN != 0:
-        c = tl.load(cos + token * H + lanes, lanes < half, 0.0).to(tl.float32)
-        s = tl.load(sin + token * H + lanes, lanes < half, 0.0).to(tl.float32) * SIGN
+        c = tl.load(cos + token * H + lanes, inside, 0.0).to(tl.float32)
+        s = tl.load(sin + token * H + lanes, inside, 0.0).to(tl.float32) * SIGN
         left, right = a.to(tl.float32), b.to(tl.float32)
         a = (left * c - right * s).to(target.dtype.element_ty)
         b = (right * c + left * s).to(target.dtype.element_ty)
-    places = target + token * target_token + heads * target_head + lanes
+    places = target + token * target_token + head * target_head + lanes
     tl.store(places, a, inside)
     tl.store(places + half, b, inside)
 
@@ -55,7 +55,7 @@ def merge(grads: tuple[Tensor, Tensor, Tensor], cos_TH: Tensor, sin_TH: Tensor) 
 
 def _launch(source: Tensor, target: Tensor, cos_TH: Tensor, sin_TH: Tensor, sign: int) -> None:
     tokens, heads, head_dim = source.shape
-    rope_kernel[(tokens, triton.cdiv(heads, BLOCK_N))](
+    rope_kernel[(triton.cdiv(tokens * heads, BLOCK_N),)](
         *(source, target, cos_TH.contiguous(), sin_TH.contiguous(), tokens),
         *(source.stride(0), source.stride(1), target.stride(0), target.stride(1)),
         HEADS=heads,
