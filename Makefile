@@ -26,14 +26,14 @@ $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt \
 		$(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) torch
-	$(BIN)/python -m pip install -c constraints.txt -e '.[test,demo]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[test,demo,kernels]'
 	touch $@
 
 demo: setup
 	$(BIN)/python -m launch.demo
 
 test: setup
-	$(PYTEST) -m "not slurm and not browser and not demo and not gpu and not slow" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slurm and not browser and not demo and not aot and not gpu and not slow" $(PYTEST_ARGS)
 
 test-all: test
 	$(PYTEST) -m "(slurm or browser or demo) and not gpu and not slow" $(PYTEST_ARGS)
