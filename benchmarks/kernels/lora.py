@@ -1,9 +1,9 @@
 """LoRA linears, forward and backward: what adapters cost over the frozen linear.
 
-In:  --tokens, --repeats. Out: for each linear of 4b and 8b milliseconds of the frozen linear with the
-gradient of its input (the floor), PEFT with bf16 and fp32 adapters, and ours, at dropout 0 and 0.05; and,
-on a GPU, what a row stride of K + 16 and K + 64 costs the frozen product, which decides whether
-adapters should ride inside the weight's buffer.
+In:  --tokens, --repeats, --sizes. Out: for each linear milliseconds of the frozen one with the
+gradient of its input (the floor), of PEFT with bf16 and fp32 adapters, and of ours, at dropout 0
+and 0.05; on a GPU also what a row stride of K + 16 and K + 64 costs the frozen product, which
+decides whether adapters should ride inside the weight's buffer.
 """
 
 import sys
