@@ -110,6 +110,12 @@ def test_half_precision_is_no_worse_than_transformers(
     assert lean < 1.3 * plain and lean < bound, errors
 
 
+def test_what_runs_is_said(config_json: dict[str, Any], make_settings: Make) -> None:
+    lean, plain = twins(config_json, make_settings)
+    assert lean.implementations == "attention sdpa, lean layers, kernels eager"
+    assert plain.implementations == "attention sdpa, transformers' layers, kernels eager"
+
+
 def test_names_are_those_of_the_plain_model(
     config_json: dict[str, Any], make_settings: Make
 ) -> None:
