@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from emoverse.kernels import layer as layer_functions
+from emoverse.kernels.backend import configure_kernels, has_triton
 from emoverse.models.emoverse import EmoVerse, compose
 from emoverse.models.internvl2 import build_native
 from emoverse.models.lean import is_lean
@@ -155,6 +156,26 @@ def test_dropout_is_replayed(
                 value.sub_(direction, alpha=sign * 1e-3)
         slope = (ends[0] - ends[1]) / 2e-3
         assert slope == pytest.approx(float(grads[full].norm()), rel=1e-2, abs=1e-3)
+
+
+@pytest.mark.skipif(not has_triton(), reason="triton is not installed")
+def test_triton_layers_equal_those_in_plain_torch(
+    config_json: dict[str, Any], make_settings: Make, make_batch: Make, samples: list[Any]
+) -> None:
+    """With dropout: the masks are the same bits."""
+    lean, _ = twins(config_json, make_settings, dropout=0.1)
+    batch = make_batch(samples[:2])
+    found = []
+    try:
+        for backend in ("eager", "triton"):
+            configure_kernels(backend)
+            torch.manual_seed(3)
+            found.append(run(lean, batch))
+    finally:
+        configure_kernels("auto")
+    (loss, grads), (other, same) = found
+    assert other == pytest.approx(loss, rel=1e-6)
+    assert_same(same, grads, 1e-5)
 
 
 def test_dropout_ends_with_training(
