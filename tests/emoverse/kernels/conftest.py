@@ -1,6 +1,7 @@
 """Both backends of the memory-bound operations, float64 truths, and bounds for each type.
 
-On machines without a GPU Triton runs in its interpreter (see the top conftest).
+On a GPU the compiled kernels are tested, elsewhere Triton's interpreter runs them (see the top
+conftest).
 """
 
 import itertools
@@ -13,6 +14,7 @@ from torch import Tensor
 from emoverse.kernels.backend import configure_kernels, has_triton
 from emoverse.kernels.dropout import Dropout, keep_mask
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Relative to the norm of the truth. Half precision: inputs are exact, results and intermediate
 # values that are stored (normed values, S) are rounded; the interpreter truncates to bf16.
 BOUNDS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
@@ -47,7 +49,7 @@ class Values:
 
     def make(self, *shape: int, scale: float = 1.0, offset: float = 0.0) -> tuple[Tensor, Tensor]:
         values = torch.randn(shape, generator=self.generator) * scale + offset
-        values = values.to(self.dtype)
+        values = values.to(DEVICE, self.dtype)
         return values, values.double().requires_grad_()
 
     def gapped(self, *shape: int) -> tuple[Tensor, Tensor]:
@@ -82,8 +84,8 @@ def keep_factors() -> Callable[[Dropout | None, int, int], Tensor]:
 
     def make(dropout: Dropout | None, rows: int, columns: int) -> Tensor:
         if dropout is None:
-            return torch.ones(rows, columns, dtype=torch.float64)
-        mask = keep_mask(dropout, rows, columns, torch.device("cpu"))
+            return torch.ones(rows, columns, dtype=torch.float64, device=DEVICE)
+        mask = keep_mask(dropout, rows, columns, DEVICE)
         return mask.double() * dropout.scale
 
     return make

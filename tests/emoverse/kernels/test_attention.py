@@ -21,6 +21,7 @@ from emoverse.kernels.attention_sdpa import layout_of
 from emoverse.kernels.backend import has_triton
 
 CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def borders(lengths: list[int]) -> Tensor:
@@ -78,7 +79,7 @@ def test_any_lengths(lengths: list[int], causal: bool, kv_heads: int) -> None:
     ids=str,
 )
 @pytest.mark.usefixtures("restore_setting")
-def test_triton_in_the_interpreter(
+def test_triton_against_the_truth(
     dtype: torch.dtype,
     lengths: list[int],
     heads: int,
@@ -89,13 +90,15 @@ def test_triton_in_the_interpreter(
     configure_attention("triton")
     generator = torch.Generator().manual_seed(1)
     packed = torch.randn(sum(lengths), heads + 2 * kv_heads, head_dim, generator=generator)
-    exact = packed.to(dtype).double()
+    packed = packed.to(DEVICE, dtype)
+    exact = packed.double()
     sizes = (heads, kv_heads, kv_heads)
     inputs64 = [x.contiguous().requires_grad_() for x in exact.split(sizes, dim=1)]
-    inputs = [x.detach().requires_grad_() for x in packed.to(dtype).split(sizes, dim=1)]
-    out = varlen_attention(*inputs, borders(lengths), max(lengths), causal=causal, scale=0.1)
+    inputs = [x.detach().requires_grad_() for x in packed.split(sizes, dim=1)]
+    cu_seqlens = borders(lengths).to(DEVICE)
+    out = varlen_attention(*inputs, cu_seqlens, max(lengths), causal=causal, scale=0.1)
     expected = reference.attention(*inputs64, lengths, causal=causal, scale=0.1)
-    upstream = torch.randn(out.shape, generator=generator).to(dtype)
+    upstream = torch.randn(out.shape, generator=generator).to(DEVICE, dtype)
     found = torch.autograd.grad(out, inputs, upstream)
     wanted = torch.autograd.grad(expected, inputs64, upstream.double())
     bound = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]

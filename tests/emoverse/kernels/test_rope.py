@@ -26,7 +26,7 @@ def test_against_the_truth(
     width = (heads + 2 * kv_heads) * head_dim
     packed, packed64 = values.make(tokens, width)
     angles = torch.arange(tokens)[:, None] / 10.0 ** torch.linspace(0, 3, head_dim // 2)
-    cos, sin = ((f(angles).repeat(1, 2) * 1.19).to(values.dtype) for f in (torch.cos, torch.sin))
+    cos, sin = ((f(angles).repeat(1, 2) * 1.19).to(packed) for f in (torch.cos, torch.sin))
     sizes = (heads, kv_heads, kv_heads)
     parts64 = packed64.view(tokens, -1, head_dim).split(sizes, dim=1)
     turned64 = [reference.rope(x, cos.double(), sin.double()) for x in parts64[:2]]
