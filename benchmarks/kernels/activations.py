@@ -119,8 +119,8 @@ def per_layer(size: str, kind: str, tokens: int) -> tuple[float, int]:
 
 def main() -> int:
     parser = arguments(__doc__.splitlines()[0])
-    parser.add_argument("--sizes", nargs="+", default=["4b", "8b"])
-    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--sizes", nargs="+", default=["4b/8", "8b/8"])
+    parser.add_argument("--tokens", type=int, default=64)
     options = parser.parse_args()
     kinds = ["peer", "lean, eager"] + (["lean, Triton"] if has_triton() else [])
     rows: list[dict[str, Any]] = []

@@ -24,11 +24,13 @@ from emoverse.models.lean import make_lean
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ALPHA, DROPOUT = 32, 0.05
-# Hidden, MLP, query heads, key/value heads, layers, vocabulary of the two language models, and a
-# tiny one whose proportions are those of 4b.
+# Hidden, MLP, query heads, key/value heads, layers, vocabulary of the two language models; both an
+# eighth as wide, with heads as wide as theirs; and a tiny one whose proportions are those of 4b.
 SIZES = {
     "4b": (3072, 8192, 32, 32, 32, 32020),
     "8b": (4096, 14336, 32, 8, 32, 92553),
+    "4b/8": (384, 1024, 4, 4, 2, 500),
+    "8b/8": (512, 1792, 4, 1, 2, 500),
     "tiny": (192, 512, 2, 2, 2, 500),
 }
 # Dense bf16 peaks by name of the device; what MFU is a share of.
@@ -104,7 +106,7 @@ def peer(
     torch.set_default_dtype(dtype)
     try:
         with torch.device(DEVICE):
-            if size == "8b":
+            if size.startswith("8b"):
                 model: nn.Module = LlamaForCausalLM(LlamaConfig(**common))
             else:
                 model = Phi3ForCausalLM(Phi3Config(**common))
