@@ -63,7 +63,7 @@ def train(lean: str, attention: str, kernels: str) -> list[float]:
 
 
 @pytest.mark.usefixtures("restore")
-@pytest.mark.parametrize("kernels", ["eager", "triton"])
+@pytest.mark.parametrize("kernels", ["eager", pytest.param("triton", marks=pytest.mark.aot)])
 def test_one_loss_curve(kernels: str) -> None:
     if kernels == "triton" and not has_triton():
         pytest.skip("triton is not installed")
