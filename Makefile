@@ -1,5 +1,5 @@
 # setup: .venv with everything for CPU    demo: the whole way on this machine, into runs/demo/
-# test: the fast tests    test-all: then browser, demo, slurm    lint: style, types, shell scripts
+# test: the fast tests    test-all: then browser, demo, slurm, aot    lint: style, types, shell scripts
 #
 # TORCH_INDEX_URL may name another package index for torch, for example
 #   make setup TORCH_INDEX_URL=INDEX_WITH_CPU_BUILDS
@@ -26,17 +26,17 @@ $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt \
 		$(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) torch
-	$(BIN)/python -m pip install -c constraints.txt -e '.[test,demo]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[test,demo,kernels]'
 	touch $@
 
 demo: setup
 	$(BIN)/python -m launch.demo
 
 test: setup
-	$(PYTEST) -m "not slurm and not browser and not demo and not gpu and not slow" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slurm and not browser and not demo and not aot and not gpu and not slow" $(PYTEST_ARGS)
 
 test-all: test
-	$(PYTEST) -m "(slurm or browser or demo) and not gpu and not slow" $(PYTEST_ARGS)
+	$(PYTEST) -m "(slurm or browser or demo or aot) and not gpu and not slow" $(PYTEST_ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -51,6 +51,8 @@ setup(
     ],
     extras_require={
         "demo": ["simplejpeg>=1.8"],
+        # CUDA builds of torch bring their own; elsewhere it interprets and compiles for the tests.
+        "kernels": ["triton>=3.6"],
         # Needs the CUDA toolkit and: pip install --no-build-isolation -e .[flash-attn]
         "flash-attn": ["flash-attn>=2.8"],
         # CMU-MOSEI's labels in the SDK's own format, csd (HDF5).

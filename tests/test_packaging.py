@@ -43,7 +43,7 @@ EXTRAS = {extra: names(them) for extra, them in SETUP["extras_require"].items()}
 PINS = dict(
     line.split("==")
     for line in (ROOT / "constraints.txt").read_text().splitlines()
-    if not line.startswith("#")
+    if not line.startswith("#") and "<=" not in line
 )
 
 

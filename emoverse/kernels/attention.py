@@ -21,7 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from emoverse.kernels.attention_sdpa import sdpa_varlen
-from emoverse.kernels.backend import has_triton
+from emoverse.kernels.backend import has_triton, is_interpreted
 
 NAME = "emoverse_varlen"
 SETTINGS = ("auto", "flash", "torch", "triton", "sdpa")
@@ -62,7 +62,7 @@ def attention_backend(device_type: str, dtype: torch.dtype) -> str:
     Decided once for a setting. Kernels of half precision cannot take fp32, and only SDPA knows the
     CPU, so there `sdpa` answers whatever is set; `triton` by name also runs in its interpreter.
     """
-    if _setting == "triton":
+    if _setting == "triton" and (device_type == "cuda" or is_interpreted()):
         return "triton"
     half_on_cuda = device_type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     if _setting == "sdpa" or not half_on_cuda:

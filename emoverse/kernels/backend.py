@@ -44,8 +44,12 @@ def kernel_backend(device_type: str) -> str:
     chosen = _setting
     if chosen == "auto":
         chosen = "triton" if device_type == "cuda" and has_triton() else "eager"
-    interpreted = chosen == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    return "triton (interpreter)" if interpreted else chosen
+    return "triton (interpreter)" if chosen == "triton" and is_interpreted() else chosen
+
+
+def is_interpreted() -> bool:
+    """Do Triton kernels run in its interpreter, on the CPU?"""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @functools.cache

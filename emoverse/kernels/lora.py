@@ -49,6 +49,11 @@ def wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
+def scaled_mm(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """scale * left right, in one call; with beta 0 the first argument is not read."""
+    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
+
+
 # The three places where an adapter's A meets its input ------------------------------------------
 
 
@@ -57,7 +62,7 @@ def lora_input(x_TK: Tensor, lora: LoraInput) -> Tensor:
     if use_triton(x_TK):
         found: Tensor = _triton().lora_input(x_TK, lora)
         return found
-    return torch.mm(drop(x_TK, lora.dropout), lora.a_RK.t()).mul_(lora.scale)
+    return scaled_mm(drop(x_TK, lora.dropout), lora.a_RK.t(), lora.scale)
 
 
 def input_gradient(grad_x_TK: Tensor, lora: LoraInput, grad_s_TR: Tensor) -> Tensor:
@@ -67,7 +72,7 @@ def input_gradient(grad_x_TK: Tensor, lora: LoraInput, grad_s_TR: Tensor) -> Ten
         return found
     if lora.dropout is None or lora.dropout.threshold == 0:
         return grad_x_TK.addmm_(grad_s_TR, lora.a_RK, alpha=lora.scale)
-    through = torch.mm(grad_s_TR, lora.a_RK).mul_(lora.scale)
+    through = scaled_mm(grad_s_TR, lora.a_RK, lora.scale)
     return grad_x_TK.add_(drop(through, lora.dropout))
 
 
@@ -76,7 +81,7 @@ def weight_gradient(x_TK: Tensor, lora: LoraInput, grad_s_TR: Tensor) -> Tensor:
     if use_triton(x_TK):
         found: Tensor = _triton().weight_gradient(x_TK, lora, grad_s_TR)
         return found
-    return torch.mm(grad_s_TR.t(), drop(x_TK, lora.dropout)).mul_(lora.scale)
+    return scaled_mm(grad_s_TR.t(), drop(x_TK, lora.dropout), lora.scale)
 
 
 # The large products --------------------------------------------------------------------------

@@ -29,7 +29,7 @@ def attention(
         k, v = (x.repeat_interleave(repeat, dim=1) for x in (k, v))
         scores = torch.einsum("qnh,knh->nqk", q, k) * scale
         if causal:
-            later = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
+            later = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(1)
             scores = scores.masked_fill(later, float("-inf"))
         outputs.append(torch.einsum("nqk,knh->qnh", scores.softmax(-1), v))
     return torch.cat(outputs)

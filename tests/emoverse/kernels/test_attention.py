@@ -18,8 +18,10 @@ from emoverse.kernels.attention import (
     varlen_attention,
 )
 from emoverse.kernels.attention_sdpa import layout_of
+from emoverse.kernels.backend import has_triton
 
 CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def borders(lengths: list[int]) -> Tensor:
@@ -62,6 +64,48 @@ def test_equals_each_segment_alone(lengths: list[int], kv_heads: int, causal: bo
 )
 def test_any_lengths(lengths: list[int], causal: bool, kv_heads: int) -> None:
     check(lengths, 2, kv_heads, causal)
+
+
+@pytest.mark.skipif(not has_triton(), reason="triton is not installed")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("lengths", "heads", "kv_heads", "head_dim", "causal"),
+    [
+        ([1], 1, 1, 96, True),
+        ([70, 1, 33], 2, 2, 96, True),
+        ([5, 66], 4, 1, 64, False),
+        ([40, 0, 2], 2, 1, 128, True),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("restore_setting")
+def test_triton_against_the_truth(
+    dtype: torch.dtype,
+    lengths: list[int],
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    causal: bool,
+) -> None:
+    configure_attention("triton")
+    generator = torch.Generator().manual_seed(1)
+    packed = torch.randn(sum(lengths), heads + 2 * kv_heads, head_dim, generator=generator)
+    packed = packed.to(DEVICE, dtype)
+    exact = packed.double()
+    sizes = (heads, kv_heads, kv_heads)
+    inputs64 = [x.contiguous().requires_grad_() for x in exact.split(sizes, dim=1)]
+    inputs = [x.detach().requires_grad_() for x in packed.split(sizes, dim=1)]
+    cu_seqlens = borders(lengths).to(DEVICE)
+    out = varlen_attention(*inputs, cu_seqlens, max(lengths), causal=causal, scale=0.1)
+    expected = reference.attention(*inputs64, lengths, causal=causal, scale=0.1)
+    upstream = torch.randn(out.shape, generator=generator).to(DEVICE, dtype)
+    found = torch.autograd.grad(out, inputs, upstream)
+    wanted = torch.autograd.grad(expected, inputs64, upstream.double())
+    bound = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    for left, right in zip((out, *found), (expected, *wanted), strict=True):
+        # A query that sees one key has no gradient at all.
+        size = right.norm().clamp_min(1.0)
+        assert float(((left.double() - right).norm() / size).detach()) < bound
 
 
 def test_empty_segments_are_allowed() -> None:

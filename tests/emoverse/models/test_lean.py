@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from emoverse.kernels import layer as layer_functions
+from emoverse.kernels.backend import configure_kernels, has_triton
 from emoverse.models.emoverse import EmoVerse, compose
 from emoverse.models.internvl2 import build_native
 from emoverse.models.lean import is_lean
@@ -87,21 +88,33 @@ def test_layers_without_adapters(
     assert_same(grads, wanted, 1e-4)
 
 
-def test_bf16_is_no_worse_than_transformers(
-    config_json: dict[str, Any], make_settings: Make, make_batch: Make, samples: list[Any]
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.06), (torch.float16, 0.008)])
+def test_half_precision_is_no_worse_than_transformers(
+    config_json: dict[str, Any],
+    make_settings: Make,
+    make_batch: Make,
+    samples: list[Any],
+    dtype: torch.dtype,
+    bound: float,
 ) -> None:
     """Error against float64, of every adapter gradient together."""
     batch = make_batch(samples)
     exact = run(twins(config_json, make_settings, dtype=torch.float64)[1], batch)[1]
     errors = []
-    for model in twins(config_json, make_settings, dtype=torch.bfloat16):
+    for model in twins(config_json, make_settings, dtype=dtype):
         grads = run(model, batch)[1]
         names = [name for name in exact if ".lora_" in name]
         wrong = torch.cat([(grads[n].double() - exact[n]).flatten() for n in names])
         right = torch.cat([exact[n].flatten() for n in names])
         errors.append(float(wrong.norm() / right.norm()))
     lean, plain = errors
-    assert lean < 1.3 * plain and lean < 0.06, errors
+    assert lean < 1.3 * plain and lean < bound, errors
+
+
+def test_what_runs_is_said(config_json: dict[str, Any], make_settings: Make) -> None:
+    lean, plain = twins(config_json, make_settings)
+    assert lean.implementations == "attention sdpa, lean layers, kernels eager"
+    assert plain.implementations == "attention sdpa, transformers' layers, kernels eager"
 
 
 def test_names_are_those_of_the_plain_model(
@@ -143,6 +156,26 @@ def test_dropout_is_replayed(
                 value.sub_(direction, alpha=sign * 1e-3)
         slope = (ends[0] - ends[1]) / 2e-3
         assert slope == pytest.approx(float(grads[full].norm()), rel=1e-2, abs=1e-3)
+
+
+@pytest.mark.skipif(not has_triton(), reason="triton is not installed")
+def test_triton_layers_equal_those_in_plain_torch(
+    config_json: dict[str, Any], make_settings: Make, make_batch: Make, samples: list[Any]
+) -> None:
+    """With dropout: the masks are the same bits."""
+    lean, _ = twins(config_json, make_settings, dropout=0.1)
+    batch = make_batch(samples[:2])
+    found = []
+    try:
+        for backend in ("eager", "triton"):
+            configure_kernels(backend)
+            torch.manual_seed(3)
+            found.append(run(lean, batch))
+    finally:
+        configure_kernels("auto")
+    (loss, grads), (other, same) = found
+    assert other == pytest.approx(loss, rel=1e-6)
+    assert_same(same, grads, 1e-5)
 
 
 def test_dropout_ends_with_training(
