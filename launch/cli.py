@@ -206,7 +206,7 @@ def _train(args: argparse.Namespace) -> int:
     # Before torch is imported: a wrong config is told at once.
     config = load_config(*_split(args.config))
     stages = stages_to_train(config, args.stage)
-    from launch.worker import run_local
+    from launch.local import run_local
 
     return run_local(config, stages=stages, resume=not args.fresh, take_over=args.take_over)
 

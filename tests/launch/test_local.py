@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from launch import worker
-from launch.worker import FAULT, STOPPED, WRONG_INPUT, exit_code, rank_environment, run_ranks
+from launch.local import exit_code, rank_environment, run_ranks
+from launch.worker import FAULT, STOPPED, WRONG_INPUT
 
 ROOT = Path(worker.__file__).parents[1]
 
@@ -138,7 +139,7 @@ def test_ranks_do_not_outlive_their_launcher(tmp_path: Path) -> None:
     launcher = script(
         f"""
         from pathlib import Path
-        from launch.worker import run_ranks
+        from launch.local import run_ranks
         run_ranks({rank!r}, num_ranks=2, logs=Path({str(tmp_path)!r}))
         """
     )

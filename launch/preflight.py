@@ -1,0 +1,159 @@
+"""What can be known before GPUs are asked for: does this run have all that it needs?
+
+In: the config, the parts to run, and on a login node the cluster. Out: notes for the reader, or one
+ValueError that lists every problem with its way out. Runs before anything is queued and again in
+rank 0 of the job, whose node may see other disks; what needs all nodes is `emoverse/health.py`. No
+torch, unless an earlier run has to be compared.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from data_shards.index import ShardIndex
+from emoverse.config import Config
+from emoverse.models.architecture import base_folder, load_architecture, parameter_counts
+from emoverse.stages import DONE, run_plan, stage_dir
+from launch.jobs import EVAL
+
+# A checkpoint holds weight and two moments of each trained parameter in fp32.
+BYTES_PER_TRAINED = 12
+# Next to checkpoints: logs, metrics, event files, predictions, report.
+OTHER_BYTES = 200 * 2**20
+
+Check = Callable[[], list[str]]
+
+
+def check_run(config: Config, parts: Sequence[str], *, checksums: bool = False) -> list[str]:
+    """Checks what one host can see of a run; returns notes.
+
+    parts: stages to train, or eval. checksums: also read every shard's index files and compare.
+
+    Raises:
+        ValueError: all problems, one per line.
+    """
+    stages = [part for part in parts if part != EVAL]
+    checks: list[Check] = [lambda: check_base(config)]
+    if stages:
+        checks.append(lambda: check_shards(config, "data.shards", checksums=checksums))
+        checks.append(lambda: check_plan(config))
+    if EVAL in parts:
+        checks.append(lambda: check_shards(config, "evaluation.shards", checksums=checksums))
+    # Last: the first to write anything.
+    checks.append(lambda: check_owner(config, stages or list(config.stages)))
+    checks.append(lambda: check_disk(config, stages))
+    return collect(checks)
+
+
+def collect(checks: Sequence[Check]) -> list[str]:
+    """Runs all checks; their notes, or a ValueError with everything that is wrong."""
+    notes, problems = [], []
+    for check in checks:
+        try:
+            notes += check()
+        except (ValueError, FileNotFoundError) as error:
+            problems += [line for line in str(error).splitlines() if line not in problems]
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise ValueError("\n".join([f"preflight found {count}:", *(f"  {p}" for p in problems)]))
+    return notes
+
+
+def check_base(config: Config) -> list[str]:
+    """The base model's folder is there, with weights."""
+    folder = base_folder(config.model.base)
+    if not list(folder.glob("*.safetensors")):
+        raise FileNotFoundError(
+            f"model.base: {folder} holds no *.safetensors; copy the whole checkpoint there, and "
+            "to a disk that the compute nodes see"
+        )
+    return []
+
+
+def check_shards(config: Config, knob: str, *, checksums: bool) -> list[str]:
+    """The shard folder is complete; with `checksums` its index files are what was written."""
+    section = config.data if knob.startswith("data") else config.evaluation
+    try:
+        index = ShardIndex.load(section.shards)
+        if checksums:
+            for shard in range(index.num_shards):
+                index.entries(shard)  # compared with index.json when they are read
+                index.key(shard, 0)
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(f"{knob}: {error}") from error
+    return [f"{section.shards}: {index.num_records:,} records in {index.num_shards} shards"]
+
+
+def check_plan(config: Config) -> list[str]:
+    """The records can give what the rates ask for. Silent where there are no shards at all."""
+    with contextlib.suppress(FileNotFoundError):
+        run_plan(config, ShardIndex.load(config.data.shards))
+    return []
+
+
+def check_owner(config: Config, stages: Sequence[str]) -> list[str]:
+    """What the run directory holds already was trained with these settings."""
+    notes = []
+    for stage in stages:
+        folder = stage_dir(config, stage)
+        found = _trained_with(folder)
+        if found is None:
+            continue
+        # Heavy imports, for the rare case that there is something to compare.
+        from emoverse.checkpoint import check_identity
+        from emoverse.runfiles import decisive_knobs
+
+        where, knobs = found
+        expected = decisive_knobs(config, stage)
+        check_identity({name: knobs.get(name) for name in expected}, expected, where)
+        notes.append(f"{stage}: {'done' if where.name == DONE else f'resumes from {where.name}'}")
+    return notes
+
+
+def _trained_with(folder: Path) -> tuple[Path, dict[str, object]] | None:
+    """The knobs behind a stage's result or newest checkpoint, and where they are noted."""
+    marker = folder / DONE
+    if marker.is_file():
+        return marker, json.loads(marker.read_text())["knobs"]
+    for checkpoint in sorted((folder / "checkpoints").glob("step_*"), reverse=True):
+        with contextlib.suppress(OSError, ValueError, KeyError):  # resuming says what is damaged
+            return checkpoint, json.loads((checkpoint / "state.json").read_text())["identity"]
+    return None
+
+
+def check_disk(config: Config, stages: Sequence[str]) -> list[str]:
+    """The run directory can be written, by rename too, and has room for all checkpoints."""
+    run_dir = config.run.run_dir
+    probe = run_dir / f".preflight-{os.uname().nodename}-{os.getpid()}"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with probe.open("w") as file:
+            file.write("written to see whether it can be\n")
+            os.fsync(file.fileno())
+        moved = probe.rename(probe.with_suffix(".moved"))
+        moved.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"run.run_dir: cannot write to {run_dir} on {os.uname().nodename}: {error.strerror}; "
+            "choose a folder on a disk that all nodes share and may write"
+        ) from error
+    free = shutil.disk_usage(run_dir).free
+    need = checkpoint_bytes(config) * len(stages) + OTHER_BYTES
+    if free < need:
+        raise ValueError(
+            f"run.run_dir: {run_dir} has {free / 2**30:.1f} GiB free, the checkpoints of "
+            f"{', '.join(stages) or 'the run'} need {need / 2**30:.1f} GiB; make room, lower "
+            "train.keep_checkpoints, or choose another disk"
+        )
+    return []
+
+
+def checkpoint_bytes(config: Config) -> int:
+    """All checkpoints of a stage: those kept, and the one being written."""
+    counts = parameter_counts(
+        load_architecture(config.model.base), config.model.lora, config.model.projector
+    )
+    return BYTES_PER_TRAINED * counts["trainable"] * (config.train.keep_checkpoints + 1)
