@@ -280,6 +280,8 @@ VERBS = {
         configure=_train_arguments,
         handle=_train,
     ),
+    "launch": _part("submit both stages and the evaluation to a cluster", "launch.launcher"),
+    "status": _part("say where a run and its jobs stand, from files", "launch.status"),
     "evaluate": Verb(
         summary="answer and score the held-out records of a run",
         configure=_evaluate_arguments,

@@ -17,6 +17,7 @@ from data_shards.index import ShardIndex
 from emoverse.config import Config
 from emoverse.models.architecture import base_folder, load_architecture, parameter_counts
 from emoverse.stages import DONE, run_plan, stage_dir
+from launch.cluster import Cluster
 from launch.jobs import EVAL
 
 # A checkpoint holds weight and two moments of each trained parameter in fp32.
@@ -157,3 +158,47 @@ def checkpoint_bytes(config: Config) -> int:
         load_architecture(config.model.base), config.model.lora, config.model.projector
     )
     return BYTES_PER_TRAINED * counts["trainable"] * (config.train.keep_checkpoints + 1)
+
+
+def check_ranks(config: Config, cluster: Cluster) -> list[str]:
+    """Every rank has at least one sample of each step."""
+    ranks, batch = cluster.num_ranks, config.train.global_batch_size
+    if ranks > batch:
+        raise ValueError(
+            f"train.global_batch_size: found {batch}, but the job has {ranks} ranks "
+            f"({cluster.nodes} nodes x {cluster.tasks_per_node}) and each needs a sample per step; "
+            "raise it, or ask for fewer nodes"
+        )
+    return []
+
+
+def check_memory(config: Config, cluster: Cluster) -> list[str]:
+    """What a GPU must hold in any case fits: weights, and the states of what is trained.
+
+    Activations come on top, so passing is no promise.
+    """
+    if cluster.gpu_memory_gib is None or not cluster.gpus_per_node:
+        return []
+    need = resident_bytes(config, cluster.num_ranks) / 2**30
+    if need > cluster.gpu_memory_gib:
+        raise ValueError(
+            f"cluster.gpu_memory_gib: found {cluster.gpu_memory_gib:g}, but weights and optimiser "
+            f"states alone take {need:.1f} GiB per rank; use larger GPUs, train.zero_stage=3, or "
+            "more ranks"
+        )
+    return [
+        f"weights and optimiser states: {need:.1f} of {cluster.gpu_memory_gib:g} GiB per GPU, "
+        "activations not counted"
+    ]
+
+
+def resident_bytes(config: Config, num_ranks: int) -> float:
+    """Weights, gradients, fp32 masters and moments per rank under ZeRO."""
+    counts = parameter_counts(
+        load_architecture(config.model.base), config.model.lora, config.model.projector
+    )
+    zero, width = config.train.zero_stage, 2 if config.model.precision == "bf16" else 4
+    weights = counts["total"] * width / (num_ranks if zero == 3 else 1)
+    gradients = counts["trainable"] * width / (num_ranks if zero >= 2 else 1)
+    states = counts["trainable"] * BYTES_PER_TRAINED / (num_ranks if zero >= 1 else 1)
+    return weights + gradients + states

@@ -124,7 +124,7 @@ def prepare_environment(door: Door) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """What a scheduler started, as this rank sees it; without a scheduler every method is silent."""
+    """What a scheduler started, as this rank sees it; silent without a scheduler."""
 
     config: Config
     parts: Sequence[str]  # stages, or eval
@@ -214,7 +214,7 @@ class Job:
 
     def _log(self) -> str:
         if self.logs is not None:
-            return self.logs
+            return self.logs.replace("%j", self.door.job or "")
         return f"{jobs.log_folder(self.config, self.parts[0], self.door.job or '')}/rank_*.log"
 
     def _next(self) -> str:

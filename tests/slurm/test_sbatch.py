@@ -1,5 +1,8 @@
 """`sbatch slurm/*.sh` on a real SLURM: to the end, through signals, lost nodes and mistakes."""
 
+import contextlib
+import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -80,15 +83,14 @@ def test_both_stages_and_the_scores_by_dependency(
     assert f"next: open {run.run_dir}/report.html" in said(tmp_path, run, three, "eval")
 
 
-@pytest.mark.parametrize("way", ["ranks", "shell"])
 def test_a_signal_saves_requeues_and_changes_nothing(
-    way: str, cluster: Any, nano_run: Any, submit: Any, tmp_path: Path, reference: bytes
+    cluster: Any, nano_run: Any, submit: Any, tmp_path: Path, reference: bytes
 ) -> None:
-    run = nano_run("data.workers=1" if way == "ranks" else "data.workers=0")
+    # Here a signal goes to all processes of the job: shell, srun, ranks and their data workers.
+    run = nano_run("data.workers=1")
     job = submit(STAGE1, run)
     wait_for_step(run, 2)
-    cluster.run("scancel", "--signal=USR2", *(["--batch"] if way == "shell" else []), job)
-    cluster.wait(job, state="PENDING")
+    cluster.run("scancel", "--signal=USR2", "--full", job)
     assert cluster.wait(job) == "COMPLETED", said(tmp_path, run, job)
     text = said(tmp_path, run, job)
     assert "stopped and requeued" in text and "resumes from step" in text
@@ -97,16 +99,53 @@ def test_a_signal_saves_requeues_and_changes_nothing(
     assert run.weights() == reference
 
 
+def ranks_of(job: str) -> list[int]:
+    """Process ids of a job's ranks, as this machine numbers them."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            environ = (folder / "environ").read_bytes().split(b"\0")
+            mine = f"SLURM_JOB_ID={job}".encode() in environ
+            if mine and b"launch.worker" in words and b"srun" not in words[0]:
+                found.append(int(folder.name))
+    return found
+
+
+def environ_of(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/environ").read_bytes()
+
+
+def has_usr2(pid: int) -> bool:
+    """Does a signal USR2 wait for this process to go on?"""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        name, _, mask = line.partition(":")
+        if name in ("SigPnd", "ShdPnd") and int(mask, 16) >> (signal.SIGUSR2 - 1) & 1:
+            return True
+    return False
+
+
 def test_the_time_limit_is_no_end(
     cluster: Any, nano_run: Any, submit: Any, tmp_path: Path, reference: bytes
 ) -> None:
     run = nano_run("train.save_every=100")
-    # SLURM looks at limits every 30 s: the signal comes at its first look.
-    job = submit(STAGE1, run, "--time=1", "--signal=USR2@60")
-    cluster.wait(job, state="PENDING")
-    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
+    job = submit(STAGE1, run, "--time=30", "--signal=USR2@60")
+    wait_for_step(run, 2)
+    # SLURM looks at limits every 30 s; the training must not be over by then.
+    ranks = ranks_of(job)
+    assert len(ranks) == 2
+    for pid in ranks:
+        os.kill(pid, signal.SIGSTOP)
+    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=1")
+    deadline = time.monotonic() + 60
+    while not all(has_usr2(pid) for pid in ranks):
+        assert time.monotonic() < deadline, "the signal before the time limit did not come"
+        time.sleep(0.1)
+    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=30")
+    for pid in ranks:
+        os.kill(pid, signal.SIGCONT)
     assert cluster.wait(job) == "COMPLETED", said(tmp_path, run, job)
-    assert len(run.events(job)) >= 4
+    assert int(cluster.job(job)["Restarts"]) == 1
     assert run.weights() == reference
 
 
@@ -129,16 +168,46 @@ def test_a_lost_node_is_replaced(
     cluster: Any, nano_run: Any, submit: Any, tmp_path: Path, reference: bytes
 ) -> None:
     run = nano_run("train.save_every=1")
-    job = submit(STAGE1, run, "--nodelist=n1,n2")
+    job = submit(STAGE1, run)
     wait_for_step(run, 2)
-    cluster.run("scontrol", "update", f"JobId={job}", "ReqNodeList=", check=False)
-    cluster.kill_node(2)
+    lost = int(cluster.job(job)["NodeList"].strip("n[]")[-1])
+    cluster.kill_node(lost)
     try:
         assert cluster.wait(job) == "COMPLETED", said(tmp_path, run, job)
     finally:
-        cluster.start_node(2)
+        cluster.start_node(lost)
         cluster.wait_for_idle()
     assert int(cluster.job(job)["Restarts"]) == 1
+    assert run.weights() == reference
+
+
+def test_a_node_without_network_cannot_touch_its_successor(
+    cluster: Any, nano_run: Any, submit: Any, tmp_path: Path, reference: bytes
+) -> None:
+    run = nano_run("train.save_every=1")
+    job = submit(STAGE1, run)
+    wait_for_step(run, 2)
+    # Rank 0 owns the run directory. It is held, cut off, and goes on when its job runs elsewhere.
+    old = [pid for pid in ranks_of(job) if b"SLURM_PROCID=0\0" in environ_of(pid)]
+    head = int(cluster.job(job)["BatchHost"].strip("n"))
+    os.kill(old[0], signal.SIGSTOP)
+    cluster.cut_cable(head)
+    try:
+        deadline = time.monotonic() + 120
+        while len(run.events(job)) < 2:
+            assert time.monotonic() < deadline, said(tmp_path, run, job)
+            time.sleep(0.1)
+        first_steps = run.steps()
+        os.kill(old[0], signal.SIGCONT)
+        assert cluster.wait(job) == "COMPLETED", said(tmp_path, run, job)
+        deadline = time.monotonic() + 60
+        while Path(f"/proc/{old[0]}").exists():
+            assert time.monotonic() < deadline, "the cut-off rank did not end by itself"
+            time.sleep(0.1)
+    finally:
+        cluster.cut_cable(head, cut=False)
+        cluster.wait_for_idle()
+    assert first_steps and run.steps() == list(range(1, 13))
     assert run.weights() == reference
 
 
@@ -190,7 +259,8 @@ def test_signals_that_reach_the_tasks_only(
     run = nano_run("data.workers=1")
     job = submit(STAGE1, run, on=task_only_cluster)
     wait_for_step(run, 2)
-    task_only_cluster.run("scancel", "--signal=USR2", job)
+    # To the shell alone, which has become srun and passes it on.
+    task_only_cluster.run("scancel", "--signal=USR2", "--batch", job)
     assert task_only_cluster.wait(job) == "COMPLETED", said(tmp_path, run, job)
     assert int(task_only_cluster.job(job)["Restarts"]) == 1
     assert run.weights() == reference
