@@ -46,6 +46,9 @@ class Launch:
     # Called on every rank after a stop, when all have saved and the run directory is given back;
     # returns the exit code, if it returns (a requeued job waits for its end instead).
     on_stop: Callable[[World], int] = exit_as_stopped
+    # Called on every rank after the last stage, while the process group stands: a group that has
+    # been left cannot be joined again in the same process.
+    then: Callable[[World], None] = lambda world: None
 
 
 def train_stages(
@@ -73,6 +76,8 @@ def train_stages(
     try:
         start_process_group(world, timeout_s=TIMEOUT_S)
         code = train_in_group(config, stages, world, launch=launch, flag=flag)
+        if code == EXIT_DONE:
+            launch.then(world)
         if code == EXIT_STOPPED:
             code = launch.on_stop(world)
         distributed.shutdown()

@@ -36,6 +36,11 @@ def check_run(config: Config, parts: Sequence[str], *, checksums: bool = False) 
     Raises:
         ValueError: all problems, one per line.
     """
+    return collect(run_checks(config, parts, checksums=checksums))
+
+
+def run_checks(config: Config, parts: Sequence[str], *, checksums: bool) -> list[Check]:
+    """The checks behind `check_run`, to be collected together with others."""
     stages = [part for part in parts if part != EVAL]
     checks: list[Check] = [lambda: check_base(config)]
     if stages:
@@ -43,10 +48,9 @@ def check_run(config: Config, parts: Sequence[str], *, checksums: bool = False) 
         checks.append(lambda: check_plan(config))
     if EVAL in parts:
         checks.append(lambda: check_shards(config, "evaluation.shards", checksums=checksums))
-    # Last: the first to write anything.
     checks.append(lambda: check_owner(config, stages or list(config.stages)))
     checks.append(lambda: check_disk(config, stages))
-    return collect(checks)
+    return checks
 
 
 def collect(checks: Sequence[Check]) -> list[str]:
@@ -126,26 +130,25 @@ def _trained_with(folder: Path) -> tuple[Path, dict[str, object]] | None:
 
 
 def check_disk(config: Config, stages: Sequence[str]) -> list[str]:
-    """The run directory can be written, by rename too, and has room for all checkpoints."""
-    run_dir = config.run.run_dir
-    probe = run_dir / f".preflight-{os.uname().nodename}-{os.getpid()}"
+    """The run directory, or the folder where it will be made, can be written and has room."""
+    run_dir, host = config.run.run_dir.absolute(), os.uname().nodename
+    folder = next(path for path in (run_dir, *run_dir.parents) if path.is_dir())
+    probe = folder / f".preflight-{host}-{os.getpid()}"
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
         with probe.open("w") as file:
             file.write("written to see whether it can be\n")
             os.fsync(file.fileno())
-        moved = probe.rename(probe.with_suffix(".moved"))
-        moved.unlink()
+        probe.rename(probe.with_suffix(".moved")).unlink()
     except OSError as error:
         raise ValueError(
-            f"run.run_dir: cannot write to {run_dir} on {os.uname().nodename}: {error.strerror}; "
-            "choose a folder on a disk that all nodes share and may write"
+            f"run.run_dir: cannot write to {folder} on {host}: {error.strerror}; choose a folder "
+            "on a disk that all nodes share and may write"
         ) from error
-    free = shutil.disk_usage(run_dir).free
+    free = shutil.disk_usage(folder).free
     need = checkpoint_bytes(config) * len(stages) + OTHER_BYTES
     if free < need:
         raise ValueError(
-            f"run.run_dir: {run_dir} has {free / 2**30:.1f} GiB free, the checkpoints of "
+            f"run.run_dir: {folder} has {free / 2**30:.1f} GiB free, the checkpoints of "
             f"{', '.join(stages) or 'the run'} need {need / 2**30:.1f} GiB; make room, lower "
             "train.keep_checkpoints, or choose another disk"
         )

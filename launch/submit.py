@@ -8,7 +8,6 @@ The jobs run `launch.worker`, the same as behind `sbatch slurm/stage1.sh`.
 """
 
 import contextlib
-import os
 import shlex
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,39 +27,35 @@ from emoverse.stages import DONE, stage_dir
 from launch import jobs, snapshot
 from launch.cluster import NO_ACCOUNT, Cluster, check_account
 from launch.jobs import EVAL
-from launch.preflight import check_memory, check_ranks, check_run, collect
+from launch.preflight import check_memory, check_ranks, collect, run_checks
 from launch.variants import Run
 
 TEST_TIMEOUT_S = 60
 
 
 class TrainJob:
-    """What submitit pickles: the command lines of the worker, nothing else.
+    """What submitit pickles: the command line of the worker, nothing else.
 
     All state is on the disk, so a checkpoint of this object is the object itself.
     """
 
-    def __init__(self, commands: Sequence[Sequence[str]]) -> None:
-        self.commands = [list(command) for command in commands]
+    def __init__(self, words: Sequence[str]) -> None:
+        self.words = list(words)
 
     def __call__(self) -> int:
-        """Runs the worker once per command, on every rank; ends the process if one fails."""
+        """Runs the worker on every rank; ends the process with its code unless that is 0."""
         from launch import worker  # on the compute node, from the frozen code
 
-        for command in self.commands:
-            before = dict(os.environ)
-            code = worker.main(command)
-            os.environ.clear()  # the next one finds its own place among the ranks
-            os.environ.update(before)
-            if code:
-                # Not an exception: the scheduler sees the code, and no result is written that
-                # would make a requeued job look finished.
-                sys.exit(code)
-        return 0
+        code = worker.main(self.words)
+        if code:
+            # Not an exception: the scheduler sees the code, and no result is written that would
+            # make a requeued job look finished.
+            sys.exit(code)
+        return code
 
     def checkpoint(self) -> DelayedSubmission:
         """Called when a signal comes before the worker listens: nothing is lost, run it again."""
-        return DelayedSubmission(TrainJob(self.commands))
+        return DelayedSubmission(TrainJob(self.words))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,14 +179,14 @@ def _exports(cluster: Cluster, code: Path) -> list[str]:
 
 
 def job_of(chain: Chain, run: Run, step: Step) -> TrainJob:
-    """The worker's command lines for one run."""
-    frozen = str(snapshot.config_file(run.config))
-    logs = f"--logs={log_folder(chain, step)}/%j_*_log.out"
-    common = [logs, f"--max-requeues={chain.cluster.max_requeues}"]
+    """The worker's command line for one run."""
     return TrainJob(
         [
-            [frozen, "--evaluate" if part == EVAL else f"--stage={part}", *common]
-            for part in step.parts
+            str(snapshot.config_file(run.config)),
+            *(f"--stage={part}" for part in step.parts if part != EVAL),
+            *(["--evaluate"] if EVAL in step.parts else []),
+            f"--logs={log_folder(chain, step)}/%j_*_log.out",
+            f"--max-requeues={chain.cluster.max_requeues}",
         ]
     )
 
@@ -223,7 +219,8 @@ def script_of(chain: Chain, step: Step, code: Path, dependency: str | None) -> s
         scribe = _Scribe(Path(elsewhere), python=_python(chain.cluster))
         scribe.folder = log_folder(chain, step)
         scribe.update_parameters(
-            **shared_parameters(chain, step), **slurm_parameters(chain, code, dependency)
+            **scribe._convert_parameters(shared_parameters(chain, step)),
+            **slurm_parameters(chain, code, dependency),
         )
         return scribe.script(len(chain.runs))
 
@@ -242,16 +239,16 @@ def preflight(chain: Chain) -> list[str]:
         ValueError: all that is wrong.
     """
     parts = [part for step in chain.steps for part in step.parts]
-    checks: list[Callable[[], list[str]]] = [lambda: check_account(chain.cluster)]
+    checks: list[Callable[[], list[str]]] = [partial(check_account, chain.cluster)]
     for run in chain.runs:
         checks += [
-            lambda run=run: check_ranks(run.config, chain.cluster),  # type: ignore[misc]
-            lambda run=run: check_memory(run.config, chain.cluster),  # type: ignore[misc]
-            lambda run=run: check_run(run.config, parts, checksums=True),  # type: ignore[misc]
+            partial(check_ranks, run.config, chain.cluster),
+            partial(check_memory, run.config, chain.cluster),
+            *run_checks(run.config, parts, checksums=True),
         ]
     notes = collect(checks)
     if chain.cluster.executor == "slurm":
-        notes += collect([lambda step=step: ask_slurm(chain, step) for step in chain.steps])  # type: ignore[misc]
+        notes += collect([partial(ask_slurm, chain, step) for step in chain.steps])
     return list(dict.fromkeys(notes))
 
 
@@ -290,8 +287,8 @@ def dry_run(chain: Chain) -> list[dict[str, Any]]:
         if chain.cluster.executor == "slurm":
             script = script_of(chain, step, snapshot.code_folder(chain.home), dependency)
         else:
-            commands = job_of(chain, chain.runs[0], step).commands
-            script = "\n".join(shlex.join(["launch.worker", *words]) for words in commands)
+            words = [shlex.join(job_of(chain, run, step).words) for run in chain.runs]
+            script = "\n".join(f"python -m launch.worker {line}" for line in words)
         told.append({"step": step.name, "runs": len(chain.runs), "script": script})
         dependency = f"{_after(chain)}:<id of {step.name}>"
     return told

@@ -14,13 +14,12 @@ import signal
 import sys
 import threading
 import time
-import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from emoverse.config import Config, load_config
 from emoverse.stages import stages_to_train
@@ -31,6 +30,9 @@ from launch.jobs import EVAL
 from launch.preflight import check_run
 from launch.rendezvous import Door, find_door
 from launch.requeue import REQUEUE_CODE, requeue
+
+if TYPE_CHECKING:
+    from emoverse.distributed import World
 
 DONE, FAULT, WRONG_INPUT = 0, 1, 2
 # The scheduler ends a requeued job within seconds; the others of a job that was not requeued are
@@ -46,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             door = find_door(os.environ)
             paths = [Path(item) for item in args.config if "=" not in item]
             config = load_config(paths, [item for item in args.config if "=" in item])
-            stages = stages_to_train(config, args.stage)
+            stages = () if args.evaluate and not args.stage else stages_to_train(config, args.stage)
         except (ValueError, FileNotFoundError) as error:
             print(error, file=sys.stderr)
             return WRONG_INPUT
@@ -55,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prepare_environment(door)
         job = Job(
             config=config,
-            parts=(EVAL,) if args.evaluate else stages,
+            parts=(*stages, EVAL) if args.evaluate else stages,
             door=door,
             max_requeues=args.max_requeues,
             logs=args.logs,
@@ -63,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = job.begin()
         if code != DONE:
             return code
-        return job.end(_evaluate(job) if args.evaluate else _train(job, args, flag))
+        return job.end(_work(job, args, flag))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -229,7 +231,7 @@ class Job:
 # The work, which imports torch -----------------------------------------------------------------
 
 
-def _train(job: Job, args: argparse.Namespace, flag: StopFlag) -> int:
+def _work(job: Job, args: argparse.Namespace, flag: StopFlag) -> int:
     from emoverse.distributed import World, from_main
     from emoverse.train import Launch, train_stages
 
@@ -239,39 +241,36 @@ def _train(job: Job, args: argparse.Namespace, flag: StopFlag) -> int:
         reason = from_main(world, job.requeue() if world.is_main else None)
         return job.after_stop(requeued=reason is None)
 
-    launch = Launch(resume=not args.fresh, take_over=args.take_over, on_stop=requeue_together)
-    return train_stages(job.config, job.parts, launch=launch, flag=flag)
+    def evaluate(world: World) -> None:
+        if EVAL in job.parts:
+            _evaluate(job.config, world)
 
-
-def _evaluate(job: Job) -> int:
-    """Answers and scores the held-out records on all ranks; rank 0 writes the report."""
-    from emoverse import distributed
-    from emoverse.engine import start_process_group
-    from emoverse.evaluate import run
-    from emoverse.report import write_report
-    from emoverse.train import TIMEOUT_S
-
-    for number in STOP_SIGNALS:  # nothing to agree about: a stopped evaluation begins anew
-        signal.signal(number, _stop_at_once)
+    launch = Launch(
+        resume=not args.fresh, take_over=args.take_over, on_stop=requeue_together, then=evaluate
+    )
+    stages = [part for part in job.parts if part != EVAL]
     try:
-        world = distributed.read_world()
-        start_process_group(world, timeout_s=TIMEOUT_S)
-        run(job.config.run.run_dir, world=world, config=job.config)
-        if world.is_main:
-            print(write_report(job.config.run.run_dir), flush=True)
-        distributed.shutdown()
-        return DONE
+        return train_stages(job.config, stages, launch=launch, flag=flag)
     except SystemExit:
-        # Every rank was signalled; one that was not is ended by the scheduler.
+        # The evaluation was told to stop: every rank for itself, there is nothing to agree about.
         reason = job.requeue() if job.is_mine else None
         return job.after_stop(requeued=job.door.job is not None and reason is None)
-    except Exception as error:
-        wrong_input = isinstance(error, distributed.WRONG_INPUT)
-        code = getattr(error, "exit_code", WRONG_INPUT if wrong_input else FAULT)
-        if code == FAULT:
-            traceback.print_exc()
-        print(f"emoverse evaluate: {error}", file=sys.stderr)
-        return int(code)
+
+
+def _evaluate(config: Config, world: "World") -> None:
+    """Answers and scores the held-out records on all ranks; rank 0 writes the report."""
+    from emoverse.distributed import agree
+    from emoverse.evaluate import run
+    from emoverse.report import write_report
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, _stop_at_once)
+    # One rank alone has nobody to agree with inside, and its mistakes are wrong input too.
+    with agree(world, "evaluation") if world.world_size == 1 else contextlib.nullcontext():
+        run(config.run.run_dir, world=world, config=config)
+    with agree(world, "report"):
+        if world.is_main:
+            print(write_report(config.run.run_dir), flush=True)
 
 
 def _stop_at_once(number: int, frame: FrameType | None) -> None:
