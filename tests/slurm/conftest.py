@@ -96,7 +96,11 @@ class Cluster:
 
     def __init__(self, folder: Path, *, nodes: int, tracking: str = "linuxproc") -> None:
         self.folder, self.nodes = folder, nodes
-        self._tag = secrets.randbelow(200) + 20
+        # Several clusters may run at once: other workers of pytest, other people.
+        taken = {path.name for path in Path("/sys/class/net").iterdir()}
+        self._tag = next(
+            tag for tag in iter(lambda: secrets.randbelow(200) + 20, 0) if f"emo{tag}" not in taken
+        )
         self._subnet, self._port = f"198.18.{self._tag}", 20000 + 10 * self._tag
         self._bridge = f"emo{self._tag}"
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}

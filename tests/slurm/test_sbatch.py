@@ -129,14 +129,15 @@ def test_the_time_limit_is_no_end(
     cluster: Any, nano_run: Any, submit: Any, tmp_path: Path, reference: bytes
 ) -> None:
     run = nano_run("train.save_every=100")
-    job = submit(STAGE1, run, "--time=30", "--signal=USR2@60")
+    job = submit(STAGE1, run, "--time=30", "--signal=USR2@120")
     wait_for_step(run, 2)
     # SLURM looks at limits every 30 s; the training must not be over by then.
     ranks = ranks_of(job)
     assert len(ranks) == 2
     for pid in ranks:
         os.kill(pid, signal.SIGSTOP)
-    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=1")
+    minutes = int(cluster.job(job)["RunTime"].split(":")[1]) + 2
+    cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
     deadline = time.monotonic() + 60
     while not all(has_usr2(pid) for pid in ranks):
         assert time.monotonic() < deadline, "the signal before the time limit did not come"
