@@ -15,8 +15,7 @@ from launch.jobs import MAX_REQUEUES
 
 PREFIX = "cluster."
 NO_ACCOUNT = "none"
-# sbatch takes the account from these as well.
-ACCOUNT_VARIABLES = ("SBATCH_ACCOUNT", "SLURM_ACCOUNT")
+ACCOUNT_VARIABLE = "SBATCH_ACCOUNT"  # where sbatch takes the account from as well
 
 Lines = Annotated[tuple[str, ...], Field(strict=False)]
 
@@ -113,8 +112,8 @@ def check_account(cluster: Cluster) -> list[str]:
         ValueError: nobody has; a job without an account may be refused hours later, or charged to
             the wrong project.
     """
-    given = [name for name in ACCOUNT_VARIABLES if os.environ.get(name)]
-    if cluster.executor == "slurm" and cluster.account is None and not given:
+    given = cluster.account or os.environ.get(ACCOUNT_VARIABLE)
+    if cluster.executor == "slurm" and not given:
         raise ValueError(
             "cluster.account: not set; give the project that is charged "
             "(cluster.account=NAME, or account: in the cluster file), or cluster.account=none "

@@ -8,12 +8,13 @@ The jobs run `launch.worker`, the same as behind `sbatch slurm/stage1.sh`.
 """
 
 import contextlib
+import os
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -260,7 +261,7 @@ def ask_slurm(chain: Chain, step: Step) -> list[str]:
             "the scripts with --dry-run, or choose configs/cluster/local.yaml"
         )
     text = script_of(chain, step, snapshot.code_folder(chain.home), None)
-    with tempfile.NamedTemporaryFile("w", suffix=".sh") as file, clean_env():
+    with tempfile.NamedTemporaryFile("w", suffix=".sh") as file, _outside_of_jobs({}):
         file.write(text)
         file.flush()
         done = subprocess.run(
@@ -352,16 +353,22 @@ def _submit_step(
     )
     if cluster.executor == "local":  # a knob that AutoExecutor does not pass on
         executor._executor.update_parameters(signal_delay_s=cluster.signal_s)
-    with _outside_of_jobs(cluster, code), executor.batch():
+    # A local job inherits our environment; SLURM's script sets it.
+    environment = job_environment(cluster, code) if cluster.executor == "local" else {}
+    with _outside_of_jobs(environment), executor.batch():
         return [executor.submit(job_of(chain, run, step)) for run in chain.runs]
 
 
 @contextlib.contextmanager
-def _outside_of_jobs(cluster: Cluster, code: Path) -> Iterator[None]:
-    """Submitting from inside a job must not pass its variables on; local jobs inherit ours."""
-    with clean_env():
-        if cluster.executor != "local":
-            yield
-            return
-        with environment_variables(**job_environment(cluster, code)):
-            yield
+def _outside_of_jobs(extra: Mapping[str, str]) -> Iterator[None]:
+    """Submitting from inside a job must not pass on what describes that job.
+
+    What the user or the site has set for sbatch stays.
+    """
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name == "SLURM_CONF" or name.startswith("SBATCH_")
+    }
+    with clean_env(), environment_variables(**kept, **extra):
+        yield
