@@ -133,7 +133,7 @@ def test_mistakes_are_told_before_anything_is_queued(
     assert "the job has 16 ranks" in launch(
         run, "cluster.tasks_per_node=8", "cluster.gpus_per_node=8", ok=False
     )
-    assert "sbatch would refuse" in launch(run, "cluster.nodes=9", ok=False)
+    assert "sbatch would refuse" in launch(run, "cluster.nodes=5", ok=False)
     assert "no such folder" in launch(run, "data.shards=/nowhere", ok=False)
     other = run.stage() / "DONE"
     other.parent.mkdir(parents=True)
