@@ -46,6 +46,8 @@ class Launch:
     # Called on every rank after a stop, when all have saved and the run directory is given back;
     # returns the exit code, if it returns (a requeued job waits for its end instead).
     on_stop: Callable[[World], int] = exit_as_stopped
+    # Called on every rank as soon as the process group stands; raises RankError on all or none.
+    check: Callable[[World], None] = lambda world: None
     # Called on every rank after the last stage, while the process group stands: a group that has
     # been left cannot be joined again in the same process.
     then: Callable[[World], None] = lambda world: None
@@ -75,6 +77,7 @@ def train_stages(
         return EXIT_WRONG_INPUT
     try:
         start_process_group(world, timeout_s=TIMEOUT_S)
+        launch.check(world)
         code = train_in_group(config, stages, world, launch=launch, flag=flag)
         if code == EXIT_DONE:
             launch.then(world)

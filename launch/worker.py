@@ -233,6 +233,7 @@ class Job:
 
 def _work(job: Job, args: argparse.Namespace, flag: StopFlag) -> int:
     from emoverse.distributed import World, from_main
+    from emoverse.health import check_nodes
     from emoverse.train import Launch, train_stages
 
     def requeue_together(world: World) -> int:
@@ -245,8 +246,18 @@ def _work(job: Job, args: argparse.Namespace, flag: StopFlag) -> int:
         if EVAL in job.parts:
             _evaluate(job.config, world)
 
+    def check(world: World) -> None:
+        if job.door.job is not None:
+            for note in check_nodes(world):
+                if world.is_main:
+                    jobs.say(note)
+
     launch = Launch(
-        resume=not args.fresh, take_over=args.take_over, on_stop=requeue_together, then=evaluate
+        resume=not args.fresh,
+        take_over=args.take_over,
+        check=check,
+        on_stop=requeue_together,
+        then=evaluate,
     )
     stages = [part for part in job.parts if part != EVAL]
     try:
