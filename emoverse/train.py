@@ -135,7 +135,8 @@ def _train_stage(
     with agree(world, f"{stage}: set-up"):
         parts = read_parts(config, stage, world, resume=launch.resume)
     _require_same_start(world, stage, parts.start_step)
-    with build_run(parts, world, lease) as run:
+    anomalies = torch.autograd.set_detect_anomaly(config.train.detect_anomaly)
+    with anomalies, build_run(parts, world, lease) as run:
         return _loop(run, flag)
 
 

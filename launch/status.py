@@ -9,7 +9,7 @@ import json
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     live = ask_squeue()
     return {
         "scheduler": "answers" if live is not None else "does not answer; from files alone",
-        "runs": [run_status(folder, live or {}) for folder in folders],
+        "runs": [run_status(folder, live) for folder in folders],
     }
 
 
@@ -53,8 +53,8 @@ def _is_run(folder: Path) -> bool:
     return (folder / "config.yaml").is_file() or any((folder / JOBS).glob("*.json*"))
 
 
-def run_status(run_dir: Path, live: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
-    """One run; `live` is what the scheduler says by job id."""
+def run_status(run_dir: Path, live: Mapping[str, Mapping[str, str]] | None) -> dict[str, Any]:
+    """One run; `live` is what the scheduler says by job id, None if it is away."""
     config = _config(run_dir)
     stages = list(config.stages) if config else []
     stages += [
@@ -63,13 +63,13 @@ def run_status(run_dir: Path, live: Mapping[str, Mapping[str, str]]) -> dict[str
         if path.parent.name not in stages
     ]
     told = {stage: stage_status(run_dir / stage) for stage in stages}
-    records = read_jobs(run_dir)
+    told_jobs = [job_status(record, live) for record in read_jobs(run_dir)]
     return {
         "run_dir": str(run_dir),
         "stages": told,
         "evaluated": sorted(path.parent.name for path in run_dir.glob(f"{EVAL}/*/metrics.json")),
-        "jobs": [job_status(record, live.get(record.job)) for record in records],
-        "next": _next(run_dir, told, records),
+        "jobs": told_jobs,
+        "next": _next(run_dir, told, told_jobs),
     }
 
 
@@ -119,29 +119,36 @@ def _age(path: Path) -> float | None:
     return round(time.time() - path.stat().st_mtime, 1) if path.is_file() else None
 
 
-def job_status(record: JobRecord, live: Mapping[str, str] | None) -> dict[str, Any]:
+def job_status(record: JobRecord, live: Mapping[str, Mapping[str, str]] | None) -> dict[str, Any]:
     """One job: what the scheduler says, or else what its files say."""
-    last = record.last or {}
-    if live is not None:
-        state = live["state"].lower()
+    last, starts = record.last or {}, record.starts
+    row = (live or {}).get(record.job, {})
+    if record.submitted.get("executor") == "local":
+        gone = not Path(f"/proc/{record.job}").exists()
+    else:
+        gone = live is not None and not row
+    ended = last.get("event") == "end" and not last.get("requeued")
+    if row:
+        state = row["state"].lower()
+    elif ended:
+        state = {0: "done", 75: "stopped"}.get(last["code"], f"failed with {last['code']}")
+    elif gone:
+        state = "ended by force or cancelled: no end noted, and it is not there any more"
     elif not last:
         state = "submitted, not begun"
-    elif last["event"] == "start":
-        state = "begun, no end noted: running, or ended by force"
-    elif last["requeued"]:
-        state = "stopped and requeued"
     else:
-        state = {0: "done", 75: "stopped"}.get(last["code"], f"failed with {last['code']}")
-    starts = record.starts
+        running = last["event"] == "start"
+        state = "begun, no end noted" if running else "stopped and requeued"
     return {
         "job": record.job,
         "parts": record.submitted.get("parts") or (starts[-1]["parts"] if starts else []),
         "state": state,
+        "active": bool(row) or not (ended or gone),
         "starts": len(starts),
-        "nodes": (live or {}).get("nodes") or (starts[-1]["nodes"] if starts else None),
-        "time_left": (live or {}).get("left"),
+        "nodes": row.get("nodes") or (starts[-1]["nodes"] if starts else None),
+        "time_left": row.get("left"),
         "waits_for": record.submitted.get("waits_for"),
-        "reason": (live or {}).get("reason") or last.get("reason"),
+        "reason": row.get("reason") or last.get("reason"),
         "logs": (starts[-1] if starts else record.submitted).get("logs"),
         "since": last.get("time") or record.submitted.get("time"),
     }
@@ -174,15 +181,11 @@ def ask_squeue() -> dict[str, dict[str, str]] | None:
     }
 
 
-def _next(run_dir: Path, stages: Mapping[str, Any], records: list[JobRecord]) -> str:
-    """What a person does now, as far as the files can tell."""
-    waiting = [
-        record for record in records if record.last is None or record.last.get("requeued", False)
-    ]
-    running = [record for record in records if (record.last or {}).get("event") == "start"]
-    if running or waiting:
-        jobs = ", ".join(record.job for record in [*running, *waiting])
-        return f"wait: {jobs} noted as running or queued"
+def _next(run_dir: Path, stages: Mapping[str, Any], told: Sequence[Mapping[str, Any]]) -> str:
+    """What a person does now, as far as can be told."""
+    active = [job["job"] for job in told if job["active"]]
+    if active:
+        return f"wait for {', '.join(active)}"
     if stages and all(stage["state"] == "done" for stage in stages.values()):
         report = run_dir / "report.html"
         return f"open {report}" if report.is_file() else f"emoverse evaluate {run_dir}"

@@ -1,5 +1,6 @@
 """A run through submitit's local executor: launch, time limit, requeue, DONE; no SLURM needed."""
 
+import contextlib
 import os
 import signal
 import time
@@ -23,7 +24,8 @@ def started() -> Iterator[list[int]]:
     yield pids
     for pid in pids:
         for child in descendants(pid):
-            os.kill(child, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
 
 
 def descendants(pid: int) -> list[int]:
@@ -72,32 +74,38 @@ def test_launch_time_limit_requeue_and_done(
 ) -> None:
     config = tiny_config("train.save_every=1")
     run_dir = config.run.run_dir
-    # A limit of a minute, and the signal 35 s before it is over.
-    assert launch(config, tmp_path, "cluster.minutes=1", "cluster.signal_s=35") == 0
+    # A limit of five minutes, and the signal 30 s after the start.
+    assert launch(config, tmp_path, "cluster.minutes=5", "cluster.signal_s=270") == 0
     (record,) = jobs.read_jobs(run_dir)
     started.append(int(record.job))
     assert f"next: emoverse status {run_dir}" in capsys.readouterr().out
-    # The ranks are held after their first checkpoint, so that they are not done by then.
+
+    def ends() -> list[dict[str, Any]]:
+        events = jobs.read_job(run_dir, record.job).events
+        return [event for event in events if event["event"] == "end"]
+
+    # The ranks are held after their first checkpoint, so that they are not done by then. On a slow
+    # machine the signal comes before it, and nothing has to be held.
     checkpoints = run_dir / "stage1/checkpoints"
-    wait_until(run_dir, lambda: any(checkpoints.glob("step_*")))
-    ranks = [pid for pid in descendants(started[0]) if pid != started[0]]
-    for pid in ranks:
-        os.kill(pid, signal.SIGSTOP)
-    wait_until(run_dir, lambda: all(map(has_usr2, ranks)))
-    for pid in ranks:
-        os.kill(pid, signal.SIGCONT)
+    wait_until(run_dir, lambda: any(checkpoints.glob("step_*")) or ends())
+    if not ends():
+        ranks = [pid for pid in descendants(started[0]) if pid != started[0]]
+        for pid in ranks:
+            os.kill(pid, signal.SIGSTOP)
+        wait_until(run_dir, lambda: all(map(has_usr2, ranks)))
+        for pid in ranks:
+            os.kill(pid, signal.SIGCONT)
     wait_until(run_dir, lambda: (run_dir / "stage1/DONE").exists())
     wait_until(run_dir, lambda: not any(map(is_alive, started)))
-    events = jobs.read_job(run_dir, record.job).events
-    assert [event["event"] for event in events] == ["start", "end"] * 2
-    (stopped, done) = (event for event in events if event["event"] == "end")
-    assert (stopped["code"], stopped["requeued"]) == (75, True)
+    *stopped, done = ends()
+    assert stopped and all((end["code"], end["requeued"]) == (75, True) for end in stopped)
     assert (done["code"], done["requeued"]) == (0, False)
-    assert events[2]["progress"] == stopped["progress"] > events[0]["progress"] == 0
+    starts = jobs.read_job(run_dir, record.job).starts
+    assert [start["progress"] for start in starts[1:]] == [end["progress"] for end in stopped]
     said = next(run_dir.glob("stage1/logs/*/*_0_log.out")).read_text()
-    assert "stopped and requeued" in said and "resumes from step" in said
+    assert "stopped and requeued" in said
     assert cli.main(["status", str(run_dir)]) == 0
-    assert f"job {record.job} (stage1): done, start 2 on" in capsys.readouterr().out
+    assert f"job {record.job} (stage1): done, start {len(starts)} on" in capsys.readouterr().out
     # What is done is not submitted again.
     assert launch(config, tmp_path) == 0
     assert "nothing to submit" in capsys.readouterr().out

@@ -49,12 +49,10 @@ def test_from_files_alone(
         "  stage1: begun, step 40/100, loss 1.500, 12.0 samples/s, 1h02m to go, checkpoint at "
         "step 30, last word 0s ago"
     )
-    assert lines[4].startswith(
-        "  job 7 (stage1): begun, no end noted: running, or ended by force, start 2 on n[3-4], "
-    )
+    assert lines[4].startswith("  job 7 (stage1): begun, no end noted, start 2 on n[3-4], ")
     assert lines[5] == "    log LOG7"
     assert lines[6].startswith("  job 8 (stage2): submitted, not begun, waits for afterok:7, ")
-    assert lines[8] == "  next: wait: 7, 8 noted as running or queued"
+    assert lines[8] == "  next: wait for 7, 8"
 
 
 def scheduler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
@@ -75,6 +73,18 @@ def test_with_the_scheduler(
     one, two = report["runs"][0]["jobs"]
     assert (one["state"], one["time_left"], one["nodes"]) == ("running", "20:00", "n[3-4]")
     assert (two["state"], two["reason"]) == ("pending", "Dependency")
+
+
+def test_a_job_that_was_ended_by_force(
+    run_dir: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler(tmp_path, monkeypatch, "true")  # it answers, and knows no job
+    out = call(capsys, "status", run_dir)[1]
+    assert out.count("ended by force or cancelled: no end noted") == 2
+    assert "next: submit again to go on" in out
+    # The local executor's jobs are processes of this machine.
+    jobs.write_submission(run_dir, "1", executor="local", parts=["stage1"], logs="L")
+    assert "next: wait for 1\n" in call(capsys, "status", run_dir)[1]
 
 
 def test_a_scheduler_that_fails_is_away(

@@ -255,7 +255,7 @@ class Cluster:
         text = self.run("scontrol", "show", "job", "--oneliner", job)
         return dict(word.split("=", 1) for word in text.split() if "=" in word)
 
-    def wait(self, job: str, limit_s: float = 150, *, state: str = "") -> str:
+    def wait(self, job: str, limit_s: float = 300, *, state: str = "") -> str:
         """Waits until the job has ended, or is in `state`; returns its state."""
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "DEADLINE")
 

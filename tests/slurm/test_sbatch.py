@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(480)]
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGE1, STAGE2, EVALUATE = (f"slurm/{name}.sh" for name in ("stage1", "stage2", "evaluate"))
