@@ -46,6 +46,8 @@ class Launch:
     # Called on every rank after a stop, when all have saved and the run directory is given back;
     # returns the exit code, if it returns (a requeued job waits for its end instead).
     on_stop: Callable[[World], int] = exit_as_stopped
+    # Called when a collective failed since another rank is gone, before this one ends as a fault.
+    on_lost: Callable[[], None] = lambda: None
     # Called on every rank as soon as the process group stands; raises RankError on all or none.
     check: Callable[[World], None] = lambda world: None
     # Called on every rank after the last stage, while the process group stands: a group that has
@@ -91,6 +93,8 @@ def train_stages(
         if code == EXIT_FAULT:
             traceback.print_exc()
         print(f"emoverse train: {error}", file=sys.stderr)
+        if distributed.is_lost_peer(error):
+            launch.on_lost()
         return code
 
 

@@ -38,6 +38,8 @@ DONE, FAULT, WRONG_INPUT = 0, 1, 2
 # The scheduler ends a requeued job within seconds; the others of a job that was not requeued are
 # ended by srun as soon as rank 0 has left.
 WAIT_FOR_END_S = 60.0
+# Longer than SLURM's usual time (300 s) to find out that a node is gone.
+WAIT_FOR_VERDICT_S = 600.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -190,6 +192,25 @@ class Job:
             time.sleep(WAIT_FOR_END_S)
         return STOPPED
 
+    def wait_for_verdict(self, flag: StopFlag) -> None:
+        """On a rank whose collective failed because another rank is gone: who ends this one?
+
+        If that rank crashed, srun does within seconds and the job has failed. If its node is lost,
+        nobody can know at once; a job that ended by itself now would count as failed, while one
+        that waits is started again on other nodes.
+        """
+        if self.door.launcher != "slurm":
+            return
+        if self.is_mine:
+            reason = "lost contact to another rank"
+            self._note(FAULT, requeued=False, reason=reason)
+            jobs.say(f"{reason}: waiting for the scheduler to say whether its node is gone")
+        deadline = time.monotonic() + WAIT_FOR_VERDICT_S
+        while not flag.requested and time.monotonic() < deadline:
+            time.sleep(0.2)
+        sys.stdout.flush()
+        os._exit(FAULT)  # nothing is left to be noted or released
+
     def end(self, code: int) -> int:
         """Rank 0 notes how the job ended and says what comes next; returns the code."""
         if self.is_mine and code in (DONE, FAULT, WRONG_INPUT):
@@ -257,6 +278,7 @@ def _work(job: Job, args: argparse.Namespace, flag: StopFlag) -> int:
         take_over=args.take_over,
         check=check,
         on_stop=requeue_together,
+        on_lost=lambda: job.wait_for_verdict(flag),
         then=evaluate,
     )
     stages = [part for part in job.parts if part != EVAL]

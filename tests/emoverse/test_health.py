@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from emoverse import health
-from emoverse.distributed import RankError, World
+from emoverse.distributed import RankError, World, is_lost_peer, shutdown
 from emoverse.health import NodeFacts, check_nodes, notes_of, problems_of
 
 
@@ -68,6 +68,26 @@ def cpu_world() -> World:
     import torch
 
     return World(rank=0, world_size=4, local_rank=0, device=torch.device("cpu"))
+
+
+def test_a_lost_peer_is_told_from_other_faults(run_ranks: Callable[..., list[Any]]) -> None:
+    def work(world: World) -> bool | None:
+        import torch
+        import torch.distributed as dist
+
+        if world.rank == 1:
+            shutdown()
+            return None
+        try:
+            for _ in range(100):
+                dist.all_reduce(torch.ones(1000))
+        except Exception as error:
+            return is_lost_peer(error)
+        return None
+
+    assert run_ranks(work, 2) == [True, None]
+    assert not is_lost_peer(RuntimeError("loss is not finite"))
+    assert not is_lost_peer(RankError("rank 1: no such file", wrong_input=True))
 
 
 def test_ranks_that_meet(run_ranks: Callable[..., list[Any]]) -> None:

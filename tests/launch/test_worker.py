@@ -1,0 +1,144 @@
+"""What a rank does around its work: begin, requeue, wait, end; and what it notes."""
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from launch import worker
+from launch.jobs import read_job
+from launch.rendezvous import Door
+from launch.requeue import REQUEUE_CODE
+from launch.worker import DONE, FAULT, STOPPED, Job, prepare_environment
+
+ROOT = Path(worker.__file__).parents[1]
+SLURM = Door(launcher="slurm", job="7", world_size=2, address="n1", port=12000)
+
+
+def job(tmp_path: Path, door: Door, parts: tuple[str, ...] = ("stage1",)) -> Job:
+    config: Any = SimpleNamespace(
+        run=SimpleNamespace(run_dir=tmp_path / "run"), stages={"stage1": None, "stage2": None}
+    )
+    return Job(config=config, parts=parts, door=door, max_requeues=3, logs="LOG/%j")
+
+
+@pytest.mark.parametrize(
+    ("parts", "text"),
+    [
+        (("stage1",), "job 7 done; next: sbatch slurm/stage2.sh, unless it is queued already"),
+        (("stage2",), "job 7 done; next: sbatch slurm/evaluate.sh, unless it is queued already"),
+        (("stage2", "eval"), "report.html"),
+    ],
+)
+def test_the_end_says_what_comes_next(
+    parts: tuple[str, ...], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert job(tmp_path, SLURM, parts).end(DONE) == DONE
+    assert text in capsys.readouterr().err
+    (event,) = read_job(tmp_path / "run", "7").events
+    assert (event["event"], event["code"], event["requeued"]) == ("end", 0, False)
+
+
+def test_a_failure_is_noted_and_not_requeued(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert job(tmp_path, SLURM).end(FAULT) == FAULT
+    said = capsys.readouterr().err
+    assert "failed with exit code 1 and is not requeued" in said and "see LOG/7" in said
+
+
+@pytest.mark.parametrize(
+    "door", [Door(launcher="nobody"), Door(launcher="slurm", job="7", rank=1, world_size=2)]
+)
+def test_only_rank_0_of_a_job_speaks(
+    door: Door, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert job(tmp_path, door).begin() == DONE
+    assert job(tmp_path, door).end(FAULT) == FAULT
+    assert capsys.readouterr().err == "" and not (tmp_path / "run").exists()
+
+
+def test_a_requeue_is_noted_before_the_scheduler_ends_us(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted: list[Any] = []
+
+    def scheduler(door: Door) -> None:
+        noted.extend(read_job(tmp_path / "run", "7").events)
+
+    monkeypatch.setattr(worker, "requeue", scheduler)
+    assert job(tmp_path, SLURM).requeue() is None
+    assert [(event["code"], event["requeued"]) for event in noted] == [(STOPPED, True)]
+
+
+def test_a_refused_requeue_is_noted_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "requeue", lambda door: "no")
+    assert job(tmp_path, SLURM).requeue() == "no"
+    last = read_job(tmp_path / "run", "7").events[-1]
+    assert (last["requeued"], last["reason"]) == (False, "no")
+
+
+def test_the_bound_is_asked_before_the_scheduler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "requeue", lambda door: pytest.fail("must not be asked"))
+    path = tmp_path / "run/jobs/7.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text((json.dumps({"event": "start", "progress": 0}) + "\n") * 3)
+    reason = job(tmp_path, SLURM).requeue()
+    assert reason is not None and "saved nothing new" in reason
+
+
+def test_the_code_of_a_stopped_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    local = Door(launcher="submitit", job="9", world_size=2, address="127.0.0.1")
+    assert job(tmp_path, local).after_stop(requeued=True) == REQUEUE_CODE
+    assert job(tmp_path, local).after_stop(requeued=False) == STOPPED
+    slept: list[float] = []
+    monkeypatch.setattr(worker.time, "sleep", slept.append)
+    assert job(tmp_path, SLURM).after_stop(requeued=True) == STOPPED
+    assert slept == [worker.WAIT_FOR_END_S]
+
+
+def test_a_rank_that_lost_another_waits_for_the_verdict(tmp_path: Path) -> None:
+    code = f"""
+        import signal, sys, threading, time, os
+        sys.path.insert(0, {str(ROOT / "tests/launch")!r})
+        from pathlib import Path
+        from emoverse.stop import listen
+        from test_worker import SLURM, job
+        from launch.rendezvous import Door
+        job(Path({str(tmp_path)!r}), Door(launcher="nobody")).wait_for_verdict(None)
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        with listen() as flag:
+            job(Path({str(tmp_path)!r}), SLURM).wait_for_verdict(flag)
+        """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == FAULT, done.stderr
+    assert "lost contact to another rank: waiting for the scheduler" in done.stderr
+    (event,) = read_job(tmp_path / "run", "7").events
+    assert event["reason"] == "lost contact to another rank"
+
+
+def test_the_environment_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME", "RANK", "MASTER_ADDR"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "6")
+    environ = dict(worker.os.environ)
+    monkeypatch.setattr(worker.os, "environ", environ)
+    prepare_environment(SLURM)
+    assert (environ["RANK"], environ["MASTER_ADDR"]) == ("0", "n1")
+    assert environ["OMP_NUM_THREADS"] == "6"
+    # Ranks on several hosts do not meet on the loopback device.
+    assert "GLOO_SOCKET_IFNAME" not in environ
