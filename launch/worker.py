@@ -206,10 +206,15 @@ class Job:
             self._note(FAULT, requeued=False, reason=reason)
             jobs.say(f"{reason}: waiting for the scheduler to say whether its node is gone")
         deadline = time.monotonic() + WAIT_FOR_VERDICT_S
-        while not flag.requested and time.monotonic() < deadline:
-            time.sleep(0.2)
+        while not flag.requested and time.monotonic() < deadline and not self._succeeded():
+            time.sleep(0.5)
         sys.stdout.flush()
         os._exit(FAULT)  # nothing is left to be noted or released
+
+    def _succeeded(self) -> bool:
+        """Has the job begun again elsewhere, because this node is the one that was cut off?"""
+        starts = jobs.read_job(self.config.run.run_dir, self.door.job or "").starts
+        return any(start["start"] > self.door.start for start in starts)
 
     def end(self, code: int) -> int:
         """Rank 0 notes how the job ended and says what comes next; returns the code."""

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from launch import worker
-from launch.jobs import read_job
+from launch.jobs import add_event, read_job
 from launch.rendezvous import Door
 from launch.requeue import REQUEUE_CODE
 from launch.worker import DONE, FAULT, STOPPED, Job, prepare_environment
@@ -128,6 +128,32 @@ def test_a_rank_that_lost_another_waits_for_the_verdict(tmp_path: Path) -> None:
     assert "lost contact to another rank: waiting for the scheduler" in done.stderr
     (event,) = read_job(tmp_path / "run", "7").events
     assert event["reason"] == "lost contact to another rank"
+
+
+def test_a_rank_that_was_cut_off_leaves_when_its_job_runs_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Left(BaseException):
+        pass
+
+    def leave(code: int) -> None:
+        raise Left
+
+    monkeypatch.setattr(worker.os, "_exit", leave)
+    add_event(tmp_path / "run", "7", "start", start=0)
+    quiet: Any = SimpleNamespace(requested=False)
+    naps: list[float] = []
+
+    def nap(seconds: float) -> None:
+        naps.append(seconds)
+        if len(naps) == 3:
+            add_event(tmp_path / "run", "7", "start", start=1)
+        assert len(naps) < 9
+
+    monkeypatch.setattr(worker.time, "sleep", nap)
+    with pytest.raises(Left):
+        job(tmp_path, SLURM).wait_for_verdict(quiet)
+    assert len(naps) == 3
 
 
 def test_the_environment_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
