@@ -314,6 +314,9 @@ class TrainSection(Section):
     )
     keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints kept per stage.")
     tensorboard: bool = Field(True, description="Also write event files for tensorboard.")
+    detect_anomaly: bool = Field(
+        False, description="Name the operation whose gradient is not a number; slow, for debugging."
+    )
 
 
 class EvaluationSection(Section):

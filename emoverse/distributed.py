@@ -210,6 +210,11 @@ def from_main(world: World, value: Value) -> Value:
     return box[0]
 
 
+def is_lost_peer(error: BaseException) -> bool:
+    """Did this rank fail only because another one is gone? The reason lies there."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+
 def shutdown() -> None:
     """Leaves the process group, if this process is in one."""
     if dist.is_initialized():

@@ -46,6 +46,13 @@ class Launch:
     # Called on every rank after a stop, when all have saved and the run directory is given back;
     # returns the exit code, if it returns (a requeued job waits for its end instead).
     on_stop: Callable[[World], int] = exit_as_stopped
+    # Called when a collective failed since another rank is gone, before this one ends as a fault.
+    on_lost: Callable[[], None] = lambda: None
+    # Called on every rank as soon as the process group stands; raises RankError on all or none.
+    check: Callable[[World], None] = lambda world: None
+    # Called on every rank after the last stage, while the process group stands: a group that has
+    # been left cannot be joined again in the same process.
+    then: Callable[[World], None] = lambda world: None
 
 
 def train_stages(
@@ -72,7 +79,10 @@ def train_stages(
         return EXIT_WRONG_INPUT
     try:
         start_process_group(world, timeout_s=TIMEOUT_S)
+        launch.check(world)
         code = train_in_group(config, stages, world, launch=launch, flag=flag)
+        if code == EXIT_DONE:
+            launch.then(world)
         if code == EXIT_STOPPED:
             code = launch.on_stop(world)
         distributed.shutdown()
@@ -83,6 +93,8 @@ def train_stages(
         if code == EXIT_FAULT:
             traceback.print_exc()
         print(f"emoverse train: {error}", file=sys.stderr)
+        if distributed.is_lost_peer(error):
+            launch.on_lost()
         return code
 
 
@@ -127,7 +139,8 @@ def _train_stage(
     with agree(world, f"{stage}: set-up"):
         parts = read_parts(config, stage, world, resume=launch.resume)
     _require_same_start(world, stage, parts.start_step)
-    with build_run(parts, world, lease) as run:
+    anomalies = torch.autograd.set_detect_anomaly(config.train.detect_anomaly)
+    with anomalies, build_run(parts, world, lease) as run:
         return _loop(run, flag)
 
 

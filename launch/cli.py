@@ -215,7 +215,7 @@ def _train(args: argparse.Namespace) -> int:
     # Before torch is imported: a wrong config is told at once.
     config = load_config(*_split(args.config))
     stages = stages_to_train(config, args.stage)
-    from launch.worker import run_local
+    from launch.local import run_local
 
     return run_local(config, stages=stages, resume=not args.fresh, take_over=args.take_over)
 
@@ -305,6 +305,8 @@ VERBS = {
         configure=_train_arguments,
         handle=_train,
     ),
+    "launch": _part("submit both stages and the evaluation to a cluster", "launch.launcher"),
+    "status": _part("say where a run and its jobs stand, from files", "launch.status"),
     "evaluate": Verb(
         summary="answer and score the held-out records of a run",
         configure=_evaluate_arguments,

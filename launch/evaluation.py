@@ -21,7 +21,8 @@ from data_shards.tasks import TASKS, Task
 from emoverse.evaluation_target import Target, name_of, resolve, states_of
 from emoverse.reading import MODES
 from emoverse.stop import EXIT_STOPPED as STOPPED
-from launch.worker import DONE, FAULT, WRONG_INPUT, run_ranks
+from launch.local import run_ranks
+from launch.worker import DONE, FAULT, WRONG_INPUT
 
 if TYPE_CHECKING:
     from data_shards.annotate.endpoint import Endpoint

@@ -1,108 +1,103 @@
-"""One rank of a stage, and the door that starts several of them on this machine.
+"""One rank of a job: the same program behind srun, submitit, torchrun and `emoverse train`.
 
-`python -m launch.worker CONFIG.yaml --stage stage1` is one rank: it reads the five rank variables
-and trains. `run_local` starts `train.processes` such processes for each stage, shows what rank 0
-says, keeps every rank's output under RUN/STAGE/logs/, and ends all of them when one fails.
-Importing this file does not import torch.
+`python -m launch.worker CONFIG.yaml --stage stage1` finds out which rank it is, trains, and ends
+with 0 done, 2 wrong input, 1 a fault, 75 stopped and resumable. A job that was stopped by a signal
+is put back into the queue by its rank 0, unless that would not help; all ranks then wait for the
+scheduler to end them. `--evaluate` scores the run instead. Importing this file does not import
+torch.
 """
 
 import argparse
 import contextlib
 import os
 import signal
-import socket
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import TYPE_CHECKING, Any
 
-from emoverse.config import Config, load_config, to_yaml
-from emoverse.stages import stage_dir
+from emoverse.config import Config, load_config
+from emoverse.stages import stages_to_train
 from emoverse.stop import EXIT_STOPPED as STOPPED
-from emoverse.stop import STOP_SIGNALS, listen
+from emoverse.stop import STOP_SIGNALS, StopFlag, listen
+from launch import jobs
+from launch.jobs import EVAL
+from launch.preflight import check_run
+from launch.rendezvous import Door, find_door
+from launch.requeue import REQUEUE_CODE, requeue
+
+if TYPE_CHECKING:
+    from emoverse.distributed import World
 
 DONE, FAULT, WRONG_INPUT = 0, 1, 2
-POLL_S = 0.1
-# A rank that fails tells the others why at the next agreement; after this they are ended.
-GRACE_AFTER_FAILURE_S = 10.0
-# A stopped rank finishes its step and saves.
-GRACE_AFTER_STOP_S = 300.0
+# The scheduler ends a requeued job within seconds; the others of a job that was not requeued are
+# ended by srun as soon as rank 0 has left.
+WAIT_FOR_END_S = 60.0
+# Longer than SLURM's usual time (300 s) to find out that a node is gone.
+WAIT_FOR_VERDICT_S = 600.0
 
 
-# Several ranks on this machine -----------------------------------------------------------------
-
-
-def run_local(
-    config: Config, *, stages: Sequence[str], resume: bool = True, take_over: bool = False
-) -> int:
-    """Trains `stages` in turn on this machine, continuing what an earlier call left.
-
-    A signal to stop (Ctrl-C, SIGTERM, SIGUSR2) reaches all ranks, which save and leave.
-    `resume` False refuses a stage that has already begun; `take_over` makes an owner of the run
-    directory that seems to live lose it.
-
-    Returns:
-        0 all done, 75 stopped and resumable, 2 wrong input, 1 a fault.
-    """
-    for stage in stages:
-        flags = [] if resume else ["--fresh"]
-        flags += ["--take-over"] if take_over else []
-        code = _run_stage(config, stage, flags)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains or evaluates as the rank that the environment says. Returns the exit code."""
+    args = parse(argv)
+    with listen() as flag:  # before the imports: a signal during them stops at the first agreement
+        try:
+            door = find_door(os.environ)
+            paths = [Path(item) for item in args.config if "=" not in item]
+            config = load_config(paths, [item for item in args.config if "=" in item])
+            stages = () if args.evaluate and not args.stage else stages_to_train(config, args.stage)
+        except (ValueError, FileNotFoundError) as error:
+            print(error, file=sys.stderr)
+            return WRONG_INPUT
+        if args.end_with_input:
+            threading.Thread(target=_end_with_input, daemon=True).start()
+        prepare_environment(door)
+        job = Job(
+            config=config,
+            parts=(*stages, EVAL) if args.evaluate else stages,
+            door=door,
+            max_requeues=args.max_requeues,
+            logs=args.logs,
+        )
+        code = job.begin()
         if code != DONE:
             return code
-    return DONE
+        return job.end(_work(job, args, flag))
 
 
-def _run_stage(config: Config, stage: str, flags: Sequence[str]) -> int:
-    folder = stage_dir(config, stage) / "logs"
-    folder.mkdir(parents=True, exist_ok=True)
-    launched = folder / "config.yaml"
-    launched.write_text(to_yaml(config), encoding="utf-8")
-    command = [sys.executable, "-m", "launch.worker", str(launched), "--stage", stage]
-    command += ["--end-with-input", *flags]
-    code = run_ranks(command, num_ranks=config.train.processes, logs=folder)
-    if code in (FAULT, WRONG_INPUT) and config.train.processes > 1:
-        print(f"{stage} failed; what every rank said: {folder}/rank_*.log", file=sys.stderr)
-    return code
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The worker's arguments; overrides may follow options."""
+    parser = argparse.ArgumentParser(prog="python -m launch.worker", description=__doc__)
+    parser.add_argument("config", nargs="+", help="YAML files, and overrides such as run.seed=2")
+    parser.add_argument("--stage", action="append", help="stage to train; default: all, in order")
+    parser.add_argument(
+        "--evaluate", action="store_true", help="score the run and write its report"
+    )
+    parser.add_argument("--fresh", action="store_true", help="refuse a stage that has begun")
+    parser.add_argument("--take-over", action="store_true", help="of an owner that seems to live")
+    parser.add_argument("--logs", metavar="GLOB", help="where the ranks' output is, to be told")
+    parser.add_argument(
+        "--max-requeues",
+        type=int,
+        default=jobs.MAX_REQUEUES,
+        help="times that a job may begin again after a signal or a lost node (default %(default)s)",
+    )
+    parser.add_argument("--end-with-input", action="store_true", help="leave when stdin ends")
+    args, rest = parser.parse_known_args(argv)
+    if any(word.startswith("-") for word in rest):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.config += rest
+    return args
 
 
-def run_ranks(command: Sequence[str], *, num_ranks: int, logs: Path) -> int:
-    """Runs `command` once per rank on this machine and waits; returns one exit code for all.
-
-    Rank 0 speaks on our stdout; every rank's output is appended to `logs`/rank_N.log. A rank that
-    fails, or a launcher that dies, takes all the others with it.
-    """
-    port = free_port()
-    ranks: list[subprocess.Popen[bytes]] = []
-    with _forward_signals(ranks) as signalled, contextlib.ExitStack() as stack:
-        for rank in range(num_ranks):
-            log = stack.enter_context((logs / f"rank_{rank}.log").open("ab", buffering=0))
-            environ = rank_environment(os.environ, rank=rank, world_size=num_ranks, port=port)
-            ranks.append(_start_rank(command, environ, log, shown=rank == 0, stack=stack))
-        codes = _wait(ranks)
-    if signalled:  # a rank that was still starting has no handler yet and simply dies
-        codes = [STOPPED if code in (-signal.SIGTERM, -signal.SIGKILL) else code for code in codes]
-    return exit_code(codes)
-
-
-def free_port() -> int:
-    """A TCP port of this host that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def rank_environment(
-    environ: Mapping[str, str], *, rank: int, world_size: int, port: int
-) -> dict[str, str]:
-    """The environment of one local rank: the five variables, its share of the cores, no noise."""
-    threads = max(1, (os.cpu_count() or 1) // world_size)
-    defaults = {
+def rank_defaults(threads: int) -> dict[str, str]:
+    """Environment that a rank wants unless the user has set it: threads, and no noise."""
+    return {
         "OMP_NUM_THREADS": str(threads),
         "GLOO_SOCKET_IFNAME": "lo",
         "TOKENIZERS_PARALLELISM": "false",
@@ -111,134 +106,213 @@ def rank_environment(
         # DeepSpeed compiles an optimiser that nobody uses when it is imported.
         "TORCHDYNAMO_DISABLE": "1",
     }
-    five = {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "PYTHONUNBUFFERED": "1",
-    }
-    return defaults | dict(environ) | five
 
 
-def _start_rank(
-    command: Sequence[str],
-    environ: Mapping[str, str],
-    log: IO[bytes],
-    *,
-    shown: bool,
-    stack: contextlib.ExitStack,
-) -> subprocess.Popen[bytes]:
-    """Starts a rank in a session of its own, so that Ctrl-C reaches it once, through us."""
-    process = subprocess.Popen(
-        command,
-        # The write end stays here: when this process dies, however it dies, the rank reads the end
-        # of its input and leaves.
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE if shown else log,
-        stderr=subprocess.STDOUT,
-        env=dict(environ),
-        start_new_session=True,
-    )
-    if process.stdout is not None:
-        copier = threading.Thread(target=_copy, args=(process.stdout, log), daemon=True)
-        copier.start()
-        stack.callback(copier.join, 5.0)
-    stack.callback(_end, process)  # runs before the join above: the copier ends with the rank
-    return process
+def prepare_environment(door: Door) -> None:
+    """Sets the rank variables and the defaults, before torch is imported and reads them."""
+    door.export(os.environ)
+    defaults = rank_defaults(int(os.environ.get("SLURM_CPUS_PER_TASK") or 1))
+    if door.launcher != "submitit":
+        del defaults["GLOO_SOCKET_IFNAME"]  # ranks on several hosts meet over the network
+    if door.launcher == "variables" or door.launcher == "nobody":
+        del defaults["OMP_NUM_THREADS"]  # the launcher's business, or all cores for one process
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    if not sys.warnoptions:  # PYTHONWARNINGS is read when Python starts, so this one needs more
+        for category in (FutureWarning, DeprecationWarning):
+            warnings.simplefilter("ignore", category)
 
 
-def _copy(source: IO[bytes], log: IO[bytes]) -> None:
-    """Rank 0's lines to the user and to its log."""
-    with source:
-        for line in source:
-            log.write(line)
-            sys.stdout.write(line.decode(errors="replace"))
-            sys.stdout.flush()
+# The job around the work -----------------------------------------------------------------------
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kills a rank with the data workers of its session, and closes what leads to it."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    if process.stdin is not None:
-        process.stdin.close()
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What a scheduler started, as this rank sees it; silent without a scheduler."""
 
+    config: Config
+    parts: Sequence[str]  # stages, or eval
+    door: Door
+    max_requeues: int
+    logs: str | None
 
-@contextlib.contextmanager
-def _forward_signals(ranks: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
-    """Passes signals to stop on to the ranks, which decide together; yields those that came."""
-    signalled: list[int] = []
+    @property
+    def is_mine(self) -> bool:
+        """Is there a job, and does this rank speak for it?"""
+        return self.door.job is not None and self.door.rank == 0
 
-    def forward(number: int, frame: FrameType | None) -> None:
-        signalled.append(number)
-        for process in ranks:
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield signalled  # only the main thread may handle signals
-        return
-    before = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
-    try:
-        yield signalled
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> list[int]:
-    """Exit codes of all ranks; when one has left with an error the others have some seconds."""
-    deadline: float | None = None
-    while True:
-        codes = [process.poll() for process in ranks]
-        left = [code for code in codes if code is not None]
-        if len(left) == len(codes):
-            return left
-        if left and deadline is None:
-            grace = GRACE_AFTER_FAILURE_S if set(left) - {DONE, STOPPED} else GRACE_AFTER_STOP_S
-            deadline = time.monotonic() + grace
-        if deadline is not None and time.monotonic() > deadline:
-            return [FAULT if code is None else code for code in codes]
-        time.sleep(POLL_S)
-
-
-def exit_code(codes: Sequence[int]) -> int:
-    """One exit code for all ranks: a fault wins over wrong input, that over stopped and done."""
-    for code in (WRONG_INPUT, STOPPED, DONE):
-        if all(found == code for found in codes):
-            return code
-    return FAULT
-
-
-# One rank --------------------------------------------------------------------------------------
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Trains the stages as the rank that the environment says. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m launch.worker", description=__doc__)
-    parser.add_argument("config", nargs="+", help="YAML files, and overrides such as run.seed=2")
-    parser.add_argument("--stage", action="append", required=True, help="stage to train, in order")
-    parser.add_argument("--fresh", action="store_true", help="refuse a stage that has begun")
-    parser.add_argument("--take-over", action="store_true", help="of an owner that seems to live")
-    parser.add_argument("--end-with-input", action="store_true", help="leave when stdin ends")
-    args = parser.parse_args(argv)
-    with listen() as flag:  # before the imports: a signal during them stops at the first agreement
-        paths = [Path(item) for item in args.config if "=" not in item]
+    def begin(self) -> int:
+        """Rank 0 checks what the run needs and notes the start; its exit code if that fails."""
+        if not self.is_mine:
+            return DONE
         try:
-            config = load_config(paths, [item for item in args.config if "=" in item])
+            for note in check_run(self.config, self.parts):
+                jobs.say(note)
+            jobs.begin_start(self.config, self.parts, self.door, self.max_requeues, self._log())
         except (ValueError, FileNotFoundError) as error:
             print(error, file=sys.stderr)
             return WRONG_INPUT
-        if args.end_with_input:
-            threading.Thread(target=_end_with_input, daemon=True).start()
-        # The heavy half: torch, transformers, DeepSpeed.
-        from emoverse.train import Launch, train_stages
+        except RuntimeError as error:
+            print(error, file=sys.stderr)
+            return FAULT
+        nodes = os.environ.get("SLURM_JOB_NODELIST") or os.uname().nodename
+        jobs.say(
+            f"job {self.door.job}, start {self.door.start + 1}, {', '.join(self.parts)}: "
+            f"{self.door.world_size} ranks on {nodes}, meeting at {self.door.address}:"
+            f"{self.door.port}; log {self._log()}"
+        )
+        return DONE
 
-        launch = Launch(resume=not args.fresh, take_over=args.take_over)
-        return train_stages(config, args.stage, launch=launch, flag=flag)
+    def requeue(self) -> str | None:
+        """Rank 0 puts the stopped job back into the queue; the reason if it does not."""
+        assert self.door.job is not None
+        run_dir, progress = self.config.run.run_dir, jobs.saved_steps(self.config, self.parts)
+        history = jobs.read_job(run_dir, self.door.job)
+        reason = jobs.why_not_again(history, progress, self.max_requeues)
+        # Noted first: once the scheduler has accepted, this process may end at any moment.
+        self._note(STOPPED, requeued=not reason, reason=reason)
+        if reason is None:
+            reason = requeue(self.door)
+            if reason is not None:
+                self._note(STOPPED, requeued=False, reason=reason)
+        if reason is None:
+            jobs.say(f"job {self.door.job} stopped and requeued; it resumes from what it saved")
+        else:
+            jobs.say(f"job {self.door.job} stopped and is not requeued: {reason}")
+        return reason
+
+    def after_stop(self, requeued: bool) -> int:
+        """On every rank: the exit code of a stopped job, once the scheduler wants it."""
+        if not requeued:
+            return STOPPED
+        if self.door.launcher == "submitit":
+            return REQUEUE_CODE
+        # A rank that left would end the job before the scheduler has put it back.
+        with contextlib.suppress(SystemExit):
+            time.sleep(WAIT_FOR_END_S)
+        return STOPPED
+
+    def wait_for_verdict(self, flag: StopFlag) -> None:
+        """On a rank whose collective failed because another rank is gone: who ends this one?
+
+        If that rank crashed, srun does within seconds and the job has failed. If its node is lost,
+        nobody can know at once; a job that ended by itself now would count as failed, while one
+        that waits is started again on other nodes.
+        """
+        if self.door.launcher != "slurm":
+            return
+        if self.is_mine:
+            reason = "lost contact to another rank"
+            self._note(FAULT, requeued=False, reason=reason)
+            jobs.say(f"{reason}: waiting for the scheduler to say whether its node is gone")
+        deadline = time.monotonic() + WAIT_FOR_VERDICT_S
+        while not flag.requested and time.monotonic() < deadline and not self._succeeded():
+            time.sleep(0.5)
+        sys.stdout.flush()
+        os._exit(FAULT)  # nothing is left to be noted or released
+
+    def _succeeded(self) -> bool:
+        """Has the job begun again elsewhere, because this node is the one that was cut off?"""
+        starts = jobs.read_job(self.config.run.run_dir, self.door.job or "").starts
+        return any(start["start"] > self.door.start for start in starts)
+
+    def end(self, code: int) -> int:
+        """Rank 0 notes how the job ended and says what comes next; returns the code."""
+        if self.is_mine and code in (DONE, FAULT, WRONG_INPUT):
+            self._note(code, requeued=False)
+            if code == DONE:
+                jobs.say(f"job {self.door.job} done; {self._next()}")
+            else:
+                jobs.say(
+                    f"job {self.door.job} failed with exit code {code} and is not requeued, since "
+                    f"it would fail again; see {self._log()}"
+                )
+        return code
+
+    def _note(self, code: int, **facts: Any) -> None:
+        progress = jobs.saved_steps(self.config, self.parts)
+        jobs.add_event(
+            self.config.run.run_dir,
+            self.door.job or "",
+            "end",
+            code=code,
+            progress=progress,
+            **facts,
+        )
+
+    def _log(self) -> str:
+        if self.logs is not None:
+            return self.logs.replace("%j", self.door.job or "")
+        return f"{jobs.log_folder(self.config, self.parts[0], self.door.job or '')}/rank_*.log"
+
+    def _next(self) -> str:
+        if EVAL in self.parts:
+            return f"next: open {self.config.run.run_dir / 'report.html'}"
+        names = list(self.config.stages)
+        later = names[names.index(self.parts[-1]) + 1 :]
+        script = f"slurm/{later[0]}.sh" if later else "slurm/evaluate.sh"
+        return f"next: sbatch {script}, unless it is queued already"
+
+
+# The work, which imports torch -----------------------------------------------------------------
+
+
+def _work(job: Job, args: argparse.Namespace, flag: StopFlag) -> int:
+    from emoverse.distributed import World, from_main
+    from emoverse.health import check_nodes
+    from emoverse.train import Launch, train_stages
+
+    def requeue_together(world: World) -> int:
+        if job.door.job is None:
+            return STOPPED
+        reason = from_main(world, job.requeue() if world.is_main else None)
+        return job.after_stop(requeued=reason is None)
+
+    def evaluate(world: World) -> None:
+        if EVAL in job.parts:
+            _evaluate(job.config, world)
+
+    def check(world: World) -> None:
+        if job.door.job is not None:
+            for note in check_nodes(world):
+                if world.is_main:
+                    jobs.say(note)
+
+    launch = Launch(
+        resume=not args.fresh,
+        take_over=args.take_over,
+        check=check,
+        on_stop=requeue_together,
+        on_lost=lambda: job.wait_for_verdict(flag),
+        then=evaluate,
+    )
+    stages = [part for part in job.parts if part != EVAL]
+    try:
+        return train_stages(job.config, stages, launch=launch, flag=flag)
+    except SystemExit:
+        # The evaluation was told to stop: every rank for itself, there is nothing to agree about.
+        reason = job.requeue() if job.is_mine else None
+        return job.after_stop(requeued=job.door.job is not None and reason is None)
+
+
+def _evaluate(config: Config, world: "World") -> None:
+    """Answers and scores the held-out records on all ranks; rank 0 writes the report."""
+    from emoverse.distributed import agree
+    from emoverse.evaluate import run
+    from emoverse.report import write_report
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, _stop_at_once)
+    # One rank alone has nobody to agree with inside, and its mistakes are wrong input too.
+    with agree(world, "evaluation") if world.world_size == 1 else contextlib.nullcontext():
+        run(config.run.run_dir, world=world, config=config)
+    with agree(world, "report"):
+        if world.is_main:
+            print(write_report(config.run.run_dir), flush=True)
+
+
+def _stop_at_once(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(STOPPED)
 
 
 def _end_with_input() -> None:

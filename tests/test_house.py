@@ -32,7 +32,7 @@ MODEL_LIBRARIES = {"torch", "transformers", "deepspeed", "peft", "sentencepiece"
 # Each giant has its own files, so that it can be replaced, and traced, in one place.
 GIANTS = {
     "deepspeed": ("emoverse/engine.py",),
-    "submitit": ("launch/submit.py", "launch/worker.py"),
+    "submitit": ("launch/submit.py",),
     "webdataset": ("data_shards/build.py", "data_shards/reader.py"),
     "flash_attn": ("emoverse/kernels/",),
     "triton": ("emoverse/kernels/",),

@@ -9,7 +9,7 @@ import pytest
 
 from emoverse.config import Config
 from emoverse.train import StopFlag, step_seed
-from launch.worker import run_local
+from launch.local import run_local
 
 MakeConfig = Callable[..., Config]
 

@@ -21,7 +21,7 @@ from emoverse.distributed import RankError, World
 from emoverse.ledger import Ledger
 from emoverse.stage_run import Parts
 from emoverse.train import Launch, train_in_group
-from launch.worker import run_local
+from launch.local import run_local
 
 Ranks = Callable[..., list[Any]]
 MakeConfig = Callable[..., Config]

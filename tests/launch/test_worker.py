@@ -1,169 +1,170 @@
-"""The local launcher: one exit code for all ranks; none outlives a failure or the launcher."""
+"""What a rank does around its work: begin, requeue, wait, end; and what it notes."""
 
-import os
-import signal
+import json
 import subprocess
 import sys
 import textwrap
-import threading
-import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from launch import worker
-from launch.worker import FAULT, STOPPED, WRONG_INPUT, exit_code, rank_environment, run_ranks
+from launch.jobs import add_event, read_job
+from launch.rendezvous import Door
+from launch.requeue import REQUEUE_CODE
+from launch.worker import DONE, FAULT, STOPPED, Job, prepare_environment
 
 ROOT = Path(worker.__file__).parents[1]
+SLURM = Door(launcher="slurm", job="7", world_size=2, address="n1", port=12000)
 
 
-def script(code: str) -> list[str]:
-    return [sys.executable, "-c", "import os, signal, sys, time\n" + textwrap.dedent(code)]
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1][0] != "Z"
-    except OSError:
-        return False
-
-
-def wait_for(file: Path, limit_s: float = 20) -> str:
-    deadline = time.monotonic() + limit_s
-    while not (file.exists() and file.read_text()):
-        assert time.monotonic() < deadline, f"{file} did not appear"
-        time.sleep(0.02)
-    return file.read_text()
-
-
-def test_ranks_get_the_five_variables_and_quiet_libraries() -> None:
-    environ = rank_environment(
-        {"HOME": "/x", "RANK": "9", "OMP_NUM_THREADS": "7"}, rank=1, world_size=2, port=29500
+def job(tmp_path: Path, door: Door, parts: tuple[str, ...] = ("stage1",)) -> Job:
+    config: Any = SimpleNamespace(
+        run=SimpleNamespace(run_dir=tmp_path / "run"), stages={"stage1": None, "stage2": None}
     )
-    assert {name: environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")} == {
-        "RANK": "1",
-        "LOCAL_RANK": "1",
-        "WORLD_SIZE": "2",
-    }
-    assert (environ["MASTER_ADDR"], environ["MASTER_PORT"]) == ("127.0.0.1", "29500")
-    assert environ["OMP_NUM_THREADS"] == "7"  # the user's wish wins
-    assert environ["HOME"] == "/x" and environ["TORCHDYNAMO_DISABLE"] == "1"
-    assert int(rank_environment({}, rank=0, world_size=10**6, port=1)["OMP_NUM_THREADS"]) == 1
+    return Job(config=config, parts=parts, door=door, max_requeues=3, logs="LOG/%j")
 
 
 @pytest.mark.parametrize(
-    ("codes", "code"),
+    ("parts", "text"),
     [
-        ([0, 0], 0),
-        ([75, 75], 75),
-        ([2, 2], 2),
-        ([0, 75], 1),
-        ([2, 1], 1),
-        ([-9, 1], 1),
-        ([-11, -11], 1),
+        (("stage1",), "job 7 done; next: sbatch slurm/stage2.sh, unless it is queued already"),
+        (("stage2",), "job 7 done; next: sbatch slurm/evaluate.sh, unless it is queued already"),
+        (("stage2", "eval"), "report.html"),
     ],
 )
-def test_one_exit_code_for_all(codes: list[int], code: int) -> None:
-    assert exit_code(codes) == code
-
-
-def test_rank_0_is_shown_and_every_rank_is_logged(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+def test_the_end_says_what_comes_next(
+    parts: tuple[str, ...], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = script(
-        """
-        print("rank", os.environ["RANK"], "of", os.environ["WORLD_SIZE"])
-        sys.exit(75)
-        """
-    )
-    assert run_ranks(command, num_ranks=2, logs=tmp_path) == STOPPED
-    assert run_ranks(command, num_ranks=2, logs=tmp_path) == STOPPED
-    assert capfd.readouterr().out == "rank 0 of 2\n" * 2
-    assert (tmp_path / "rank_0.log").read_text() == "rank 0 of 2\n" * 2
-    assert (tmp_path / "rank_1.log").read_text() == "rank 1 of 2\n" * 2
+    assert job(tmp_path, SLURM, parts).end(DONE) == DONE
+    assert text in capsys.readouterr().err
+    (event,) = read_job(tmp_path / "run", "7").events
+    assert (event["event"], event["code"], event["requeued"]) == ("end", 0, False)
 
 
-def test_one_failing_rank_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "GRACE_AFTER_FAILURE_S", 0.3)
-    command = script(
-        f"""
-        rank = os.environ["RANK"]
-        open({str(tmp_path)!r} + "/pid" + rank, "w").write(str(os.getpid()))
-        if rank == "1":
-            sys.exit(3)
-        time.sleep(600)
-        """
-    )
-    begin = time.monotonic()
-    assert run_ranks(command, num_ranks=3, logs=tmp_path) == FAULT
-    assert time.monotonic() - begin < 10
-    for rank in (0, 2):
-        pid = (tmp_path / f"pid{rank}").read_text() if (tmp_path / f"pid{rank}").exists() else "0"
-        assert not is_alive(int(pid))
+def test_a_failure_is_noted_and_not_requeued(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert job(tmp_path, SLURM).end(FAULT) == FAULT
+    said = capsys.readouterr().err
+    assert "failed with exit code 1 and is not requeued" in said and "see LOG/7" in said
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2])
-@pytest.mark.parametrize("handles", [True, False])
-def test_a_signal_reaches_all_ranks(tmp_path: Path, number: signal.Signals, handles: bool) -> None:
-    install = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))" if handles else ""
-    command = script(
-        f"""
-        {install}
-        open({str(tmp_path)!r} + "/up" + os.environ["RANK"], "w").write("x")
-        time.sleep(600)
-        """
-    )
-
-    def interrupt() -> None:
-        for rank in range(2):
-            wait_for(tmp_path / f"up{rank}")
-        os.kill(os.getpid(), number)
-
-    before = signal.getsignal(number)
-    threading.Thread(target=interrupt).start()
-    assert run_ranks(command, num_ranks=2, logs=tmp_path) == STOPPED
-    assert signal.getsignal(number) is before
+@pytest.mark.parametrize(
+    "door", [Door(launcher="nobody"), Door(launcher="slurm", job="7", rank=1, world_size=2)]
+)
+def test_only_rank_0_of_a_job_speaks(
+    door: Door, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert job(tmp_path, door).begin() == DONE
+    assert job(tmp_path, door).end(FAULT) == FAULT
+    assert capsys.readouterr().err == "" and not (tmp_path / "run").exists()
 
 
-def test_ranks_do_not_outlive_their_launcher(tmp_path: Path) -> None:
-    rank = script(
-        f"""
-        import threading
-        from launch.worker import _end_with_input
-        threading.Thread(target=_end_with_input, daemon=True).start()
-        open({str(tmp_path)!r} + "/pid" + os.environ["RANK"], "w").write(str(os.getpid()))
-        time.sleep(600)
-        """
-    )
-    launcher = script(
-        f"""
+def test_a_requeue_is_noted_before_the_scheduler_ends_us(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted: list[Any] = []
+
+    def scheduler(door: Door) -> None:
+        noted.extend(read_job(tmp_path / "run", "7").events)
+
+    monkeypatch.setattr(worker, "requeue", scheduler)
+    assert job(tmp_path, SLURM).requeue() is None
+    assert [(event["code"], event["requeued"]) for event in noted] == [(STOPPED, True)]
+
+
+def test_a_refused_requeue_is_noted_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "requeue", lambda door: "no")
+    assert job(tmp_path, SLURM).requeue() == "no"
+    last = read_job(tmp_path / "run", "7").events[-1]
+    assert (last["requeued"], last["reason"]) == (False, "no")
+
+
+def test_the_bound_is_asked_before_the_scheduler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "requeue", lambda door: pytest.fail("must not be asked"))
+    path = tmp_path / "run/jobs/7.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text((json.dumps({"event": "start", "progress": 0}) + "\n") * 3)
+    reason = job(tmp_path, SLURM).requeue()
+    assert reason is not None and "saved nothing new" in reason
+
+
+def test_the_code_of_a_stopped_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    local = Door(launcher="submitit", job="9", world_size=2, address="127.0.0.1")
+    assert job(tmp_path, local).after_stop(requeued=True) == REQUEUE_CODE
+    assert job(tmp_path, local).after_stop(requeued=False) == STOPPED
+    slept: list[float] = []
+    monkeypatch.setattr(worker.time, "sleep", slept.append)
+    assert job(tmp_path, SLURM).after_stop(requeued=True) == STOPPED
+    assert slept == [worker.WAIT_FOR_END_S]
+
+
+def test_a_rank_that_lost_another_waits_for_the_verdict(tmp_path: Path) -> None:
+    code = f"""
+        import signal, sys, threading, time, os
+        sys.path.insert(0, {str(ROOT / "tests/launch")!r})
         from pathlib import Path
-        from launch.worker import run_ranks
-        run_ranks({rank!r}, num_ranks=2, logs=Path({str(tmp_path)!r}))
+        from emoverse.stop import listen
+        from test_worker import SLURM, job
+        from launch.rendezvous import Door
+        job(Path({str(tmp_path)!r}), Door(launcher="nobody")).wait_for_verdict(None)
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        with listen() as flag:
+            job(Path({str(tmp_path)!r}), SLURM).wait_for_verdict(flag)
         """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
-    process = subprocess.Popen(launcher, cwd=ROOT)
-    pids = [int(wait_for(tmp_path / f"pid{number}")) for number in range(2)]
-    process.kill()
-    process.wait()
-    deadline = time.monotonic() + 10
-    while any(is_alive(pid) for pid in pids):
-        assert time.monotonic() < deadline, "a rank outlived its launcher"
-        time.sleep(0.05)
+    assert done.returncode == FAULT, done.stderr
+    assert "lost contact to another rank: waiting for the scheduler" in done.stderr
+    (event,) = read_job(tmp_path / "run", "7").events
+    assert event["reason"] == "lost contact to another rank"
 
 
-def test_a_wrong_config_is_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "config.yaml"
-    path.write_text("run: {name: x}\nnonsense: 1\n")
-    handlers = {number: signal.getsignal(number) for number in worker.STOP_SIGNALS}
-    try:
-        assert worker.main([str(path), "--stage", "stage1"]) == WRONG_INPUT
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    assert "nonsense" in capsys.readouterr().err
+def test_a_rank_that_was_cut_off_leaves_when_its_job_runs_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Left(BaseException):
+        pass
+
+    def leave(code: int) -> None:
+        raise Left
+
+    monkeypatch.setattr(worker.os, "_exit", leave)
+    add_event(tmp_path / "run", "7", "start", start=0)
+    quiet: Any = SimpleNamespace(requested=False)
+    naps: list[float] = []
+
+    def nap(seconds: float) -> None:
+        naps.append(seconds)
+        if len(naps) == 3:
+            add_event(tmp_path / "run", "7", "start", start=1)
+        assert len(naps) < 9
+
+    monkeypatch.setattr(worker.time, "sleep", nap)
+    with pytest.raises(Left):
+        job(tmp_path, SLURM).wait_for_verdict(quiet)
+    assert len(naps) == 3
 
 
-def test_importing_the_worker_does_not_import_torch() -> None:
-    code = "import launch.worker, sys; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+def test_the_environment_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME", "RANK", "MASTER_ADDR"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "6")
+    environ = dict(worker.os.environ)
+    monkeypatch.setattr(worker.os, "environ", environ)
+    prepare_environment(SLURM)
+    assert (environ["RANK"], environ["MASTER_ADDR"]) == ("0", "n1")
+    assert environ["OMP_NUM_THREADS"] == "6"
+    # Ranks on several hosts do not meet on the loopback device.
+    assert "GLOO_SOCKET_IFNAME" not in environ

@@ -1,0 +1,200 @@
+"""Several ranks on this machine, without a scheduler: the door of `emoverse train`.
+
+In: the config and the stages. `run_local` starts `train.processes` workers for each stage, shows
+what rank 0 says, keeps every rank's output under RUN/STAGE/logs/, and ends all of them when one
+fails. Out: one exit code for all. Importing this file does not import torch.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from emoverse.config import Config, to_yaml
+from emoverse.stages import stage_dir
+from emoverse.stop import EXIT_STOPPED as STOPPED
+from emoverse.stop import STOP_SIGNALS
+from launch.worker import DONE, FAULT, WRONG_INPUT, rank_defaults
+
+POLL_S = 0.1
+# A rank that fails tells the others why at the next agreement; after this they are ended.
+GRACE_AFTER_FAILURE_S = 10.0
+# A stopped rank finishes its step and saves.
+GRACE_AFTER_STOP_S = 300.0
+
+
+def run_local(
+    config: Config, *, stages: Sequence[str], resume: bool = True, take_over: bool = False
+) -> int:
+    """Trains `stages` in turn on this machine, continuing what an earlier call left.
+
+    A signal to stop (Ctrl-C, SIGTERM, SIGUSR2) reaches all ranks, which save and leave.
+    `resume` False refuses a stage that has already begun; `take_over` makes an owner of the run
+    directory that seems to live lose it.
+
+    Returns:
+        0 all done, 75 stopped and resumable, 2 wrong input, 1 a fault.
+    """
+    for stage in stages:
+        flags = [] if resume else ["--fresh"]
+        flags += ["--take-over"] if take_over else []
+        code = _run_stage(config, stage, flags)
+        if code != DONE:
+            return code
+    return DONE
+
+
+def _run_stage(config: Config, stage: str, flags: Sequence[str]) -> int:
+    folder = stage_dir(config, stage) / "logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    launched = folder / "config.yaml"
+    launched.write_text(to_yaml(config), encoding="utf-8")
+    command = [sys.executable, "-m", "launch.worker", str(launched), "--stage", stage]
+    command += ["--end-with-input", *flags]
+    code = run_ranks(command, num_ranks=config.train.processes, logs=folder)
+    if code in (FAULT, WRONG_INPUT) and config.train.processes > 1:
+        print(f"{stage} failed; what every rank said: {folder}/rank_*.log", file=sys.stderr)
+    return code
+
+
+def run_ranks(command: Sequence[str], *, num_ranks: int, logs: Path) -> int:
+    """Runs `command` once per rank on this machine and waits; returns one exit code for all.
+
+    Rank 0 speaks on our stdout; every rank's output is appended to `logs`/rank_N.log. A rank that
+    fails, or a launcher that dies, takes all the others with it.
+    """
+    port = free_port()
+    ranks: list[subprocess.Popen[bytes]] = []
+    with _forward_signals(ranks) as signalled, contextlib.ExitStack() as stack:
+        for rank in range(num_ranks):
+            log = stack.enter_context((logs / f"rank_{rank}.log").open("ab", buffering=0))
+            environ = rank_environment(os.environ, rank=rank, world_size=num_ranks, port=port)
+            ranks.append(_start_rank(command, environ, log, shown=rank == 0, stack=stack))
+        codes = _wait(ranks)
+    if signalled:  # a rank that was still starting has no handler yet and simply dies
+        codes = [STOPPED if code in (-signal.SIGTERM, -signal.SIGKILL) else code for code in codes]
+    return exit_code(codes)
+
+
+def free_port() -> int:
+    """A TCP port of this host that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def rank_environment(
+    environ: Mapping[str, str], *, rank: int, world_size: int, port: int
+) -> dict[str, str]:
+    """The environment of one local rank: the five variables, its share of the cores, no noise."""
+    threads = max(1, (os.cpu_count() or 1) // world_size)
+    defaults = rank_defaults(threads)
+    five = {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "PYTHONUNBUFFERED": "1",
+    }
+    return defaults | dict(environ) | five
+
+
+def _start_rank(
+    command: Sequence[str],
+    environ: Mapping[str, str],
+    log: IO[bytes],
+    *,
+    shown: bool,
+    stack: contextlib.ExitStack,
+) -> subprocess.Popen[bytes]:
+    """Starts a rank in a session of its own, so that Ctrl-C reaches it once, through us."""
+    process = subprocess.Popen(
+        command,
+        # The write end stays here: when this process dies, however it dies, the rank reads the end
+        # of its input and leaves.
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE if shown else log,
+        stderr=subprocess.STDOUT,
+        env=dict(environ),
+        start_new_session=True,
+    )
+    if process.stdout is not None:
+        copier = threading.Thread(target=_copy, args=(process.stdout, log), daemon=True)
+        copier.start()
+        stack.callback(copier.join, 5.0)
+    stack.callback(_end, process)  # runs before the join above: the copier ends with the rank
+    return process
+
+
+def _copy(source: IO[bytes], log: IO[bytes]) -> None:
+    """Rank 0's lines to the user and to its log."""
+    with source:
+        for line in source:
+            log.write(line)
+            sys.stdout.write(line.decode(errors="replace"))
+            sys.stdout.flush()
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kills a rank with the data workers of its session, and closes what leads to it."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    if process.stdin is not None:
+        process.stdin.close()
+
+
+@contextlib.contextmanager
+def _forward_signals(ranks: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+    """Passes signals to stop on to the ranks, which decide together; yields those that came."""
+    signalled: list[int] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        signalled.append(number)
+        for process in ranks:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield signalled  # only the main thread may handle signals
+        return
+    before = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
+    try:
+        yield signalled
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> list[int]:
+    """Exit codes of all ranks; when one has left with an error the others have some seconds."""
+    deadline: float | None = None
+    while True:
+        codes = [process.poll() for process in ranks]
+        left = [code for code in codes if code is not None]
+        if len(left) == len(codes):
+            return left
+        if left and deadline is None:
+            grace = GRACE_AFTER_FAILURE_S if set(left) - {DONE, STOPPED} else GRACE_AFTER_STOP_S
+            deadline = time.monotonic() + grace
+        if deadline is not None and time.monotonic() > deadline:
+            return [FAULT if code is None else code for code in codes]
+        time.sleep(POLL_S)
+
+
+def exit_code(codes: Sequence[int]) -> int:
+    """One exit code for all ranks: a fault wins over wrong input, that over stopped and done."""
+    for code in (WRONG_INPUT, STOPPED, DONE):
+        if all(found == code for found in codes):
+            return code
+    return FAULT

@@ -1,0 +1,207 @@
+"""What can be known before GPUs are asked for: does this run have all that it needs?
+
+In: the config, the parts to run, and on a login node the cluster. Out: notes for the reader, or one
+ValueError that lists every problem with its way out. Runs before anything is queued and again in
+rank 0 of the job, whose node may see other disks; what needs all nodes is `emoverse/health.py`. No
+torch, unless an earlier run has to be compared.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from data_shards.index import ShardIndex
+from emoverse.config import Config
+from emoverse.models.architecture import base_folder, load_architecture, parameter_counts
+from emoverse.stages import DONE, run_plan, stage_dir
+from launch.cluster import Cluster
+from launch.jobs import EVAL
+
+# A checkpoint holds weight and two moments of each trained parameter in fp32.
+BYTES_PER_TRAINED = 12
+# Next to checkpoints: logs, metrics, event files, predictions, report.
+OTHER_BYTES = 200 * 2**20
+
+Check = Callable[[], list[str]]
+
+
+def check_run(config: Config, parts: Sequence[str], *, checksums: bool = False) -> list[str]:
+    """Checks what one host can see of a run; returns notes.
+
+    parts: stages to train, or eval. checksums: also read every shard's index files and compare.
+
+    Raises:
+        ValueError: all problems, one per line.
+    """
+    return collect(run_checks(config, parts, checksums=checksums))
+
+
+def run_checks(config: Config, parts: Sequence[str], *, checksums: bool) -> list[Check]:
+    """The checks behind `check_run`, to be collected together with others."""
+    stages = [part for part in parts if part != EVAL]
+    checks: list[Check] = [lambda: check_base(config)]
+    if stages:
+        checks.append(lambda: check_shards(config, "data.shards", checksums=checksums))
+        checks.append(lambda: check_plan(config))
+    if EVAL in parts:
+        checks.append(lambda: check_shards(config, "evaluation.shards", checksums=checksums))
+    checks.append(lambda: check_owner(config, stages or list(config.stages)))
+    checks.append(lambda: check_disk(config, stages))
+    return checks
+
+
+def collect(checks: Sequence[Check]) -> list[str]:
+    """Runs all checks; their notes, or a ValueError with everything that is wrong."""
+    notes, problems = [], []
+    for check in checks:
+        try:
+            notes += check()
+        except (ValueError, FileNotFoundError) as error:
+            problems += [line for line in str(error).splitlines() if line not in problems]
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise ValueError("\n".join([f"preflight found {count}:", *(f"  {p}" for p in problems)]))
+    return notes
+
+
+def check_base(config: Config) -> list[str]:
+    """The base model's folder is there, with weights."""
+    folder = base_folder(config.model.base)
+    if not list(folder.glob("*.safetensors")):
+        raise FileNotFoundError(
+            f"model.base: {folder} holds no *.safetensors; copy the whole checkpoint there, and "
+            "to a disk that the compute nodes see"
+        )
+    return []
+
+
+def check_shards(config: Config, knob: str, *, checksums: bool) -> list[str]:
+    """The shard folder is complete; with `checksums` its index files are what was written."""
+    section = config.data if knob.startswith("data") else config.evaluation
+    try:
+        index = ShardIndex.load(section.shards)
+        if checksums:
+            for shard in range(index.num_shards):
+                index.entries(shard)  # compared with index.json when they are read
+                index.key(shard, 0)
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(f"{knob}: {error}") from error
+    return [f"{section.shards}: {index.num_records:,} records in {index.num_shards} shards"]
+
+
+def check_plan(config: Config) -> list[str]:
+    """The records can give what the rates ask for. Silent where there are no shards at all."""
+    with contextlib.suppress(FileNotFoundError):
+        run_plan(config, ShardIndex.load(config.data.shards))
+    return []
+
+
+def check_owner(config: Config, stages: Sequence[str]) -> list[str]:
+    """What the run directory holds already was trained with these settings."""
+    notes = []
+    for stage in stages:
+        folder = stage_dir(config, stage)
+        found = _trained_with(folder)
+        if found is None:
+            continue
+        # Heavy imports, for the rare case that there is something to compare.
+        from emoverse.checkpoint import check_identity
+        from emoverse.runfiles import decisive_knobs
+
+        where, knobs = found
+        expected = decisive_knobs(config, stage)
+        check_identity({name: knobs.get(name) for name in expected}, expected, where)
+        notes.append(f"{stage}: {'done' if where.name == DONE else f'resumes from {where.name}'}")
+    return notes
+
+
+def _trained_with(folder: Path) -> tuple[Path, dict[str, object]] | None:
+    """The knobs behind a stage's result or newest checkpoint, and where they are noted."""
+    marker = folder / DONE
+    if marker.is_file():
+        return marker, json.loads(marker.read_text())["knobs"]
+    for checkpoint in sorted((folder / "checkpoints").glob("step_*"), reverse=True):
+        with contextlib.suppress(OSError, ValueError, KeyError):  # resuming says what is damaged
+            return checkpoint, json.loads((checkpoint / "state.json").read_text())["identity"]
+    return None
+
+
+def check_disk(config: Config, stages: Sequence[str]) -> list[str]:
+    """The run directory, or the folder where it will be made, can be written and has room."""
+    run_dir, host = config.run.run_dir.absolute(), os.uname().nodename
+    folder = next(path for path in (run_dir, *run_dir.parents) if path.is_dir())
+    probe = folder / f".preflight-{host}-{os.getpid()}"
+    try:
+        with probe.open("w") as file:
+            file.write("written to see whether it can be\n")
+            os.fsync(file.fileno())
+        probe.rename(probe.with_suffix(".moved")).unlink()
+    except OSError as error:
+        raise ValueError(
+            f"run.run_dir: cannot write to {folder} on {host}: {error.strerror}; choose a folder "
+            "on a disk that all nodes share and may write"
+        ) from error
+    free = shutil.disk_usage(folder).free
+    need = checkpoint_bytes(config) * len(stages) + OTHER_BYTES
+    if free < need:
+        raise ValueError(
+            f"run.run_dir: {folder} has {free / 2**30:.1f} GiB free, the checkpoints of "
+            f"{', '.join(stages) or 'the run'} need {need / 2**30:.1f} GiB; make room, lower "
+            "train.keep_checkpoints, or choose another disk"
+        )
+    return []
+
+
+def checkpoint_bytes(config: Config) -> int:
+    """All checkpoints of a stage: those kept, and the one being written."""
+    counts = parameter_counts(
+        load_architecture(config.model.base), config.model.lora, config.model.projector
+    )
+    return BYTES_PER_TRAINED * counts["trainable"] * (config.train.keep_checkpoints + 1)
+
+
+def check_ranks(config: Config, cluster: Cluster) -> list[str]:
+    """Every rank has at least one sample of each step."""
+    ranks, batch = cluster.num_ranks, config.train.global_batch_size
+    if ranks > batch:
+        raise ValueError(
+            f"train.global_batch_size: found {batch}, but the job has {ranks} ranks "
+            f"({cluster.nodes} nodes x {cluster.tasks_per_node}) and each needs a sample per step; "
+            "raise it, or ask for fewer nodes"
+        )
+    return []
+
+
+def check_memory(config: Config, cluster: Cluster) -> list[str]:
+    """What a GPU must hold in any case fits: weights, and the states of what is trained.
+
+    Activations come on top, so passing is no promise.
+    """
+    if cluster.gpu_memory_gib is None or not cluster.gpus_per_node:
+        return []
+    need = resident_bytes(config, cluster.num_ranks) / 2**30
+    if need > cluster.gpu_memory_gib:
+        raise ValueError(
+            f"cluster.gpu_memory_gib: found {cluster.gpu_memory_gib:g}, but weights and optimiser "
+            f"states alone take {need:.1f} GiB per rank; use larger GPUs, train.zero_stage=3, or "
+            "more ranks"
+        )
+    return [
+        f"weights and optimiser states: {need:.1f} of {cluster.gpu_memory_gib:g} GiB per GPU, "
+        "activations not counted"
+    ]
+
+
+def resident_bytes(config: Config, num_ranks: int) -> float:
+    """Weights, gradients, fp32 masters and moments per rank under ZeRO."""
+    counts = parameter_counts(
+        load_architecture(config.model.base), config.model.lora, config.model.projector
+    )
+    zero, width = config.train.zero_stage, 2 if config.model.precision == "bf16" else 4
+    weights = counts["total"] * width / (num_ranks if zero == 3 else 1)
+    gradients = counts["trainable"] * width / (num_ranks if zero >= 2 else 1)
+    states = counts["trainable"] * BYTES_PER_TRAINED / (num_ranks if zero >= 1 else 1)
+    return weights + gradients + states

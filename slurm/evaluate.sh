@@ -1,0 +1,31 @@
+#!/bin/bash
+# Answers and scores the held-out records in every trained state, and writes RUN/report.html.
+#
+#   sbatch [FLAGS] slurm/evaluate.sh [CONFIG.yaml ...] [KEY=VALUE ...]
+#
+# CONFIG     default configs/emoverse_4b.yaml; several files are merged, later ones win
+# KEY=VALUE  overrides of the config, such as run.run_dir=/shared/runs/a
+# FLAGS      sbatch's own; they win over the lines below: --nodes=4, --time=2-0, --account=NAME, ...
+#
+# Each rank answers its share. A job that is stopped begins anew when it is requeued.
+# Submit from the top of the repository. EMOVERSE_PYTHON names the interpreter (default:
+# .venv/bin/python, else python3); EMOVERSE_MAX_REQUEUES how often the job may begin again (20).
+#SBATCH --job-name=emoverse-evaluate
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=04:00:00
+#SBATCH --signal=USR2@180
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%x-%j.out
+set -euo pipefail
+PART="eval"
+# shellcheck source=slurm/job.sh
+source "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}/slurm/job.sh"
+
+# exec: a signal for the batch shell alone reaches srun, which passes it on to every rank.
+exec srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --open-mode=append \
+    --output="$logs/rank_%t.log" "$python" -m launch.worker "${words[@]}" --evaluate \
+    --max-requeues="${EMOVERSE_MAX_REQUEUES:-20}"

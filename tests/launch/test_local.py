@@ -1,0 +1,170 @@
+"""The local launcher: one exit code for all ranks; none outlives a failure or the launcher."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from launch import worker
+from launch.local import exit_code, rank_environment, run_ranks
+from launch.worker import FAULT, STOPPED, WRONG_INPUT
+
+ROOT = Path(worker.__file__).parents[1]
+
+
+def script(code: str) -> list[str]:
+    return [sys.executable, "-c", "import os, signal, sys, time\n" + textwrap.dedent(code)]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1][0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_for(file: Path, limit_s: float = 20) -> str:
+    deadline = time.monotonic() + limit_s
+    while not (file.exists() and file.read_text()):
+        assert time.monotonic() < deadline, f"{file} did not appear"
+        time.sleep(0.02)
+    return file.read_text()
+
+
+def test_ranks_get_the_five_variables_and_quiet_libraries() -> None:
+    environ = rank_environment(
+        {"HOME": "/x", "RANK": "9", "OMP_NUM_THREADS": "7"}, rank=1, world_size=2, port=29500
+    )
+    assert {name: environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")} == {
+        "RANK": "1",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "2",
+    }
+    assert (environ["MASTER_ADDR"], environ["MASTER_PORT"]) == ("127.0.0.1", "29500")
+    assert environ["OMP_NUM_THREADS"] == "7"  # the user's wish wins
+    assert environ["HOME"] == "/x" and environ["TORCHDYNAMO_DISABLE"] == "1"
+    assert int(rank_environment({}, rank=0, world_size=10**6, port=1)["OMP_NUM_THREADS"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("codes", "code"),
+    [
+        ([0, 0], 0),
+        ([75, 75], 75),
+        ([2, 2], 2),
+        ([0, 75], 1),
+        ([2, 1], 1),
+        ([-9, 1], 1),
+        ([-11, -11], 1),
+    ],
+)
+def test_one_exit_code_for_all(codes: list[int], code: int) -> None:
+    assert exit_code(codes) == code
+
+
+def test_rank_0_is_shown_and_every_rank_is_logged(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = script(
+        """
+        print("rank", os.environ["RANK"], "of", os.environ["WORLD_SIZE"])
+        sys.exit(75)
+        """
+    )
+    assert run_ranks(command, num_ranks=2, logs=tmp_path) == STOPPED
+    assert run_ranks(command, num_ranks=2, logs=tmp_path) == STOPPED
+    assert capfd.readouterr().out == "rank 0 of 2\n" * 2
+    assert (tmp_path / "rank_0.log").read_text() == "rank 0 of 2\n" * 2
+    assert (tmp_path / "rank_1.log").read_text() == "rank 1 of 2\n" * 2
+
+
+def test_one_failing_rank_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "GRACE_AFTER_FAILURE_S", 0.3)
+    command = script(
+        f"""
+        rank = os.environ["RANK"]
+        open({str(tmp_path)!r} + "/pid" + rank, "w").write(str(os.getpid()))
+        if rank == "1":
+            sys.exit(3)
+        time.sleep(600)
+        """
+    )
+    begin = time.monotonic()
+    assert run_ranks(command, num_ranks=3, logs=tmp_path) == FAULT
+    assert time.monotonic() - begin < 10
+    for rank in (0, 2):
+        pid = (tmp_path / f"pid{rank}").read_text() if (tmp_path / f"pid{rank}").exists() else "0"
+        assert not is_alive(int(pid))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2])
+@pytest.mark.parametrize("handles", [True, False])
+def test_a_signal_reaches_all_ranks(tmp_path: Path, number: signal.Signals, handles: bool) -> None:
+    install = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))" if handles else ""
+    command = script(
+        f"""
+        {install}
+        open({str(tmp_path)!r} + "/up" + os.environ["RANK"], "w").write("x")
+        time.sleep(600)
+        """
+    )
+
+    def interrupt() -> None:
+        for rank in range(2):
+            wait_for(tmp_path / f"up{rank}")
+        os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    threading.Thread(target=interrupt).start()
+    assert run_ranks(command, num_ranks=2, logs=tmp_path) == STOPPED
+    assert signal.getsignal(number) is before
+
+
+def test_ranks_do_not_outlive_their_launcher(tmp_path: Path) -> None:
+    rank = script(
+        f"""
+        import threading
+        from launch.worker import _end_with_input
+        threading.Thread(target=_end_with_input, daemon=True).start()
+        open({str(tmp_path)!r} + "/pid" + os.environ["RANK"], "w").write(str(os.getpid()))
+        time.sleep(600)
+        """
+    )
+    launcher = script(
+        f"""
+        from pathlib import Path
+        from launch.local import run_ranks
+        run_ranks({rank!r}, num_ranks=2, logs=Path({str(tmp_path)!r}))
+        """
+    )
+    process = subprocess.Popen(launcher, cwd=ROOT)
+    pids = [int(wait_for(tmp_path / f"pid{number}")) for number in range(2)]
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    while any(is_alive(pid) for pid in pids):
+        assert time.monotonic() < deadline, "a rank outlived its launcher"
+        time.sleep(0.05)
+
+
+def test_a_wrong_config_is_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("run: {name: x}\nnonsense: 1\n")
+    handlers = {number: signal.getsignal(number) for number in worker.STOP_SIGNALS}
+    try:
+        assert worker.main([str(path), "--stage", "stage1"]) == WRONG_INPUT
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert "nonsense" in capsys.readouterr().err
+
+
+def test_importing_the_worker_does_not_import_torch() -> None:
+    code = "import launch.worker, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
