@@ -68,8 +68,16 @@ def decisive_knobs(config: Config, stage: str) -> dict[str, Any]:
     return knobs
 
 
-def run_identity(config: Config, stage: str, plan: Plan, parent: Path | None) -> dict[str, Any]:
+def run_identity(
+    config: Config,
+    stage: str,
+    plan: Plan,
+    parent: Path | None,
+    accepted: list[str] | None = None,
+) -> dict[str, Any]:
     """The knobs, and what lies behind paths: plan, base, and the weights it starts from.
+
+    `accepted` takes what differs from the stage to start from; without it a difference is refused.
 
     Raises:
         OtherRun: the stage to start from was trained under another plan.
@@ -87,11 +95,14 @@ def run_identity(config: Config, stage: str, plan: Plan, parent: Path | None) ->
     theirs = read_state(folder)["identity"]
     for part in ("plan", "base"):
         if theirs[part] != identity[part]:
+            if accepted is not None:
+                accepted.append(f"{part} of {parent.name}: {theirs[part]}, now {identity[part]}")
+                continue
             raise OtherRun(
                 f"stages.{stage}.start_from: {parent.name} was trained with another {part} "
                 f"({theirs[part][:12]}, now {identity[part][:12]}); stages are planned together, "
                 f"so undo the change to data or stages, or choose another run.run_dir and train "
-                f"{parent.name} again"
+                f"{parent.name} again, or give --accept-changes to start from it all the same"
             )
     weights = json.loads((folder / MANIFEST).read_text())["files"][TRAINED]["sha256"]
     return {**identity, "start": f"{parent.name} {folder.name} {weights[:16]}"}

@@ -31,21 +31,16 @@ GRACE_AFTER_FAILURE_S = 10.0
 GRACE_AFTER_STOP_S = 300.0
 
 
-def run_local(
-    config: Config, *, stages: Sequence[str], resume: bool = True, take_over: bool = False
-) -> int:
+def run_local(config: Config, *, stages: Sequence[str], flags: Sequence[str] = ()) -> int:
     """Trains `stages` in turn on this machine, continuing what an earlier call left.
 
     A signal to stop (Ctrl-C, SIGTERM, SIGUSR2) reaches all ranks, which save and leave.
-    `resume` False refuses a stage that has already begun; `take_over` makes an owner of the run
-    directory that seems to live lose it.
+    `flags`: of `worker.FLAGS`, for every rank.
 
     Returns:
         0 all done, 75 stopped and resumable, 2 wrong input, 1 a fault.
     """
     for stage in stages:
-        flags = [] if resume else ["--fresh"]
-        flags += ["--take-over"] if take_over else []
         code = _run_stage(config, stage, flags)
         if code != DONE:
             return code

@@ -76,9 +76,16 @@ def step(telemetry: Telemetry, number: int) -> None:
         task_weight=[2.0, 2.0, 0.0, 0.0, 0.0],
         task_tokens=[4, 8, 0, 0, 0],
         grad_norm=0.5,
+        forward_s=0.3,
     )
     counts = StepCounts(
-        samples={Task.MSA: 2, Task.ER: 2}, tokens=500, wait_s=0.1, most_tokens=300, packs=4
+        samples={Task.MSA: 2, Task.ER: 2},
+        tokens=500,
+        wait_s=[0.02, 0.1],
+        forward_s=[0.3, 0.2],
+        vote_s=[0.08, 0.0],
+        most_tokens=300,
+        packs=4,
     )
     telemetry.record(number, result, counts, {"lora": 1e-5, "projector": 2e-5})
 

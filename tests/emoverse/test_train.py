@@ -19,7 +19,7 @@ from emoverse import stop
 from emoverse.config import Config
 from emoverse.distributed import RankError, World
 from emoverse.ledger import Ledger
-from emoverse.stage_run import Parts
+from emoverse.stage_parts import Parts
 from emoverse.train import Launch, train_in_group
 from launch.local import run_local
 
