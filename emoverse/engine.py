@@ -268,11 +268,14 @@ class Engine:
             self._engine.zero_grad()
             return
         # DeepSpeed's own way out of a step leads through a gradient that is not finite.
-        for gradients in self._optimizer.averaged_gradients.values():
-            for gradient in gradients:
-                gradient.fill_(math.inf)
+        groups = self._optimizer.averaged_gradients.values()
+        gradients = [gradient for group in groups for gradient in group]
+        for gradient in gradients:
+            gradient.fill_(math.inf)
         self._engine.step()
         assert not self._engine.was_step_applied()
+        for gradient in gradients:  # stage 3 uses the buffers again, but never writes the padding
+            gradient.zero_()
 
     # State in full tensors -------------------------------------------------------------------
 
