@@ -10,14 +10,13 @@ the next step, save together, and do what the launcher wants done (by default: e
 import hashlib
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from data_shards.tasks import TASKS
-from emoverse import distributed, stop
+from emoverse import distributed, faults, stop
 from emoverse.collate import Batch
 from emoverse.config import Config
 from emoverse.distributed import RankError, Vote, World, agree, vote
@@ -91,15 +90,18 @@ def train_stages(
             code = launch.on_stop(world)
         distributed.shutdown()
         return code
+    except RankError as error:
+        if error.exit_code == EXIT_FAULT and world.is_main:
+            print(error.traceback, file=sys.stderr, end="")
+        print(f"emoverse train: {error}", file=sys.stderr)
+        return error.exit_code
     except Exception as error:
         # No shutdown: other ranks may wait in a collective, and leaving is what tells them.
-        code = error.exit_code if isinstance(error, RankError) else EXIT_FAULT
-        if code == EXIT_FAULT:
-            traceback.print_exc()
+        faults.report(config.run.run_dir, world.rank, error)
         print(f"emoverse train: {error}", file=sys.stderr)
         if distributed.is_lost_peer(error):
             launch.on_lost()
-        return code
+        return EXIT_FAULT
 
 
 def train_in_group(
@@ -115,6 +117,7 @@ def train_in_group(
     with agree(world, "run directory"):
         if world.is_main:
             lease = acquire(config.run.run_dir, take_over=launch.take_over)
+            faults.clear(config.run.run_dir)
     code = EXIT_DONE
     try:
         for stage in stages:
