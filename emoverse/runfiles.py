@@ -139,4 +139,11 @@ def write_run_files(
         },
     }
     (run_dir / "plan" / "plan.json").write_text(json.dumps(plan_json, indent=1) + "\n")
-    append_launch(run_dir, describe_launch(stage=stage, shards=str(config.data.shards)))
+    launch = describe_launch(
+        stage=stage,
+        shards=str(config.data.shards),
+        index=index.fingerprint,
+        plan=plan.fingerprint,
+        base=base_fingerprint(base_folder(config.model.base)),
+    )
+    append_launch(run_dir, launch)

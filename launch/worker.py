@@ -282,7 +282,7 @@ def _work(job: Job, args: argparse.Namespace, flag: StopFlag) -> int:
     launch = Launch(
         resume=not args.fresh,
         take_over=args.take_over,
-            accept_changes=args.accept_changes,
+        accept_changes=args.accept_changes,
         check=check,
         on_stop=requeue_together,
         on_lost=lambda: job.wait_for_verdict(flag),
