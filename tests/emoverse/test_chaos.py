@@ -150,7 +150,6 @@ def run_chaos(make: Callable[[str], Config], tmp_path: Path, kills: int) -> None
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             assert torch.equal(found[name], value), name
-        assert not list(chaos.config.run.run_dir.glob(".*")), "something was left behind"
         run += 1
 
 
