@@ -26,7 +26,7 @@ def save(run: Path, step: int, *, keep: int = 2) -> None:
     work.mkdir(parents=True, exist_ok=True)
     tensors = {"a": torch.full((50, 3), float(step)), "b": torch.arange(7.0)}
     state = {"step": step}
-    moments = {"exp_avg": tensors, "exp_avg_sq": tensors}
+    moments = {key: {k: v.clone() for k, v in tensors.items()} for key in ("exp_avg", "exp_avg_sq")}
     save_checkpoint(
         run / "checkpoints", params=tensors, **moments, state=state, keep=keep, work=work
     )
