@@ -285,23 +285,16 @@ class TrainSection(Section):
     )
     keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints kept per stage.")
     bad_numbers: Literal["skip", "stop"] = Field(
-        "skip",
-        description="At a loss or gradient that is not finite or a spike: go on without the step, "
-        "or end the run.",
+        "skip", description="A step with a bad loss or gradient: go on without it, or end the run."
     )
     max_skipped: int = Field(
         10, ge=0, description="Steps a stage may skip for bad numbers before it stops after all."
     )
     spike_factor: float | None = Field(
-        None,
-        gt=1,
-        description="A loss or gradient norm above this many times its median of the last 64 steps "
-        "is a bad number; blank: only what is not finite.",
+        None, gt=1, description="A bad number is above this many medians; blank: is not finite."
     )
     hang_minutes: float = Field(
-        30.0,
-        gt=0,
-        description="Minutes without progress after which a process shows its stacks and ends all.",
+        30.0, gt=0, description="Minutes without progress after which a process ends the run."
     )
     wandb: str | None = Field(
         None, description="Project of Weights & Biases to log to as well; blank is off."
