@@ -70,6 +70,7 @@ setup(
             "ruff>=0.17",
             "scikit-learn>=1.7",
         ],
+        "wandb": ["wandb>=0.19"],
     },
     entry_points={"console_scripts": ["emoverse=launch.cli:main"]},
 )

@@ -5,7 +5,10 @@ In: the config, the index, this rank's sampler and the model (for frozen feature
 directory; later epochs, stages and the other ranks read the result from one file.
 """
 
+import copy
+
 import torch
+from torch import nn
 
 from data_shards.index import ShardIndex
 from data_shards.reader import ShardReader
@@ -36,8 +39,15 @@ class FeatureStream:
     with pixels, damaged records and their substitutes included.
     """
 
-    def __init__(self, stream: StepStream, model: EmoVerse, features: KeyedFeatures) -> None:
+    def __init__(
+        self,
+        stream: StepStream,
+        model: EmoVerse,
+        features: KeyedFeatures,
+        tower: nn.Module | None,
+    ) -> None:
         self._stream, self._model, self._features = stream, model, features
+        self._tower = tower
         self.watch = stream.watch
 
     def __len__(self) -> int:
@@ -48,7 +58,7 @@ class FeatureStream:
         for sample in samples:
             if sample.frames is not None:
                 ordinal = self._features.ordinals[sample.record.key]
-                computed = compute_features(self._model, sample.frames)
+                computed = compute_features(self._model, sample.frames, self._tower)
                 self._features.cache.put(ordinal, sample.view, computed)
         return samples
 
@@ -102,9 +112,14 @@ def build_loader(
         features=features,
         blank_feature=blank_feature(model) if cached and blank else None,
     )
+    # ZeRO-3 will divide the model's own tower among the ranks, which then must run it together; but
+    # every rank has other clips to compute. A frozen copy belongs to each rank alone.
+    tower = None
+    if features is not None and config.train.zero_stage == 3:
+        tower = copy.deepcopy(model.native.model.vision_tower)
     tokenizer = Tokenizer.load(base_folder(config.model.base))
     return StepLoader(
-        FeatureStream(stream, model, features) if features else stream,
+        FeatureStream(stream, model, features, tower) if features else stream,
         tokenizer,
         encode,
         LoaderOptions(

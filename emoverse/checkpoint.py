@@ -230,13 +230,19 @@ def check_identity(found: Mapping[str, Any], expected: Mapping[str, Any], where:
     Raises:
         OtherRun: lists every knob that differs with the saved and the current value.
     """
-    differences = [
+    found_differences = differences(found, expected)
+    if found_differences:
+        raise OtherRun(
+            f"{where} belongs to another run; a resumed run must keep what decides its numbers. "
+            f"Different: {'; '.join(found_differences)}. Undo the change, or choose another "
+            "run.run_dir, or give --accept-changes to go on from there all the same"
+        )
+
+
+def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """Every knob that differs, with the saved and the current value."""
+    return [
         f"{knob}: saved {found.get(knob)!r}, now {expected.get(knob)!r}"
         for knob in sorted(set(found) | set(expected))
         if found.get(knob) != expected.get(knob)
     ]
-    if differences:
-        raise OtherRun(
-            f"{where} belongs to another run; a resumed run must keep what decides its numbers. "
-            f"Different: {'; '.join(differences)}. Undo the change, or choose another run.run_dir"
-        )

@@ -309,10 +309,32 @@ class TrainSection(Section):
     )
     log_every: int = Field(10, ge=1, description="Steps between two log lines.")
     save_every: int = Field(500, ge=1, description="Steps between two checkpoints.")
+    save_minutes: float | None = Field(
+        None, gt=0, description="Most minutes between two checkpoints; blank: save_every alone."
+    )
+    on_save_error: Literal["retry", "stop"] = Field(
+        "retry",
+        description="When the disk is full or not writable: go on and try again, or end the run.",
+    )
     max_minutes: float | None = Field(
         None, gt=0, description="Minutes after which a launch saves and stops; blank is no limit."
     )
     keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints kept per stage.")
+    bad_numbers: Literal["skip", "stop"] = Field(
+        "skip", description="A step with a bad loss or gradient: go on without it, or end the run."
+    )
+    max_skipped: int = Field(
+        10, ge=0, description="Steps a stage may skip for bad numbers before it stops after all."
+    )
+    spike_factor: float | None = Field(
+        None, gt=1, description="A bad number is above this many medians; blank: is not finite."
+    )
+    hang_minutes: float = Field(
+        30.0, gt=0, description="Minutes without progress after which a process ends the run."
+    )
+    wandb: str | None = Field(
+        None, description="Project of Weights & Biases to log to as well; blank is off."
+    )
     tensorboard: bool = Field(True, description="Also write event files for tensorboard.")
     detect_anomaly: bool = Field(
         False, description="Name the operation whose gradient is not a number; slow, for debugging."

@@ -49,12 +49,6 @@ def _data_rules(tree: Node) -> Iterator[Problem]:
     if _value(tree, "model", "cache_features") is True and workers:
         rule = f"features are cached where the model is: set data.workers ({workers}) to 0"
         yield _problem(tree, ("model", "cache_features"), rule)
-    if _value(tree, "model", "cache_features") is True and _value(tree, "train", "zero_stage") == 3:
-        # Ranks would run a partitioned tower for different numbers of clips and wait for ever.
-        rule = (
-            "under train.zero_stage 3 every rank must run the tower together: set it to 0, 1 or 2"
-        )
-        yield _problem(tree, ("model", "cache_features"), rule)
     most = _number(tree, 4096, "data", "max_tokens")
     pack = _number(tree, 4096, "data", "pack_tokens")
     if most is not None and pack is not None and pack < most:

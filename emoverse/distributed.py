@@ -8,6 +8,7 @@ until the time-out; therefore what may fail on one rank only runs inside `agree`
 import contextlib
 import os
 import socket
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -24,9 +25,10 @@ WRONG_INPUT = (ValueError, FileNotFoundError)  # what a user can put right: exit
 class RankError(RuntimeError):
     """One or more ranks failed; raised on every rank with the same text."""
 
-    def __init__(self, text: str, *, wrong_input: bool) -> None:
+    def __init__(self, text: str, *, wrong_input: bool, traceback: str = "") -> None:
         super().__init__(text)
         self.exit_code = 2 if wrong_input else 1
+        self.traceback = traceback  # of the first rank that failed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,8 +125,9 @@ def raise_together(world: World, error: Exception | None, doing: str) -> None:
     mine = None
     if error is not None:
         is_input = isinstance(error, WRONG_INPUT) or getattr(error, "exit_code", 1) == 2
-        mine = (f"{type(error).__name__}: {error}", is_input)
-    everyone: list[tuple[str, bool] | None] = [mine] * world.world_size
+        stack = "".join(traceback.format_exception(error))
+        mine = (f"{type(error).__name__}: {error}", is_input, stack)
+    everyone: list[tuple[str, bool, str] | None] = [mine] * world.world_size
     if world.world_size > 1:
         dist.all_gather_object(everyone, mine)
     reasons: dict[str, list[int]] = {}
@@ -137,8 +140,12 @@ def raise_together(world: World, error: Exception | None, doing: str) -> None:
         reason if world.world_size == 1 else f"rank {', '.join(map(str, ranks))}: {reason}"
         for reason, ranks in reasons.items()
     )
-    wrong_input = all(found[1] for found in everyone if found is not None)
-    raise RankError(f"{doing}: {text}", wrong_input=wrong_input) from error
+    failed = [found for found in everyone if found is not None]
+    raise RankError(
+        f"{doing}: {text}",
+        wrong_input=all(is_input for _, is_input, _ in failed),
+        traceback=failed[0][2],
+    ) from error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,6 +6,7 @@ full tensors by parameter name, independent of the ZeRO stage and of the number 
 No other file imports deepspeed; nothing here compiles an operator, so no compiler is needed.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed probes and says so
 import deepspeed
 import deepspeed.ops
+from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -29,15 +31,22 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 
-from emoverse.distributed import World
+from emoverse.distributed import World, gather_rows
+from emoverse.guard import finite
 from emoverse.optim import set_learning_rate
+from emoverse.stopwatch import Stopwatch
 from emoverse.zero_settings import deepspeed_config
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class NonFiniteError(RuntimeError):
-    """Loss or gradient norm is not a finite number; the weights were not touched."""
+class BadNumbers(RuntimeError):
+    """A step that must not be used, on every rank; weights and moments are those before it."""
+
+    def __init__(self, reason: str, result: "StepResult", rank_loss: list[float]) -> None:
+        super().__init__(reason)
+        self.result = result  # as far as it is known
+        self.rank_loss = rank_loss  # sum of weighted cross entropies of each rank's own packs
 
 
 class Packs(Protocol):
@@ -61,6 +70,7 @@ class StepResult:
     task_weight: list[float]  # sum of token weights
     task_tokens: list[int]  # supervised tokens
     grad_norm: float  # before clipping
+    forward_s: float  # of this rank: its forward passes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,6 +175,7 @@ class Engine:
         normaliser: float,
         lr_factor: float,
         make_empty: Callable[[], Packs],
+        judge: Callable[[float, float], str | None] = finite,
     ) -> StepResult:
         """One optimiser update over all packs of all ranks.
 
@@ -173,51 +184,73 @@ class Engine:
         ZeRO. The gradient is that of sum(w * ce) / normaliser over the whole step, whatever the
         packing, the ranks or the ZeRO stage.
 
+        `judge` sees the loss and the gradient norm before the update, the same on all ranks, and
+        returns a reason not to use the step, or None.
+
         Raises:
-            NonFiniteError: on every rank; the weights are those before the step.
+            BadNumbers: `judge` had a reason; on every rank, the step has changed nothing.
         """
         assert len(packs) <= num_packs and num_packs > 0 and normaliser > 0
         set_learning_rate(self._optimizer.param_groups, lr_factor)
         scale = self.world.world_size / normaliser  # ZeRO averages over ranks; we want the sum
         totals: Tensor | None = None
+        clock = Stopwatch(self.world.device)
         for number in range(num_packs):
             pack = packs[number] if number < len(packs) else make_empty()
             self._engine.set_gradient_accumulation_boundary(number == num_packs - 1)
-            loss_sum, parts = self._engine(pack.to(self.world.device))
+            with clock:
+                loss_sum, parts = self._engine(pack.to(self.world.device))
             self._engine.backward(loss_sum * scale, scale_wrt_gas=False)
             totals = parts if totals is None else totals + parts
         assert totals is not None
+        mine = float(totals[0].sum())
         if self.world.world_size > 1:
             dist.all_reduce(totals)
         task_loss, task_weight, task_tokens = totals.tolist()
-        loss = sum(task_loss) / normaliser
-        # Ranks hold the same sums, so they raise together, before the weights change.
-        if not torch.isfinite(totals).all():
-            raise NonFiniteError(f"loss is not finite: {loss} (per task: {task_loss})")
-        grad_norm = self._update()
-        return StepResult(
-            loss=loss,
+        result = StepResult(
+            loss=sum(task_loss) / normaliser,
             task_loss=task_loss,
             task_weight=task_weight,
             task_tokens=[int(count) for count in task_tokens],
-            grad_norm=grad_norm,
+            grad_norm=self._gradient_norm(),
+            forward_s=clock.seconds(),
         )
-
-    def _update(self) -> float:
-        """Clips and applies the accumulated gradient; returns its norm before clipping."""
-        norm = 0.0
-        if self._stage == 0:  # DeepSpeed reports no norm here; gradients are whole and reduced
-            grads = [p.grad.float() for p in self._named.values() if p.grad is not None]
-            norm = float(torch.linalg.vector_norm(torch.stack([g.norm() for g in grads])))
-            if not norm < float("inf"):
-                raise NonFiniteError(f"gradient norm is not finite: {norm}")
+        reason = judge(result.loss, result.grad_norm)
+        if reason is not None:
+            self._discard()
+            rank_loss = gather_rows(self.world, [mine])[:, 0].tolist()
+            raise BadNumbers(reason, result, rank_loss)
         self._engine.step()
-        if self._stage > 0:
-            norm = float(self._engine.get_global_grad_norm())
-            if not self._engine.was_step_applied() or not 0 <= norm < float("inf"):
-                raise NonFiniteError(f"gradient norm is not finite: {norm}")
+        assert self._stage == 0 or self._engine.was_step_applied()
         self._updates += 1
-        return norm
+        return result
+
+    def _gradient_norm(self) -> float:
+        """L2 norm of the accumulated gradient of all ranks, before clipping; not finite if it is
+        not known. Collective."""
+        if self._stage == 0:  # gradients are whole and reduced
+            grads = [p.grad.float() for p in self._named.values() if p.grad is not None]
+            return float(torch.linalg.vector_norm(torch.stack([g.norm() for g in grads])))
+        if self._stage == 3:
+            norm = float(combine_grad_norm_groups(self._optimizer._get_norm_groups()))
+        else:
+            norm = float(self._optimizer.scaled_global_norm())
+        return norm if norm >= 0 else math.nan  # DeepSpeed says -1 for what is not finite
+
+    def _discard(self) -> None:
+        """Drops the accumulated gradient; collective."""
+        if self._stage == 0:
+            self._engine.zero_grad()
+            return
+        # DeepSpeed's own way out of a step leads through a gradient that is not finite.
+        groups = self._optimizer.averaged_gradients.values()
+        gradients = [gradient for group in groups for gradient in group]
+        for gradient in gradients:
+            gradient.fill_(math.inf)
+        self._engine.step()
+        assert not self._engine.was_step_applied()
+        for gradient in gradients:  # stage 3 uses the buffers again, but never writes the padding
+            gradient.zero_()
 
     # State in full tensors -------------------------------------------------------------------
 

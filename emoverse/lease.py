@@ -173,7 +173,17 @@ def acquire(
             time.sleep(_POLL_S if told else 0)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+    _clean(run_dir, lease)
     return Lease(run_dir, me.token)
+
+
+def _clean(run_dir: Path, lease: Path) -> None:
+    """Removes what processes left that died while they took over; the living touch theirs."""
+    now = lease.stat().st_mtime
+    for path in (*run_dir.glob(f".{FOLDER}-*"), *run_dir.glob(".fenced-*")):
+        with contextlib.suppress(OSError):
+            if now - path.stat().st_mtime > STALE_S:
+                shutil.rmtree(path)
 
 
 def describe_holder(environ: Mapping[str, str]) -> Holder:

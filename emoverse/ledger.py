@@ -6,7 +6,6 @@ The proof is a sum modulo 2**64 of a hash per (position, record, task): it does 
 ranks or packing, so what was trained can be compared with what the plan says.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -85,6 +84,12 @@ class Ledger:
                 )
         return found
 
+    def place(self, position: int) -> Placement:
+        """What was, or will be, trained at a position: the plan's record, or its substitute."""
+        tried = sum(entry["position"] == position for entry in self._sampler.quarantine)
+        plan = self._sampler.stage_plan
+        return plan.substitute(position, tried) if tried else plan.at(position)
+
     def close_account(self, step: int) -> dict[str, Any]:
         """Compares what all ranks trained since the last account with the plan, up to `step` steps.
 
@@ -108,14 +113,12 @@ class Ledger:
     def _expected(self, step: int) -> int:
         """This rank's share of the plan's hash: every world_size-th position since the account."""
         plan = self._sampler.stage_plan
-        attempts = Counter(entry["position"] for entry in self._sampler.quarantine)
         batch = self._sampler.global_batch_size
         first = min(self._closed_step * batch, plan.num_samples)
         last = min(step * batch, plan.num_samples)
         total = 0
         for position in range(first + self._world.rank, last, self._world.world_size):
-            tried = attempts[position]
-            place: Placement = plan.substitute(position, tried) if tried else plan.at(position)
+            place = self.place(position)
             key = self._index.key(place.shard, place.slot)
             total += audit_hash(position, key, place.task)
         return total % MODULUS

@@ -1,7 +1,7 @@
 """Where a run comes from: code, versions, host, base model; enough to repeat it or to see why not.
 
-In: this process and the base folder. Out: RUN/provenance.json (one entry per launch) and the
-fingerprint of a base, which every checkpoint carries.
+In: this process and the base folder. Out: RUN/provenance.json (one entry per launch), the changes
+since the commit beside it, and the fingerprint of a base, which every checkpoint carries.
 """
 
 import hashlib
@@ -56,6 +56,17 @@ def git_state(folder: Path) -> dict[str, Any] | None:
     return {"commit": commit, "changed_files": len(changes.splitlines())}
 
 
+def uncommitted_changes(folder: Path) -> str:
+    """The changes of tracked files since the commit, as git prints them; empty if there are none.
+
+    Empty outside a git checkout or without git as well.
+    """
+    try:
+        return _git(folder, "diff", "HEAD", "--", ":/")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
 def _git(folder: Path, *arguments: str) -> str:
     command = ["git", "-C", str(folder), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
@@ -63,7 +74,15 @@ def _git(folder: Path, *arguments: str) -> str:
 
 
 def append_launch(run_dir: Path, launch: dict[str, Any]) -> None:
-    """Adds a launch to RUN/provenance.json, a JSON list; written beside and renamed."""
+    """Adds a launch to RUN/provenance.json, a JSON list; written beside and renamed.
+
+    Code that differs from its commit is kept as RUN/code-HASH.diff, and named in the entry.
+    """
+    changes = uncommitted_changes(Path(__file__).parent)
+    if changes:
+        name = f"code-{hashlib.sha256(changes.encode()).hexdigest()[:12]}.diff"
+        (run_dir / name).write_text(changes + "\n", encoding="utf-8")
+        launch = {**launch, "changes": name}
     path = run_dir / "provenance.json"
     launches = json.loads(path.read_text()) if path.exists() else []
     temporary = path.with_suffix(".tmp")

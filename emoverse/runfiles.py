@@ -73,8 +73,16 @@ def decisive_knobs(config: Config, stage: str) -> dict[str, Any]:
     return knobs
 
 
-def run_identity(config: Config, stage: str, plan: Plan, parent: Path | None) -> dict[str, Any]:
+def run_identity(
+    config: Config,
+    stage: str,
+    plan: Plan,
+    parent: Path | None,
+    accepted: list[str] | None = None,
+) -> dict[str, Any]:
     """The knobs, and what lies behind paths: plan, base, and the weights it starts from.
+
+    `accepted` takes what differs from the stage to start from; without it a difference is refused.
 
     Raises:
         OtherRun: the stage to start from was trained under another plan.
@@ -87,11 +95,14 @@ def run_identity(config: Config, stage: str, plan: Plan, parent: Path | None) ->
     theirs = read_state(folder)["identity"]
     for part in ("plan", "base"):
         if theirs[part] != identity[part]:
+            if accepted is not None:
+                accepted.append(f"{part} of {parent.name}: {theirs[part]}, now {identity[part]}")
+                continue
             raise OtherRun(
                 f"stages.{stage}.start_from: {parent.name} was trained with another {part} "
                 f"({theirs[part][:12]}, now {identity[part][:12]}); stages are planned together, "
                 f"so undo the change to data or stages, or choose another run.run_dir and train "
-                f"{parent.name} again"
+                f"{parent.name} again, or give --accept-changes to start from it all the same"
             )
     merged = [label_of(handed_over(stage_dir(config, name))) for name in merged_into(config, stage)]
     return {**identity, "start": label_of(folder), **({"merged": merged} if merged else {})}
@@ -128,4 +139,11 @@ def write_run_files(
         },
     }
     (run_dir / "plan" / "plan.json").write_text(json.dumps(plan_json, indent=1) + "\n")
-    append_launch(run_dir, describe_launch(stage=stage, shards=str(config.data.shards)))
+    launch = describe_launch(
+        stage=stage,
+        shards=str(config.data.shards),
+        index=index.fingerprint,
+        plan=plan.fingerprint,
+        base=base_fingerprint(base_folder(config.model.base)),
+    )
+    append_launch(run_dir, launch)

@@ -1,202 +1,183 @@
-"""One stage made ready: what a rank reads and builds, what it starts from, how it saves and ends.
+"""A stage that runs: how it saves, passes over a bad step, and ends.
 
-In: the config, this rank's world. Out: `Parts` (no collective needed) and then a `Run`, which the
-loop in train.py steps through. A stage starts from the base, from an earlier stage, or where it was
-left.
+In: the parts of the stage, the engine, the ranks. Out: checkpoints, dumps of bad steps, DONE.
+All methods are collective; rank 0 writes, out of the work folder of its lease.
 """
 
 import contextlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
+import torch.distributed as dist
 
-from data_shards.index import ShardIndex
-from data_shards.plan import Plan
-from data_shards.remote import open_index
-from data_shards.sampler import WeightedTaskSampler
 from emoverse import checkpoint, storage
-from emoverse.batches import build_loader
-from emoverse.config import Config
-from emoverse.distributed import World, agree
-from emoverse.engine import Engine, TrainedState, deepspeed_config
-from emoverse.handover import folds_below, handed_over
+from emoverse.collate import Batch
+from emoverse.distributed import RankError, World, agree, from_main
+from emoverse.engine import BadNumbers, Engine, TrainedState, deepspeed_config
+from emoverse.guard import describe_samples, write_dump
+from emoverse.handover import handed_over
 from emoverse.lease import Lease
-from emoverse.ledger import Ledger
-from emoverse.loader import StepLoader
-from emoverse.models.architecture import load_architecture, parameter_counts
-from emoverse.models.emoverse import EmoVerse, build_model
+from emoverse.models.architecture import parameter_counts
 from emoverse.models.lora import is_adapter
-from emoverse.optim import build_optimizer, lr_factor, parameter_groups, warmup_steps
-from emoverse.runfiles import decisive_knobs, run_identity, write_run_files
-from emoverse.stages import DONE, run_plan, stage_dir, starting_stage
-from emoverse.telemetry import Telemetry, flops_per_token
+from emoverse.optim import build_optimizer, parameter_groups
+from emoverse.runfiles import decisive_knobs, write_run_files
+from emoverse.stage_parts import Parts
+from emoverse.stages import DONE, stage_dir
+from emoverse.telemetry import Telemetry, begin_wandb, flops_per_token
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Parts:
-    """What a rank can read and build on its own, without any collective."""
-
-    config: Config
-    stage: str
-    index: ShardIndex
-    plan: Plan
-    sampler: WeightedTaskSampler
-    model: EmoVerse
-    loader: StepLoader
-    ledger: Ledger
-    identity: dict[str, Any]
-    start_step: int
-    resume_from: Path | None  # checkpoint of this stage
-    parent: Path | None  # folder of the stage that hands over
-    notes: list[str]  # for the user, said when the stage begins
-
-    @property
-    def num_steps(self) -> int:
-        """Optimiser steps of the whole stage."""
-        return self.sampler.num_steps
-
-    def lr_factor(self, step: int) -> float:
-        """Learning rate of 0-based `step` as a share of its peak."""
-        optim = self.config.stages[self.stage].optim
-        return lr_factor(
-            step,
-            num_steps=self.num_steps,
-            warmup=warmup_steps(optim.warmup, self.num_steps),
-            min_ratio=optim.min_lr_ratio,
-        )
-
-
-def read_parts(config: Config, stage: str, world: World, *, resume: bool) -> Parts:
-    """Data, model and what to start from; every rank for itself.
-
-    Raises:
-        ValueError, FileNotFoundError: what the user can put right.
-    """
-    notes: list[str] = []
-    parent = starting_stage(config, stage)
-    index = open_index(config.data.shards, config.data.cache)
-    plan = run_plan(config, index)
-    sampler = WeightedTaskSampler(
-        plan.stages[stage],
-        index,
-        global_batch_size=config.train.global_batch_size,
-        rank=world.rank,
-        world_size=world.world_size,
-        frames_per_clip=config.data.frames_per_clip,
-        tokens_per_frame=load_architecture(config.model.base).visual_tokens_per_frame,
-    )
-    identity = run_identity(config, stage, plan, parent)
-    folder = _find_resume(config, stage, identity, resume=resume, notes=notes)
-    model = build_model(
-        config.model.base,
-        config.model,
-        device=world.device,
-        dtype=torch.bfloat16 if config.model.precision == "bf16" else torch.float32,
-        seed=config.run.seed,
-        folds=folds_below(config, stage, config.run.run_dir, notes.append),
-        defer=config.train.zero_stage == 3,
-    ).train()
-    if config.train.recompute:
-        model.recompute_activations()
-    ledger = Ledger(sampler, index, world, max_damaged=config.data.max_damaged)
-    start_step = 0
-    if folder is not None:
-        state = checkpoint.read_state(folder)
-        start_step = int(state["step"])
-        ledger.load(state["data"], start_step)
-    return Parts(
-        config=config,
-        stage=stage,
-        index=index,
-        plan=plan,
-        sampler=sampler,
-        model=model,
-        loader=build_loader(config, index, sampler, model),
-        ledger=ledger,
-        identity=identity,
-        start_step=start_step,
-        resume_from=folder,
-        parent=parent,
-        notes=notes,
-    )
-
-
-def _find_resume(
-    config: Config, stage: str, identity: dict[str, Any], *, resume: bool, notes: list[str]
-) -> Path | None:
-    root = stage_dir(config, stage) / "checkpoints"
-    folder = checkpoint.find_checkpoint(root, notes.append)
-    if folder is None:
-        return None
-    if not resume:
-        raise ValueError(
-            f"{root} holds checkpoints, but the stage was to start afresh; choose another "
-            "run.run_dir, or remove the stage's folder"
-        )
-    checkpoint.check_identity(checkpoint.read_state(folder)["identity"], identity, folder)
-    return folder
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class Run:
-    """A stage ready to step; all its methods are collective."""
+    """A stage ready to step."""
 
     parts: Parts
     world: World
     engine: Engine
     telemetry: Telemetry
     lease: Lease | None  # of the run directory, on rank 0
+    saved_step: int = 0  # of the newest checkpoint
+    _saved_at: float = field(default_factory=time.monotonic)
 
-    def writing(self) -> contextlib.AbstractContextManager[Path | None]:
-        """The folder to publish from, on the rank that owns the run directory."""
-        return contextlib.nullcontext() if self.lease is None else self.lease.writing()
+    def save_is_due(self) -> bool:
+        """Have `train.save_minutes` passed? Ranks' clocks differ: rank 0's counts."""
+        minutes = self.parts.config.train.save_minutes
+        return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
 
-    def save(self, step: int) -> int:
-        """Proves that the plan was trained, and writes a checkpoint; returns `step`."""
+    def save(self, step: int, *, must: bool) -> None:
+        """Proves that the plan was trained, and writes a checkpoint.
+
+        A disk that is full or not writable ends the run if `must`, or by `train.on_save_error`.
+
+        Raises:
+            RankError: nothing was saved; the checkpoints before are as they were.
+        """
         parts, train = self.parts, self.parts.config.train
+        begin = time.monotonic()
         data = parts.ledger.close_account(step)
         state = self.engine.export_state()
-        with agree(self.world, f"{parts.stage}: saving step {step}"), self.writing() as work:
+        failure: str | None = None
+        with agree(self.world, f"{parts.stage}: saving step {step}"), self._writing() as work:
             if work is not None:
-                checkpoint.save_checkpoint(
-                    stage_dir(parts.config, parts.stage) / "checkpoints",
-                    params=state.params,
-                    exp_avg=state.exp_avg,
-                    exp_avg_sq=state.exp_avg_sq,
-                    state={
-                        "step": step,
-                        "updates": state.updates,
-                        "data": data,
-                        "identity": parts.identity,
-                        "learning_rates": self.engine.learning_rates,
-                        "world_size": self.world.world_size,
-                        "zero_stage": train.zero_stage,
-                    },
-                    keep=train.keep_checkpoints,
-                    work=work,
-                )
-        self.telemetry.saved(step)
-        return step
+                try:
+                    checkpoint.save_checkpoint(
+                        self._folder / "checkpoints",
+                        params=state.params,
+                        exp_avg=state.exp_avg,
+                        exp_avg_sq=state.exp_avg_sq,
+                        state={
+                            "step": step,
+                            "updates": state.updates,
+                            "data": data,
+                            "guard": parts.guard.state(),
+                            "identity": parts.identity,
+                            "accepted": parts.accepted,
+                            "learning_rates": self.engine.learning_rates,
+                            "world_size": self.world.world_size,
+                            "zero_stage": train.zero_stage,
+                        },
+                        keep=train.keep_checkpoints,
+                        work=work,
+                    )
+                except OSError as error:
+                    if must or train.on_save_error == "stop" or not self._still_owner():
+                        raise
+                    failure = str(error)
+        failure = from_main(self.world, failure)
+        self._saved_at = time.monotonic()
+        if failure is not None:
+            self.telemetry.say(
+                f"step {step} could not be saved: {failure}; the checkpoint of step "
+                f"{self.saved_step} is good, trying again at the next save",
+                step,
+            )
+            return
+        self.saved_step = step
+        self.telemetry.saved(step, seconds=self._saved_at - begin, folder=self._folder)
+
+    def skip(self, step: int, bad: BadNumbers, packs: Sequence[Batch]) -> None:
+        """Writes down what was in a step that was not used; `step` counts it.
+
+        Raises:
+            RankError: by `train.bad_numbers`, or more than `train.max_skipped` were passed over.
+        """
+        parts, train = self.parts, self.parts.config.train
+        mine = [
+            (position, key, self.world.rank, number)
+            for number, pack in enumerate(packs)
+            for position, key in zip(pack.positions, pack.keys, strict=True)
+        ]
+        everyone = [mine] * self.world.world_size
+        if self.world.world_size > 1:
+            dist.all_gather_object(everyone, mine)
+        path = self._folder / "bad_steps" / f"{checkpoint.step_name(step)}.json"
+        with agree(self.world, f"{parts.stage}: step {step}"), self._writing() as work:
+            if work is not None:
+                samples = [
+                    (position, key, parts.ledger.place(position), rank, pack)
+                    for share in everyone
+                    for position, key, rank, pack in share
+                ]
+                facts = {
+                    "step": step,
+                    "reason": str(bad),
+                    "loss": bad.result.loss,
+                    "grad_norm": bad.result.grad_norm,
+                    "rank_loss": bad.rank_loss,
+                    "samples": describe_samples(parts.index, samples),
+                }
+                write_dump(path, facts, work=work)
+        parts.guard.skipped.append(step)
+        count = len(parts.guard.skipped)
+        self.telemetry.skipped(step, reason=str(bad), dump=str(path), count=count)
+        reason = f"{parts.stage} step {step}: {bad}; its samples are listed in {path}"
+        if train.bad_numbers == "stop":
+            raise RankError(
+                f"{reason}; train.bad_numbers: skip would go on without them", wrong_input=False
+            )
+        if count > train.max_skipped:
+            raise RankError(
+                f"{reason}; train.max_skipped allows {train.max_skipped} such steps in a stage, "
+                f"this is number {count}: look for the cause, lower the learning rate, or raise it",
+                wrong_input=False,
+            )
 
     def finish(self, step: int) -> None:
         """Marks the stage as done; its last checkpoint is on the disk."""
         parts = self.parts
-        folder = stage_dir(parts.config, parts.stage)
-        with agree(self.world, f"{parts.stage}: finishing"), self.writing() as work:
+        with agree(self.world, f"{parts.stage}: finishing"), self._writing() as work:
             if work is not None:
                 done = {
                     "step": step,
                     "checkpoint": checkpoint.step_name(step),
                     "audit": parts.ledger.audit,
+                    "skipped": parts.guard.skipped,
                     "knobs": decisive_knobs(parts.config, parts.stage),
                 }
-                storage.publish_text(folder / DONE, json.dumps(done, indent=1) + "\n", work=work)
-        self.telemetry.say(f"done after {step} steps, see {folder}", step)
-        self.telemetry.end(step, reason="done", audit=parts.ledger.audit)
+                text = json.dumps(done, indent=1) + "\n"
+                storage.publish_text(self._folder / DONE, text, work=work)
+        skipped = f", {len(parts.guard.skipped)} skipped" if parts.guard.skipped else ""
+        self.telemetry.say(f"done after {step} steps{skipped}, see {self._folder}", step)
+        self.end(step, reason="done")
+
+    def end(self, step: int, *, reason: str) -> None:
+        """The last record of this launch."""
+        parts = self.parts
+        skipped = len(parts.guard.skipped)
+        self.telemetry.end(step, reason=reason, audit=parts.ledger.audit, skipped=skipped)
+
+    @property
+    def _folder(self) -> Path:
+        return stage_dir(self.parts.config, self.parts.stage)
+
+    def _still_owner(self) -> bool:
+        return self.lease is not None and self.lease.held()
+
+    def _writing(self) -> contextlib.AbstractContextManager[Path | None]:
+        """The folder to publish from, on the rank that owns the run directory."""
+        return contextlib.nullcontext() if self.lease is None else self.lease.writing()
 
 
 @contextlib.contextmanager
@@ -216,6 +197,9 @@ def build_run(parts: Parts, world: World, lease: Lease | None) -> Iterator[Run]:
             world_size=world.world_size,
             num_trainable=num_trainable,
         )
+        wandb = None
+        if world.is_main and config.train.wandb is not None:
+            wandb = begin_wandb(config.train.wandb, config.run.run_dir, stage)
         if world.is_main:
             write_run_files(config, stage, parts.index, parts.plan, settings)
     engine = Engine(parts.model, optimizer, world, settings, parts.model.deferred)
@@ -233,11 +217,20 @@ def build_run(parts: Parts, world: World, lease: Lease | None) -> Iterator[Run]:
         log_every=config.train.log_every,
         world=world,
         tensorboard=config.train.tensorboard,
+        wandb=wandb,
+        skipped=len(parts.guard.skipped),
         flops=flops_per_token(architecture, counts),
     )
     try:
         _say_hello(parts, world, telemetry, num_trainable)
-        yield Run(parts=parts, world=world, engine=engine, telemetry=telemetry, lease=lease)
+        yield Run(
+            parts=parts,
+            world=world,
+            engine=engine,
+            telemetry=telemetry,
+            lease=lease,
+            saved_step=parts.start_step,
+        )
     finally:
         telemetry.close()
         engine.close()
@@ -290,18 +283,5 @@ def _say_hello(parts: Parts, world: World, telemetry: Telemetry, num_trainable: 
         num_steps=parts.num_steps,
         num_samples=parts.plan.stages[parts.stage].num_samples,
         lineage=parts.identity["start"],
+        accepted=parts.accepted,
     )
-
-
-def is_done(config: Config, stage: str) -> bool:
-    """Is the stage finished, with the settings of this config?
-
-    Raises:
-        OtherRun: it is finished, but with other settings; lists them.
-    """
-    marker: Path = stage_dir(config, stage) / DONE
-    if not marker.is_file():
-        return False
-    done = json.loads(marker.read_text())
-    checkpoint.check_identity(done["knobs"], decisive_knobs(config, stage), marker)
-    return True

@@ -20,10 +20,18 @@ def make_folder(path: Path) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
-    """Tensors by name as safetensors."""
+    """Tensors by name as safetensors.
+
+    Raises:
+        OSError: as for any file; the library has an error of its own for a full disk.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file  # needs torch, which not every reader has loaded
 
-    save_file(dict(tensors), path)
+    try:
+        save_file(dict(tensors), path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,22 +1,17 @@
-"""What a stage tells while it trains: the log line, metrics.jsonl, tensorboard.
+"""What a stage tells while it trains: the log line, metrics.jsonl, tensorboard, Weights & Biases.
 
 In: one `StepResult` per step and the step's counts over all ranks. Out: RUN/STAGE/metrics.jsonl,
-one JSON object per line, told apart by "kind":
-  start     step, resumed, world_size, zero_stage, trainable, num_steps, num_samples, rates, lineage
-  step      step, loss
-  interval  step, loss, task {name: {loss, samples, mix, rate, tokens, weight_share, loss_share}},
-            lr {part: rate}, grad_norm, samples_per_s, tokens_per_s, data_wait, imbalance,
-            tokens_per_pack, memory_bytes, mfu, eta_s, checkpoint_step
-  note      step, text
-  end       step, seconds, audit, reason
-"step" counts finished optimiser steps; a resumed stage drops the lines after the step it resumes
-from, so every step stands in the file once.
+one JSON object per line, told apart by "kind"; every key is explained in docs/telemetry.md.
+"step" counts finished optimiser steps; a resumed stage drops the lines of the steps it repeats, so
+every step stands in the file once.
 """
 
+import hashlib
+import importlib.util
 import json
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -25,9 +20,11 @@ from typing import Any, TextIO
 import torch
 
 from data_shards.tasks import TASKS, Task
+from emoverse.checkpoint import step_name
 from emoverse.distributed import World
 from emoverse.engine import StepResult
 from emoverse.models.architecture import Architecture
+from emoverse.telemetry_line import format_line, straggler
 from emoverse.work import PEAK_FLOPS
 
 
@@ -44,6 +41,13 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def total_memory_bytes(device: torch.device) -> int | None:
+    """Memory of the GPU; None on a CPU, which is shared with others."""
+    if device.type != "cuda":
+        return None
+    return int(torch.cuda.get_device_properties(device).total_memory)
 
 
 def flops_per_token(architecture: Architecture, counts: Mapping[str, int]) -> float:
@@ -63,7 +67,9 @@ class StepCounts:
 
     samples: Mapping[Task, int]
     tokens: int  # packed tokens, supervised or not
-    wait_s: float  # longest time that a rank waited for its data
+    wait_s: Sequence[float]  # per rank: waited for its data
+    forward_s: Sequence[float]  # per rank: the forward passes of the step before
+    vote_s: Sequence[float]  # per rank: waited for the other ranks before the step before
     most_tokens: int = 0  # of one rank
     packs: int = 0  # of all ranks, the empty ones that keep them together included
 
@@ -85,18 +91,24 @@ class Telemetry:
         log_every: int,
         world: World,
         tensorboard: bool,
+        wandb: Callable[[], Any] | None = None,
+        skipped: int = 0,
         flops: float | None = None,
         print_line: Callable[[str], None] = print,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`flops`: FLOPs per packed token; with a known GPU it gives the MFU."""
+        """`flops`: FLOPs per packed token; with a known GPU it gives the MFU.
+
+        `wandb`: begins a run of Weights & Biases. `skipped`: steps passed over before this launch.
+        """
         self._stage, self._rates, self._num_steps = stage, dict(rates), num_steps
         self._log_every, self._world, self._flops = log_every, world, flops
         self._print, self._clock = print_line, clock
-        self._checkpoint_step = start_step
+        self._checkpoint_step, self._skipped = start_step, skipped
         self._started = self._clock()
         self._file: TextIO | None = None
         self._writer: Any = None
+        self._wandb: Any = None
         self._reset()
         if not world.is_main:
             return
@@ -106,9 +118,12 @@ class Telemetry:
         self._file = path.open("a", buffering=1)  # a line reaches the file when it is written
         if tensorboard:
             self._writer = _event_writer(stage_dir, start_step)
+        if wandb is not None:
+            self._wandb = wandb()
 
     def _reset(self) -> None:
         self._since = self._clock()
+        self._pause_s = 0.0  # spent on checkpoints
         self._steps: list[StepResult] = []
         self._counts: list[StepCounts] = []
 
@@ -123,9 +138,20 @@ class Telemetry:
         rates = {task.value: float(rate) for task, rate in self._rates.items()}
         self._write({"kind": "start", "step": step, "rates": rates, **facts})
 
-    def saved(self, step: int) -> None:
-        """A checkpoint of `step` is on the disk."""
+    def saved(self, step: int, *, seconds: float, folder: Path) -> None:
+        """A checkpoint of `step` is on the disk; the step after it had to wait for `seconds`."""
         self._checkpoint_step = step
+        self._pause_s += seconds
+        if self._file is not None:
+            newest = folder / "checkpoints" / step_name(step)
+            size = sum(file.stat().st_size for file in newest.iterdir())
+            self._write({"kind": "save", "step": step, "seconds": seconds, "bytes": size})
+
+    def skipped(self, step: int, *, reason: str, dump: str, count: int) -> None:
+        """`step` was passed over: what is in it stands in the file `dump`; `count` so far."""
+        self._skipped = count
+        self.say(f"step {step} was not used: {reason}; its samples: {dump}", step)
+        self._write({"kind": "skip", "step": step, "reason": reason, "dump": dump})
 
     def record(
         self, step: int, result: StepResult, counts: StepCounts, lr: Mapping[str, float]
@@ -140,12 +166,11 @@ class Telemetry:
             self._interval(step, lr)
             self._reset()
 
-    def end(self, step: int, *, reason: str, audit: str) -> None:
+    def end(self, step: int, *, reason: str, audit: str, skipped: int) -> None:
         """Last record of a launch: `reason` is "done" or "stopped"."""
         seconds = self._clock() - self._started
-        self._write(
-            {"kind": "end", "step": step, "reason": reason, "audit": audit, "seconds": seconds}
-        )
+        facts = {"reason": reason, "audit": audit, "skipped": skipped, "seconds": seconds}
+        self._write({"kind": "end", "step": step, **facts})
         self.close()
 
     def close(self) -> None:
@@ -154,7 +179,9 @@ class Telemetry:
             self._file.close()
         if self._writer is not None:
             self._writer.close()
-        self._file = self._writer = None
+        if self._wandb is not None:
+            self._wandb.finish()
+        self._file = self._writer = self._wandb = None
 
     def _interval(self, step: int, lr: Mapping[str, float]) -> None:
         seconds = max(self._clock() - self._since, 1e-9)
@@ -172,18 +199,27 @@ class Telemetry:
             "grad_norm": self._steps[-1].grad_norm,
             "samples_per_s": samples / seconds,
             "tokens_per_s": tokens / seconds,
-            "data_wait": sum(counts.wait_s for counts in self._counts) / seconds,
+            "data_wait": sum(max(counts.wait_s) for counts in self._counts) / seconds,
+            "checkpoint_wait": self._pause_s / seconds,
             **self._balance(tokens),
+            "ranks": self._by_rank(),
             "memory_bytes": peak_memory_bytes(self._world.device),
+            "memory_total_bytes": total_memory_bytes(self._world.device),
             "mfu": per_second / (peak * self._world.world_size) if per_second and peak else None,
             "eta_s": (self._num_steps - step) * seconds / num_steps,
             "checkpoint_step": self._checkpoint_step,
+            "skipped": self._skipped,
         }
         self._write(record)
         self._print(format_line(self._stage, self._num_steps, record))
+        slow = straggler(record["ranks"], seconds)
+        if slow is not None:
+            self.say(slow, step)
         if self._writer is not None:
             for tag, value in scalars(record):
                 self._writer.add_scalar(tag, value, step)
+        if self._wandb is not None:
+            self._wandb.log({f"{self._stage}/{tag}": value for tag, value in scalars(record)})
 
     def _balance(self, tokens: int) -> dict[str, float]:
         """How evenly the ranks shared the interval, and how full their packs were.
@@ -219,6 +255,17 @@ class Telemetry:
             }
         return rows
 
+    def _by_rank(self) -> list[dict[str, float]]:
+        """Seconds of each rank in the interval; the last step's come with the next interval."""
+        return [
+            {
+                "data_s": sum(counts.wait_s[rank] for counts in self._counts),
+                "forward_s": sum(counts.forward_s[rank] for counts in self._counts),
+                "vote_s": sum(counts.vote_s[rank] for counts in self._counts),
+            }
+            for rank in range(self._world.world_size)
+        ]
+
     def _write(self, record: dict[str, Any]) -> None:
         if self._file is not None:
             self._file.write(json.dumps(record) + "\n")
@@ -229,6 +276,28 @@ def _event_writer(stage_dir: Path, start_step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(stage_dir / "tensorboard"), purge_step=start_step + 1)
+
+
+def begin_wandb(project: str, run_dir: Path, stage: str) -> Callable[[], Any]:
+    """What begins, or continues, this stage's run of Weights & Biases.
+
+    Raises:
+        ValueError: the package is not installed.
+    """
+    if importlib.util.find_spec("wandb") is None:
+        raise ValueError(
+            f"train.wandb: {project} needs the package wandb, which is not installed; run pip "
+            "install 'emoverse[wandb]', or leave the key blank"
+        )
+    digest = hashlib.sha256(f"{run_dir.resolve()}/{stage}".encode()).hexdigest()[:16]
+
+    def begin() -> Any:
+        import wandb  # optional, and slow to import
+
+        name = f"{run_dir.name}/{stage}"
+        return wandb.init(project=project, name=name, id=digest, resume="allow", dir=str(run_dir))
+
+    return begin
 
 
 def scalars(record: Mapping[str, Any]) -> list[tuple[str, float]]:
@@ -242,6 +311,10 @@ def scalars(record: Mapping[str, Any]) -> list[tuple[str, float]]:
     return found
 
 
+# What says something about the launch and not about a step is kept whatever is repeated.
+KEPT = ("start", "end")
+
+
 def drop_after(path: Path, step: int) -> None:
     """Removes records of steps after `step` and a torn last line; resuming repeats those steps."""
     if not path.exists():
@@ -252,55 +325,8 @@ def drop_after(path: Path, step: int) -> None:
             record = json.loads(line)
         except ValueError:
             continue  # the line that a crash cut off
-        if record["step"] <= step:
+        if record["step"] <= step or record["kind"] in KEPT:
             kept.append(line + "\n")
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept))
     temporary.replace(path)
-
-
-# The log line ----------------------------------------------------------------------------------
-
-
-def format_line(stage: str, num_steps: int, record: Mapping[str, Any]) -> str:
-    """One grep-able line per interval, fields in a fixed order."""
-    step = record["step"]
-    rows = record["task"]
-    losses = " ".join(f"{task} {_number(row['loss'])}" for task, row in rows.items())
-    mix = "/".join(f"{100 * row['mix']:.1f}" for row in rows.values())
-    rates = "/".join(f"{100 * row['rate']:.1f}" for row in rows.values())
-    speed = f"{_short(record['samples_per_s'])} smp/s {_short(record['tokens_per_s'])} tok/s"
-    mfu = f" mfu {record['mfu']:.0%}" if record["mfu"] is not None else ""
-    rate = "/".join(f"{value:.1e}" for value in _distinct(record["lr"].values()))
-    parts = (
-        f"{stage} step {step}/{num_steps} {100 * step / num_steps:.1f}%",
-        f"loss {record['loss']:.3f} ({losses})",
-        f"mix {mix} of {rates}",
-        f"lr {rate} gn {record['grad_norm']:.2f}",
-        f"{speed}{mfu} data {record['data_wait']:.0%}",
-        f"mem {record['memory_bytes'] / 2**30:.1f}G",
-        f"eta {format_duration(record['eta_s'])}",
-        f"ckpt {step - record['checkpoint_step']} steps ago",
-    )
-    return " | ".join(parts)
-
-
-def _distinct(values: Any) -> list[float]:
-    return list(dict.fromkeys(values))
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
-def _short(value: float) -> str:
-    return f"{value / 1000:.1f}k" if value >= 1000 else f"{value:.1f}"
-
-
-def format_duration(seconds: float) -> str:
-    """3h12m, 4m05s or 12s."""
-    whole = round(seconds)
-    hours, minutes = divmod(whole // 60, 60)
-    if hours:
-        return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{whole % 60:02d}s" if minutes else f"{whole}s"

@@ -10,26 +10,27 @@ the next step, save together, and do what the launcher wants done (by default: e
 import hashlib
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from data_shards.tasks import TASKS
-from emoverse import distributed, stop
+from emoverse import distributed, faults, stop
 from emoverse.collate import Batch
 from emoverse.config import Config
 from emoverse.distributed import RankError, Vote, World, agree, vote
-from emoverse.engine import start_process_group
+from emoverse.engine import BadNumbers, start_process_group
 from emoverse.lease import Lease, acquire
-from emoverse.stage_run import Run, build_run, is_done, read_parts
+from emoverse.stage_parts import is_done, read_parts
+from emoverse.stage_run import Run, build_run
 from emoverse.stages import stage_dir
 from emoverse.stop import EXIT_STOPPED, StopFlag
 from emoverse.telemetry import StepCounts
+from emoverse.watchdog import Watchdog, watching
 
 EXIT_DONE, EXIT_FAULT, EXIT_WRONG_INPUT = 0, 1, 2
-TIMEOUT_S = 1800.0  # of one collective; the slowest is waiting for another rank's first batch
+AFTER_HANG_S = 60.0  # a collective that outlives the watchdog by this much fails by itself
 
 
 def exit_as_stopped(world: World) -> int:
@@ -42,6 +43,7 @@ class Launch:
     """How a launcher starts a training: the same on all ranks, and nothing that is learned from."""
 
     resume: bool = True  # False refuses a stage that has begun
+    accept_changes: bool = False  # of data, settings or base since the checkpoint
     take_over: bool = False  # of a run directory whose owner seems to live
     # Called on every rank after a stop, when all have saved and the run directory is given back;
     # returns the exit code, if it returns (a requeued job waits for its end instead).
@@ -78,7 +80,8 @@ def train_stages(
         print(f"emoverse train: {error}", file=sys.stderr)
         return EXIT_WRONG_INPUT
     try:
-        start_process_group(world, timeout_s=TIMEOUT_S)
+        timeout_s = 60 * config.train.hang_minutes + AFTER_HANG_S
+        start_process_group(world, timeout_s=timeout_s)
         launch.check(world)
         code = train_in_group(config, stages, world, launch=launch, flag=flag)
         if code == EXIT_DONE:
@@ -87,15 +90,18 @@ def train_stages(
             code = launch.on_stop(world)
         distributed.shutdown()
         return code
+    except RankError as error:
+        if error.exit_code == EXIT_FAULT and world.is_main:
+            print(error.traceback, file=sys.stderr, end="")
+        print(f"emoverse train: {error}", file=sys.stderr)
+        return error.exit_code
     except Exception as error:
         # No shutdown: other ranks may wait in a collective, and leaving is what tells them.
-        code = error.exit_code if isinstance(error, RankError) else EXIT_FAULT
-        if code == EXIT_FAULT:
-            traceback.print_exc()
+        faults.report(config.run.run_dir, world.rank, error)
         print(f"emoverse train: {error}", file=sys.stderr)
         if distributed.is_lost_peer(error):
             launch.on_lost()
-        return code
+        return EXIT_FAULT
 
 
 def train_in_group(
@@ -111,6 +117,7 @@ def train_in_group(
     with agree(world, "run directory"):
         if world.is_main:
             lease = acquire(config.run.run_dir, take_over=launch.take_over)
+            faults.clear(config.run.run_dir)
     code = EXIT_DONE
     try:
         for stage in stages:
@@ -129,19 +136,23 @@ def _train_stage(
     """Trains one stage to its end, or to a stop; collective."""
     folder = stage_dir(config, stage)
     with agree(world, f"{stage}: run directory"):
-        done = is_done(config, stage)
+        done = is_done(config, stage, accept_changes=launch.accept_changes)
     if distributed.from_main(world, done):
         if world.is_main:
             print(f"{stage} already done, see {folder}", flush=True)
         return EXIT_DONE
     if distributed.gather_rows(world, [flag.requested]).any():  # before minutes of building
         return EXIT_STOPPED
-    with agree(world, f"{stage}: set-up"):
-        parts = read_parts(config, stage, world, resume=launch.resume)
-    _require_same_start(world, stage, parts.start_step)
     anomalies = torch.autograd.set_detect_anomaly(config.train.detect_anomaly)
-    with anomalies, build_run(parts, world, lease) as run:
-        return _loop(run, flag)
+    limit_s = 60 * config.train.hang_minutes
+    with watching(folder / "heartbeat", world, limit_s=limit_s) as dog, anomalies:
+        with agree(world, f"{stage}: set-up"):
+            parts = read_parts(
+                config, stage, world, resume=launch.resume, accept_changes=launch.accept_changes
+            )
+        _require_same_start(world, stage, parts.start_step)
+        with build_run(parts, world, lease) as run:
+            return _loop(run, flag, dog)
 
 
 def _require_same_start(world: World, stage: str, start_step: int) -> None:
@@ -157,15 +168,18 @@ def _require_same_start(world: World, stage: str, start_step: int) -> None:
 # The loop --------------------------------------------------------------------------------------
 
 
-def _loop(run: Run, flag: StopFlag) -> int:
+def _loop(run: Run, flag: StopFlag, dog: Watchdog) -> int:
     """From the start step to the last, or to a stop. One turn is one optimiser step."""
-    parts, world = run.parts, run.world
-    step = saved = parts.start_step
+    parts, world, spent = run.parts, run.world, Spent()
+    step = parts.start_step
     batches = parts.loader.iterate(step)
     while step < parts.num_steps:
         # (1) This rank's share of the step; an error waits for the vote, so that all hear of it.
-        share = _next_share(batches, run.lease)
+        dog.beat("waiting for data", step + 1)
+        share = _next_share(batches, run, spent)
         # (2) The ranks agree: how many packs, what the weights sum to, does anybody want to stop?
+        dog.beat("waiting for the other ranks", step + 1)
+        begin = time.monotonic()
         ballot = vote(
             world,
             num_packs=len(share.packs),
@@ -175,37 +189,57 @@ def _loop(run: Run, flag: StopFlag) -> int:
             doing=f"{parts.stage} step {step + 1}",
             extra=share.counts,
         )
+        spent.vote_s = time.monotonic() - begin
         if ballot.stop:
             break
+        dog.beat("forward, backward, update", step + 1)
         for damage in parts.ledger.add(share.packs, num_damaged=int(_total(ballot, DAMAGED))):
             run.telemetry.say(f"replaced damaged record {damage.key}: {damage.cause}", step)
         # (3) Forward, backward, update. Dropout depends on the step and the rank alone.
         torch.manual_seed(step_seed(parts.config.run.seed, parts.stage, step, world.rank))
-        result = run.engine.step(
-            share.packs,
-            num_packs=ballot.num_packs,
-            normaliser=ballot.normaliser,
-            lr_factor=parts.lr_factor(step),
-            make_empty=parts.loader.zero_batch,
-        )
-        step += 1
-        # (4) Tell, and save.
-        run.telemetry.record(step, result, _step_counts(ballot), run.engine.learning_rates)
-        if step % parts.config.train.save_every == 0 or step == parts.num_steps:
-            saved = run.save(step)
+        try:
+            result = run.engine.step(
+                share.packs,
+                num_packs=ballot.num_packs,
+                normaliser=ballot.normaliser,
+                lr_factor=parts.lr_factor(step),
+                make_empty=parts.loader.zero_batch,
+                judge=parts.guard.judge,
+            )
+        except BadNumbers as bad:
+            step += 1
+            spent.forward_s = bad.result.forward_s
+            run.skip(step, bad, share.packs)
+        else:
+            step += 1
+            spent.forward_s = result.forward_s
+            run.telemetry.record(step, result, _step_counts(ballot), run.engine.learning_rates)
+        # (4) Save.
+        last = step == parts.num_steps
+        if last or step % parts.config.train.save_every == 0 or ballot.extra[0][SAVE]:
+            dog.beat("saving", step)
+            run.save(step, must=last)
     if step < parts.num_steps:
-        if saved < step:
-            run.save(step)
+        if run.saved_step < step:
+            run.save(step, must=True)
         why = flag.reason or "another process was told to"
         run.telemetry.say(f"stopped after step {step}; the same command resumes ({why})", step)
-        run.telemetry.end(step, reason="stopped", audit=parts.ledger.audit)
+        run.end(step, reason="stopped")
         return EXIT_STOPPED
     run.finish(step)
     return EXIT_DONE
 
 
 # Places in the row of numbers that every rank adds to its vote; samples per task come last.
-WAIT, TOKENS, DAMAGED, TASK = 0, 1, 2, 3
+WAIT, FORWARD, VOTE, TOKENS, DAMAGED, SAVE, TASK = range(7)
+
+
+@dataclass(kw_only=True, slots=True)
+class Spent:
+    """Seconds of this rank in the step before, told in the vote of the next one."""
+
+    forward_s: float = 0.0
+    vote_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -222,7 +256,7 @@ class Share:
         return sum(pack.normaliser for pack in self.packs)
 
 
-def _next_share(batches: Iterator[list[Batch]], lease: Lease | None) -> Share:
+def _next_share(batches: Iterator[list[Batch]], run: Run, spent: Spent) -> Share:
     begin = time.monotonic()
     packs: list[Batch] = []
     error: Exception | None = None
@@ -231,11 +265,12 @@ def _next_share(batches: Iterator[list[Batch]], lease: Lease | None) -> Share:
     except Exception as caught:
         error = caught
     wait = time.monotonic() - begin
-    if lease is not None and lease.loss is not None:
-        error = lease.loss
+    if run.lease is not None and run.lease.loss is not None:
+        error = run.lease.loss
     tasks = [task for pack in packs for task in pack.tasks]
     damaged = sum(len(pack.quarantine) for pack in packs)
-    counts = [wait, sum(pack.num_tokens for pack in packs), damaged]
+    num_tokens = sum(pack.num_tokens for pack in packs)
+    counts = [wait, spent.forward_s, spent.vote_s, num_tokens, damaged, run.save_is_due()]
     counts += [tasks.count(task) for task in TASKS]
     return Share(packs=packs, error=error, counts=[float(count) for count in counts])
 
@@ -248,7 +283,9 @@ def _step_counts(ballot: Vote) -> StepCounts:
     return StepCounts(
         samples={task: int(_total(ballot, TASK + number)) for number, task in enumerate(TASKS)},
         tokens=int(_total(ballot, TOKENS)),
-        wait_s=max(row[WAIT] for row in ballot.extra),
+        wait_s=[row[WAIT] for row in ballot.extra],
+        forward_s=[row[FORWARD] for row in ballot.extra],
+        vote_s=[row[VOTE] for row in ballot.extra],
         most_tokens=int(max(row[TOKENS] for row in ballot.extra)),
         packs=ballot.num_packs * len(ballot.extra),
     )

@@ -198,14 +198,10 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="train only this stage (may be given several times); default: all, in order",
     )
-    parser.add_argument(
-        "--fresh", action="store_true", help="refuse a stage that has begun instead of resuming it"
-    )
-    parser.add_argument(
-        "--take-over",
-        action="store_true",
-        help="take the run directory from an owner that seems to live; it will write no more",
-    )
+    from launch.worker import FLAGS
+
+    for name, meaning in FLAGS.items():
+        parser.add_argument(name, action="store_true", help=meaning)
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -216,8 +212,11 @@ def _train(args: argparse.Namespace) -> int:
     config = load_config(*_split(args.config))
     stages = stages_to_train(config, args.stage)
     from launch.local import run_local
+    from launch.worker import FLAGS
 
-    return run_local(config, stages=stages, resume=not args.fresh, take_over=args.take_over)
+    given = vars(args)
+    flags = [name for name in FLAGS if given[name[2:].replace("-", "_")]]
+    return run_local(config, stages=stages, flags=flags)
 
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:

@@ -22,6 +22,7 @@ from emoverse.config import Config, to_yaml
 from emoverse.stages import stage_dir
 from emoverse.stop import EXIT_STOPPED as STOPPED
 from emoverse.stop import STOP_SIGNALS
+from launch.progress import Screen, shown
 from launch.worker import DONE, FAULT, WRONG_INPUT, rank_defaults
 
 POLL_S = 0.1
@@ -31,21 +32,16 @@ GRACE_AFTER_FAILURE_S = 10.0
 GRACE_AFTER_STOP_S = 300.0
 
 
-def run_local(
-    config: Config, *, stages: Sequence[str], resume: bool = True, take_over: bool = False
-) -> int:
+def run_local(config: Config, *, stages: Sequence[str], flags: Sequence[str] = ()) -> int:
     """Trains `stages` in turn on this machine, continuing what an earlier call left.
 
     A signal to stop (Ctrl-C, SIGTERM, SIGUSR2) reaches all ranks, which save and leave.
-    `resume` False refuses a stage that has already begun; `take_over` makes an owner of the run
-    directory that seems to live lose it.
+    `flags`: of `worker.FLAGS`, for every rank.
 
     Returns:
         0 all done, 75 stopped and resumable, 2 wrong input, 1 a fault.
     """
     for stage in stages:
-        flags = [] if resume else ["--fresh"]
-        flags += ["--take-over"] if take_over else []
         code = _run_stage(config, stage, flags)
         if code != DONE:
             return code
@@ -59,25 +55,31 @@ def _run_stage(config: Config, stage: str, flags: Sequence[str]) -> int:
     launched.write_text(to_yaml(config), encoding="utf-8")
     command = [sys.executable, "-m", "launch.worker", str(launched), "--stage", stage]
     command += ["--end-with-input", *flags]
-    code = run_ranks(command, num_ranks=config.train.processes, logs=folder)
+    metrics = stage_dir(config, stage) / "metrics.jsonl"
+    with shown(metrics) as screen:
+        code = run_ranks(command, num_ranks=config.train.processes, logs=folder, screen=screen)
     if code in (FAULT, WRONG_INPUT) and config.train.processes > 1:
         print(f"{stage} failed; what every rank said: {folder}/rank_*.log", file=sys.stderr)
     return code
 
 
-def run_ranks(command: Sequence[str], *, num_ranks: int, logs: Path) -> int:
+def run_ranks(
+    command: Sequence[str], *, num_ranks: int, logs: Path, screen: Screen | None = None
+) -> int:
     """Runs `command` once per rank on this machine and waits; returns one exit code for all.
 
-    Rank 0 speaks on our stdout; every rank's output is appended to `logs`/rank_N.log. A rank that
-    fails, or a launcher that dies, takes all the others with it.
+    Rank 0 speaks on our stdout, by way of `screen` if given; every rank's output is appended to
+    `logs`/rank_N.log. A rank that fails, or a launcher that dies, takes all the others with it.
     """
     port = free_port()
+    screen = screen or Screen(sys.stdout)
     ranks: list[subprocess.Popen[bytes]] = []
     with _forward_signals(ranks) as signalled, contextlib.ExitStack() as stack:
         for rank in range(num_ranks):
             log = stack.enter_context((logs / f"rank_{rank}.log").open("ab", buffering=0))
             environ = rank_environment(os.environ, rank=rank, world_size=num_ranks, port=port)
-            ranks.append(_start_rank(command, environ, log, shown=rank == 0, stack=stack))
+            shown_on = screen if rank == 0 else None
+            ranks.append(_start_rank(command, environ, log, screen=shown_on, stack=stack))
         codes = _wait(ranks)
     if signalled:  # a rank that was still starting has no handler yet and simply dies
         codes = [STOPPED if code in (-signal.SIGTERM, -signal.SIGKILL) else code for code in codes]
@@ -114,7 +116,7 @@ def _start_rank(
     environ: Mapping[str, str],
     log: IO[bytes],
     *,
-    shown: bool,
+    screen: Screen | None,
     stack: contextlib.ExitStack,
 ) -> subprocess.Popen[bytes]:
     """Starts a rank in a session of its own, so that Ctrl-C reaches it once, through us."""
@@ -123,26 +125,26 @@ def _start_rank(
         # The write end stays here: when this process dies, however it dies, the rank reads the end
         # of its input and leaves.
         stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE if shown else log,
+        stdout=log if screen is None else subprocess.PIPE,
         stderr=subprocess.STDOUT,
         env=dict(environ),
         start_new_session=True,
     )
-    if process.stdout is not None:
-        copier = threading.Thread(target=_copy, args=(process.stdout, log), daemon=True)
+    if process.stdout is not None and screen is not None:
+        arguments = (process.stdout, log, screen)
+        copier = threading.Thread(target=_copy, args=arguments, daemon=True)
         copier.start()
         stack.callback(copier.join, 5.0)
     stack.callback(_end, process)  # runs before the join above: the copier ends with the rank
     return process
 
 
-def _copy(source: IO[bytes], log: IO[bytes]) -> None:
+def _copy(source: IO[bytes], log: IO[bytes], screen: Screen) -> None:
     """Rank 0's lines to the user and to its log."""
     with source:
         for line in source:
             log.write(line)
-            sys.stdout.write(line.decode(errors="replace"))
-            sys.stdout.flush()
+            screen.line(line.decode(errors="replace"))
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

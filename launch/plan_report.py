@@ -17,6 +17,7 @@ from emoverse.memory import memory_report, memory_text
 from emoverse.models.architecture import load_architecture, parameter_counts
 from emoverse.stages import run_plan
 from emoverse.work import work_report, work_text
+from launch.save_advice import advice_text, save_advice
 
 
 def make_plan(config: Config) -> tuple[ShardIndex, Plan, dict[str, Any]]:
@@ -46,6 +47,12 @@ def make_plan(config: Config) -> tuple[ShardIndex, Plan, dict[str, Any]]:
         ),
         "visual_tokens_per_clip": config.data.frames_per_clip
         * architecture.visual_tokens_per_frame,
+        "saving": save_advice(
+            config.run.run_dir,
+            trainable=parameters["trainable"],
+            global_batch_size=config.train.global_batch_size,
+            save_every=config.train.save_every,
+        ),
         "stages": {
             name: _stage_report(config, stage, plan.stages[name])
             for name, stage in config.stages.items()
@@ -96,7 +103,8 @@ def plan_text(report: Mapping[str, Any]) -> str:
     lines += ["", *memory_text(report["memory"]), work_text(report["work"])]
     for name, stage in report["stages"].items():
         lines += ["", *_stage_text(name, stage)]
-    return "\n".join([*lines, "", f"plan {report['plan_fingerprint']}"])
+    lines += ["", advice_text(report["saving"]), "", f"plan {report['plan_fingerprint']}"]
+    return "\n".join(lines)
 
 
 def _trainable_parts(parts: Mapping[str, int]) -> str:

@@ -35,6 +35,12 @@ if TYPE_CHECKING:
     from emoverse.distributed import World
 
 DONE, FAULT, WRONG_INPUT = 0, 1, 2
+# How a user may want a training to start, whatever the door.
+FLAGS = {
+    "--fresh": "refuse a stage that has begun instead of resuming it",
+    "--accept-changes": "resume although data, settings or base differ from the checkpoint's",
+    "--take-over": "take the run directory from an owner that seems to live; it writes no more",
+}
 # The scheduler ends a requeued job within seconds; the others of a job that was not requeued are
 # ended by srun as soon as rank 0 has left.
 WAIT_FOR_END_S = 60.0
@@ -78,8 +84,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--evaluate", action="store_true", help="score the run and write its report"
     )
-    parser.add_argument("--fresh", action="store_true", help="refuse a stage that has begun")
-    parser.add_argument("--take-over", action="store_true", help="of an owner that seems to live")
+    for name, meaning in FLAGS.items():
+        parser.add_argument(name, action="store_true", help=meaning)
     parser.add_argument("--logs", metavar="GLOB", help="where the ranks' output is, to be told")
     parser.add_argument(
         "--max-requeues",
@@ -281,6 +287,7 @@ def _work(job: Job, args: argparse.Namespace, flag: StopFlag) -> int:
     launch = Launch(
         resume=not args.fresh,
         take_over=args.take_over,
+        accept_changes=args.accept_changes,
         check=check,
         on_stop=requeue_together,
         on_lost=lambda: job.wait_for_verdict(flag),

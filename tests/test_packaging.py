@@ -56,7 +56,9 @@ def test_every_import_is_declared() -> None:
                     imported |= {alias.name.partition(".")[0] for alias in node.names}
                 elif isinstance(node, ast.ImportFrom):
                     imported.add((node.module or "").partition(".")[0])
-    declared = {IMPORT_NAME.get(name, name) for name in [*CORE, *EXTRAS["demo"], "flash-attn"]}
+    declared = {
+        IMPORT_NAME.get(name, name) for name in [*CORE, *EXTRAS["demo"], "flash-attn", "wandb"]
+    }
     third_party = imported - set(sys.stdlib_module_names) - set(PACKAGES)
     assert third_party - set(COMES_WITH) <= declared
 

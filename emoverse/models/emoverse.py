@@ -137,11 +137,12 @@ class EmoVerse(nn.Module):
             groups.setdefault(part, []).append((name, parameter))
         return groups
 
-    def vision_features(self, pixels_FHWC: Tensor) -> Tensor:
+    def vision_features(self, pixels_FHWC: Tensor, tower: nn.Module | None = None) -> Tensor:
         """Frames -> visual tokens before the projector.
 
         Args:
             pixels_FHWC: uint8 frames at the model's image size.
+            tower: a copy of the frozen vision tower to use instead of the model's own.
         Returns:
             F, P, C in the model's dtype; without a graph unless train_vision.
         """
@@ -153,12 +154,11 @@ class EmoVerse(nn.Module):
                 "model's image size when they are decoded"
             )
         if self.train_vision:
-            return self._vision(pixels_FHWC)
+            return self._vision(pixels_FHWC, self.native.model.vision_tower)
         with torch.no_grad():
-            return self._vision(pixels_FHWC)
+            return self._vision(pixels_FHWC, tower or self.native.model.vision_tower)
 
-    def _vision(self, pixels_FHWC: Tensor) -> Tensor:
-        tower = self.native.model.vision_tower
+    def _vision(self, pixels_FHWC: Tensor, tower: nn.Module) -> Tensor:
         weight = tower.embeddings.patch_embeddings.projection.weight
         mean, std = (
             torch.tensor(values, device=pixels_FHWC.device).view(1, 3, 1, 1)

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from data_shards.index import ShardIndex
 from emoverse.encode import blank_pixels
@@ -229,10 +229,15 @@ def record_ordinals(index: ShardIndex) -> dict[str, int]:
     }
 
 
-def compute_features(model: EmoVerse, frames_FHWC: NDArray[np.uint8]) -> Tensor:
-    """Features of one view by itself, on the CPU: what the cache stores. F, P, C."""
+def compute_features(
+    model: EmoVerse, frames_FHWC: NDArray[np.uint8], tower: nn.Module | None = None
+) -> Tensor:
+    """Features of one view by itself, on the CPU: what the cache stores. F, P, C.
+
+    `tower`: a copy of the vision tower to use instead of the model's own.
+    """
     device = model.native.lm_head.weight.device
-    return model.vision_features(to_tensor(frames_FHWC).to(device)).detach().cpu()
+    return model.vision_features(to_tensor(frames_FHWC).to(device), tower).detach().cpu()
 
 
 def blank_feature(model: EmoVerse) -> NDArray[np.float32]:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from emoverse import distributed
 from emoverse.distributed import World
-from emoverse.engine import Engine, NonFiniteError, TrainedState, deepspeed_config
+from emoverse.engine import BadNumbers, Engine, TrainedState, deepspeed_config
+from emoverse.guard import finite
 from emoverse.optim import build_optimizer, lr_factor, parameter_groups
 
 OPTIM = SimpleNamespace(
@@ -243,26 +244,56 @@ def test_bf16_without_sharding_is_refused() -> None:
         deepspeed_config(zero_stage=0, precision="bf16", clip=1.0, world_size=1, num_trainable=10)
 
 
-@pytest.mark.parametrize("stage", [0, 2])
-@pytest.mark.parametrize("poison", ["loss", "gradient"])
-def test_non_finite_numbers_leave_the_weights_alone(
-    run_ranks: Ranks, stage: int, poison: str
+QUICK = {(0, "fp32", "spike"), (1, "fp32", "loss"), (3, "fp32", "gradient"), (2, "bf16", "loss")}
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "poison"),
+    [
+        pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+        for poison in ("loss", "gradient", "spike")
+        for case in [*((n, "fp32", poison) for n in range(4)), (2, "bf16", poison)]
+    ],
+)
+def test_a_bad_step_leaves_no_trace(
+    run_ranks: Ranks, stage: int, precision: str, poison: str
 ) -> None:
+    """On one rank of two: all raise, and training goes on as if the step had not been."""
+
+    def judge(loss: float, norm: float) -> str | None:
+        return "spike: the loss is a spike" if poison == "spike" else finite(loss, norm)
+
     def work(world: World) -> Any:
-        engine = build(world, stage)
+        engine = build(world, stage, precision=precision)
         train(engine, world, 0, 1, 2)
         before = engine.export_state()
         packs = share(1, world, 2)
         if world.rank == 1 and poison == "loss":
             packs[0] = replace(packs[0], weights=packs[0].weights * float("nan"))
-        if poison == "gradient":
-            engine._named["up.weight"].register_hook(lambda grad: grad * float("inf"))
-        with pytest.raises(NonFiniteError, match=f"{poison}.* is not finite"):
-            engine.step(packs, num_packs=2, normaliser=6.0, lr_factor=1.0, make_empty=empty)
-        return before, engine.export_state()
+        handle = engine._named["up.weight"].register_hook(
+            lambda grad: grad * (float("inf") if poison == "gradient" and world.rank == 1 else 1)
+        )
+        with pytest.raises(BadNumbers, match=f"{poison}.* is (not finite|a spike)") as bad:
+            step = {"num_packs": 2, "normaliser": 6.0, "lr_factor": 1.0, "make_empty": empty}
+            engine.step(packs, judge=judge, **step)
+        handle.remove()
+        after = engine.export_state()
+        rows = train(engine, world, 1, STEPS, 2)
+        return before, after, rows, engine.export_state(), bad.value.rank_loss
 
-    before, after = run_ranks(work, 2)[0]
-    assert all(torch.equal(after.params[name], value) for name, value in before.params.items())
+    def undisturbed(world: World) -> Any:
+        engine = build(world, stage, precision=precision)
+        return train(engine, world, 0, STEPS, 2)[1:], engine.export_state()
+
+    before, after, rows, end, rank_loss = run_ranks(work, 2)[0]
+    good_rows, good_end = run_ranks(undisturbed, 2)[0]
+    assert [math.isfinite(loss) for loss in rank_loss] == [True, poison != "loss"]
+    assert rows == good_rows
+    for first, second in ((before, after), (end, good_end)):
+        assert first.updates == second.updates
+        for kind in ("params", "exp_avg", "exp_avg_sq"):
+            for name, value in getattr(first, kind).items():
+                assert torch.equal(getattr(second, kind)[name], value), (kind, name)
 
 
 def test_weights_that_do_not_fit_are_refused(run_ranks: Ranks) -> None:

@@ -145,6 +145,15 @@ def test_an_unreadable_holder_is_nobody(tmp_path: Path, text: str) -> None:
     assert acquire(tmp_path, patience_s=0).held() and not former.held()
 
 
+def test_what_the_dead_left_is_removed(tmp_path: Path) -> None:
+    for name in (".lease-dead", ".fenced-dead", ".lease-waiting"):
+        (tmp_path / name).mkdir()
+        then = time.time() - (0 if name == ".lease-waiting" else leases.STALE_S + 5)
+        os.utime(tmp_path / name, (then, then))
+    acquire(tmp_path)
+    assert leftovers(tmp_path) == [".lease-waiting", FOLDER]
+
+
 def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"run\.run_dir: .*file/run must be a folder that can be"):

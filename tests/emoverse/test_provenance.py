@@ -1,12 +1,19 @@
-"""Provenance: every launch is noted, and another base has another fingerprint."""
+"""Provenance: every launch and code change is noted; another base has another fingerprint."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from emoverse import provenance
-from emoverse.provenance import append_launch, base_fingerprint, describe_launch, git_state
+from emoverse.provenance import (
+    append_launch,
+    base_fingerprint,
+    describe_launch,
+    git_state,
+    uncommitted_changes,
+)
 
 
 def base(folder: Path, weights: bytes) -> Path:
@@ -16,7 +23,8 @@ def base(folder: Path, weights: bytes) -> Path:
     return folder
 
 
-def test_every_launch_is_kept(tmp_path: Path) -> None:
+def test_every_launch_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "installed" / "provenance.py"))
     for stage in ("stage1", "stage2"):
         append_launch(tmp_path, describe_launch(stage=stage))
     launches = json.loads((tmp_path / "provenance.json").read_text())
@@ -25,8 +33,36 @@ def test_every_launch_is_kept(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["provenance.json"]
 
 
+def commit(folder: Path) -> None:
+    (folder / "a.py").write_text("x = 1\n")
+    for words in (
+        ("init", "-q"),
+        ("add", "-A"),
+        ("-c", "user.name=n", "-c", "user.email=e@x", "commit", "-qm", "first"),
+    ):
+        subprocess.run(["git", "-C", str(folder), *words], check=True)
+
+
+def test_uncommitted_changes_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, run = tmp_path / "code", tmp_path / "run"
+    code.mkdir()
+    run.mkdir()
+    commit(code)
+    monkeypatch.setattr(provenance, "__file__", str(code / "a.py"))
+    append_launch(run, describe_launch(stage="stage1"))
+    (code / "a.py").write_text("x = 2\n")
+    append_launch(run, describe_launch(stage="stage1"))
+    append_launch(run, describe_launch(stage="stage2"))
+    first, second, third = json.loads((run / "provenance.json").read_text())
+    assert "changes" not in first and first["git"]["changed_files"] == 0
+    assert second["changes"] == third["changes"] and second["git"]["changed_files"] == 1
+    assert "-x = 1\n+x = 2\n" in (run / second["changes"]).read_text()
+    assert len(list(run.glob("*.diff"))) == 1
+    assert third["stage"] == "stage2" and third["versions"]["torch"]
+
+
 def test_no_git_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert git_state(tmp_path) is None
+    assert git_state(tmp_path) is None and uncommitted_changes(tmp_path) == ""
     monkeypatch.setenv("PATH", str(tmp_path))
     assert git_state(tmp_path) is None
 

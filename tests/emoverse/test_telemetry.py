@@ -1,6 +1,9 @@
 """Telemetry: the log line, the file's schema, and that every step stands in it once."""
 
+import importlib
+import importlib.util
 import json
+import sys
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -17,13 +20,15 @@ from emoverse.models.architecture import REGISTRY, parameter_counts
 from emoverse.telemetry import (
     StepCounts,
     Telemetry,
+    begin_wandb,
     drop_after,
     flops_per_token,
-    format_duration,
     peak_flops,
 )
+from emoverse.telemetry_line import format_duration, straggler
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
 RATES = {Task.MSA: Fraction(2, 5), Task.ER: Fraction(1, 5), Task.FER: Fraction(2, 5)}
 INTERVAL_KEYS = {
     "kind",
@@ -35,6 +40,10 @@ INTERVAL_KEYS = {
     "samples_per_s",
     "tokens_per_s",
     "data_wait",
+    "checkpoint_wait",
+    "ranks",
+    "memory_total_bytes",
+    "skipped",
     "imbalance",
     "tokens_per_pack",
     "memory_bytes",
@@ -76,11 +85,25 @@ def step(telemetry: Telemetry, number: int) -> None:
         task_weight=[2.0, 2.0, 0.0, 0.0, 0.0],
         task_tokens=[4, 8, 0, 0, 0],
         grad_norm=0.5,
+        forward_s=0.3,
     )
     counts = StepCounts(
-        samples={Task.MSA: 2, Task.ER: 2}, tokens=500, wait_s=0.1, most_tokens=300, packs=4
+        samples={Task.MSA: 2, Task.ER: 2},
+        tokens=500,
+        wait_s=[0.02, 0.1],
+        forward_s=[0.3, 0.2],
+        vote_s=[0.08, 0.0],
+        most_tokens=300,
+        packs=4,
     )
     telemetry.record(number, result, counts, {"lora": 1e-5, "projector": 2e-5})
+
+
+def save(telemetry: Telemetry, folder: Path, number: int) -> None:
+    checkpoint = folder / "checkpoints" / f"step_{number:06d}"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_bytes(b"x" * 70)
+    telemetry.saved(number, seconds=0.5, folder=folder)
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -94,8 +117,8 @@ def test_line_and_records_of_a_stage(tmp_path: Path) -> None:
     for number in range(1, 6):
         step(telemetry, number)
         if number == 2:
-            telemetry.saved(2)
-    telemetry.end(5, reason="done", audit="00ff")
+            save(telemetry, tmp_path, 2)
+    telemetry.end(5, reason="done", audit="00ff", skipped=0)
     assert len(lines) == 3  # steps 2, 4 and the last one
     assert lines[1].startswith(
         "stage1 step 4/5 80.0% | loss 4.500 (msa 1.00 er 3.00 fer -) | "
@@ -104,9 +127,9 @@ def test_line_and_records_of_a_stage(tmp_path: Path) -> None:
     )
     assert lines[1].endswith(" | eta 1s | ckpt 2 steps ago")
     records = read(tmp_path)
-    assert [record["kind"] for record in records] == (
-        ["start", "step", "step", "interval", "step", "step", "interval", "step", "interval", "end"]
-    )
+    kinds = " ".join(record["kind"] for record in records)
+    assert kinds == "start step step interval save step step interval step interval end"
+    assert records[4] == {"kind": "save", "step": 2, "seconds": 0.5, "bytes": 70}
     assert records[0]["rates"] == {"msa": 0.4, "er": 0.2, "fer": 0.4}
     interval = records[3]
     assert set(interval) == INTERVAL_KEYS
@@ -121,6 +144,10 @@ def test_line_and_records_of_a_stage(tmp_path: Path) -> None:
     }
     assert interval["task"]["fer"]["loss"] is None
     assert interval["mfu"] is None and interval["memory_bytes"] > 0
+    assert interval["data_wait"] == 0.1 and interval["checkpoint_wait"] == 0
+    assert records[7]["checkpoint_wait"] == 0.25  # half a second of the next interval's two
+    assert interval["ranks"][1] == {"data_s": 0.2, "forward_s": 0.4, "vote_s": 0.0}
+    assert interval["skipped"] == 0 and interval["memory_total_bytes"] is None
     # Two ranks, one with 300 of 500 tokens: it does 1.2 times its share.
     assert (interval["imbalance"], interval["tokens_per_pack"]) == (1.2, 125)
     assert records[-1] == {**records[-1], "kind": "end", "reason": "done", "audit": "00ff"}
@@ -138,11 +165,40 @@ def test_a_resumed_stage_holds_every_step_once(tmp_path: Path) -> None:
     again.start(2)
     for number in range(3, 6):
         step(again, number)
-    again.end(5, reason="done", audit="")
+    again.end(5, reason="done", audit="", skipped=0)
     records = read(tmp_path)
     assert [r["step"] for r in records if r["kind"] == "step"] == [1, 2, 3, 4, 5]
     assert [r["step"] for r in records if r["kind"] == "interval"] == [2, 4, 5]
     assert [r["step"] for r in records if r["kind"] == "start"] == [0, 2]
+
+
+def documented() -> dict[str, set[str]]:
+    """Keys per kind of record, as the tables of docs/telemetry.md say."""
+    found: dict[str, set[str]] = {}
+    kind = ""
+    for line in (ROOT / "docs" / "telemetry.md").read_text().splitlines():
+        if line.startswith("## `"):
+            kind = line.split("`")[1]
+            found[kind] = {"kind", "step"}
+        elif line.startswith("| `") and kind:
+            found[kind] |= set(line.split("|")[1].replace("`", "").replace(" ", "").split(","))
+        elif line.startswith("## "):
+            kind = ""
+    return found
+
+
+def test_the_documented_keys_are_the_ones_written(tmp_path: Path) -> None:
+    keys = documented()
+    assert keys["interval"] == INTERVAL_KEYS
+    telemetry = make(tmp_path, [])
+    telemetry.say("x", 0)
+    step(telemetry, 1)
+    save(telemetry, tmp_path, 1)
+    telemetry.skipped(2, reason="", dump="", count=1)
+    telemetry.end(2, reason="stopped", audit="", skipped=1)
+    for record in read(tmp_path):
+        assert set(record) == keys[record["kind"]], record["kind"]
+    assert set(keys) == {"start", "step", "interval", "save", "skip", "note", "end"}
 
 
 def test_nothing_to_drop_without_a_file(tmp_path: Path) -> None:
@@ -156,7 +212,7 @@ def test_other_ranks_are_silent(tmp_path: Path) -> None:
     telemetry.start(0)
     step(telemetry, 2)
     telemetry.say("hello", 2)
-    telemetry.end(2, reason="stopped", audit="")
+    telemetry.end(2, reason="stopped", audit="", skipped=0)
     assert lines == [] and not (tmp_path / "stage").exists()
 
 
@@ -193,3 +249,71 @@ def test_flops_of_the_4b_model_are_four_per_weight() -> None:
     counts = parameter_counts(architecture, lora, "full")
     layers = 32 * (3072 * 9216 + 3072 * 3072 + 3072 * 16384 + 8192 * 3072)
     assert flops_per_token(architecture, counts) == pytest.approx(4 * layers, rel=0.01)
+
+
+def test_a_slow_rank_is_named(tmp_path: Path) -> None:
+    even = {"data_s": 1.0, "forward_s": 2.0, "vote_s": 0.0}
+    assert straggler([even], 10) is None
+    assert straggler([even, even, {**even, "forward_s": 2.3}], 10) is None
+    assert straggler([even, even, {**even, "data_s": 1.7}], 100) is None  # too little to matter
+    assert straggler([even, {**even, "data_s": 4.0}, even], 10) == (
+        "rank 1 holds the others up: 40% of the time waiting for data, 20% in forward passes; the "
+        "others 30% for both"
+    )
+
+
+def test_a_skipped_step_is_told_and_counted(tmp_path: Path) -> None:
+    lines: list[str] = []
+    telemetry = make(tmp_path, lines)
+    step(telemetry, 1)
+    telemetry.skipped(2, reason="loss is not finite: nan", dump="x.json", count=1)
+    step(telemetry, 3)
+    step(telemetry, 4)
+    telemetry.end(4, reason="stopped", audit="", skipped=1)
+    assert lines[0] == "stage1 step 2 was not used: loss is not finite: nan; its samples: x.json"
+    assert lines[1].endswith(" | skipped 1")
+    records = read(tmp_path)
+    assert {"kind": "skip", "step": 2, "reason": "loss is not finite: nan", "dump": "x.json"} in (
+        records
+    )
+    assert records[-1]["skipped"] == records[-2]["skipped"] == 1
+
+
+WANDB = """
+def tell(*words):
+    with open({log!r}, "a") as log:
+        print(*words, file=log)
+
+class Run:
+    def log(self, values):
+        tell("log", sorted(values)[:2])
+
+    def finish(self):
+        tell("finish")
+
+def init(**arguments):
+    tell("init", sorted(arguments.items()))
+    return Run()
+"""
+
+
+def test_weights_and_biases_is_optional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package of this name on the path is used; without it the config is refused."""
+    run = tmp_path / "my-run"
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"train\.wandb: lab needs the package wandb"):
+        begin_wandb("lab", run, "stage1")
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    (tmp_path / "wandb.py").write_text(WANDB.format(log=str(tmp_path / "log")))
+    importlib.invalidate_caches()
+    try:
+        telemetry = make(tmp_path, [], wandb=begin_wandb("lab", run, "stage1"))
+        step(telemetry, 2)
+        telemetry.close()
+    finally:
+        sys.modules.pop("wandb", None)
+    first, second, third = (tmp_path / "log").read_text().splitlines()
+    assert "('name', 'my-run/stage1'), ('project', 'lab'), ('resume', 'allow')" in first
+    assert second == "log ['stage1/data_wait', 'stage1/grad_norm']" and third == "finish"

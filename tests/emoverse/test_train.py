@@ -19,7 +19,7 @@ from emoverse import stop
 from emoverse.config import Config
 from emoverse.distributed import RankError, World
 from emoverse.ledger import Ledger
-from emoverse.stage_run import Parts
+from emoverse.stage_parts import Parts
 from emoverse.train import Launch, train_in_group
 from launch.local import run_local
 
@@ -139,7 +139,7 @@ def test_a_finished_stage_says_so(
     assert "stages.stage1.optim.lr_lora: saved 0.005, now 0.001" in reason
 
 
-@pytest.mark.parametrize("zero_stage", [0, 2])
+@pytest.mark.parametrize("zero_stage", [0, 2, 3, pytest.param(1, marks=pytest.mark.slow)])
 def test_stop_and_resume_is_bit_identical(
     run_ranks: Ranks, tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, zero_stage: int
 ) -> None:
@@ -157,6 +157,32 @@ def test_stop_and_resume_is_bit_identical(
     assert audit(parts, "stage1") == audit(whole, "stage1")
     for name, value in trained(whole, "stage1").items():
         assert torch.equal(trained(parts, "stage1")[name], value), name
+
+
+def test_stops_in_both_stages_change_nothing(
+    run_ranks: Ranks, tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Across the boundary: stage 2 starts from a stage 1 that was stopped, and is stopped itself.
+
+    Stage 1 is stopped after 12 of its 16 samples per epoch.
+    """
+    whole, parts = tiny_config(run="whole"), tiny_config(run="parts")
+    assert train(run_ranks, whole, "stage1", "stage2", world_size=2) == [0, 0]
+    for step in (1, 2):
+        with monkeypatch.context() as patch:
+            stop_at(patch, step)
+            assert train(run_ranks, parts, "stage1", "stage2", world_size=2) == [75, 75]
+    assert len(losses(parts, "stage1")) == 3
+    assert train(run_ranks, parts, "stage1", world_size=2) == [0, 0]
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2, on_rank=1)
+        assert train(run_ranks, parts, "stage1", "stage2", world_size=2) == [75, 75]
+    assert train(run_ranks, parts, "stage1", "stage2", world_size=2) == [0, 0]
+    for stage in ("stage1", "stage2"):
+        assert losses(parts, stage) == losses(whole, stage)
+        assert audit(parts, stage) == audit(whole, stage)
+        for name, value in trained(whole, stage).items():
+            assert torch.equal(trained(parts, stage)[name], value), name
 
 
 def test_a_crash_resumes_from_the_newest_checkpoint(
@@ -181,7 +207,7 @@ def test_a_crash_resumes_from_the_newest_checkpoint(
 
 def test_ranks_and_zero_stages_learn_the_same(run_ranks: Ranks, tiny_config: MakeConfig) -> None:
     runs = {}
-    for zero_stage, world_size in ((0, 1), (1, 3), (2, 2), (3, 2)):
+    for zero_stage, world_size in ((0, 1), (1, 4), (2, 2), (3, 2)):
         config = tiny_config(
             f"train.zero_stage={zero_stage}",
             "train.save_every=1",
@@ -255,10 +281,12 @@ def test_cached_features_and_data_workers_change_nothing(
     plain = tiny_config(run="plain")
     cached = tiny_config("model.cache_features=true", run="cached")
     worked = tiny_config("data.workers=1", run="worked")
-    for config in (plain, cached, worked):
+    divided = tiny_config("model.cache_features=true", "train.zero_stage=3", run="divided")
+    for config in (plain, cached, worked, divided):
         assert train(run_ranks, config, "stage1", world_size=2) == [0, 0]
     assert losses(worked, "stage1") == losses(plain, "stage1")
     assert losses(cached, "stage1") == pytest.approx(losses(plain, "stage1"), rel=1e-5)
+    assert losses(divided, "stage1") == pytest.approx(losses(plain, "stage1"), rel=1e-5)
     assert list((cached.run.run_dir / "cache").glob("features-*.bin"))
 
 

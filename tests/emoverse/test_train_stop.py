@@ -10,7 +10,7 @@ import pytest
 from emoverse import distributed, lease, stop
 from emoverse.config import Config
 from emoverse.distributed import RankError, World
-from emoverse.stage_run import Parts
+from emoverse.stage_parts import Parts
 from emoverse.train import Launch, train_in_group, train_stages
 
 Ranks = Callable[..., list[Any]]

@@ -1,4 +1,4 @@
-"""EmoVerse under DeepSpeed with two ranks: every ZeRO stage trains the same model."""
+"""EmoVerse under DeepSpeed with three ranks: every ZeRO stage trains the same model."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,11 +23,11 @@ def test_stages_agree(
     run_ranks: Callable[..., list[Any]],
     dropout: float,
 ) -> None:
-    """One rank sees text only, so a graph that depended on the batch would hang or differ."""
+    """Text alone, images, clips: a graph that depended on the batch would hang or differ."""
     from emoverse.engine import Engine, deepspeed_config
 
     config = make_tiny("phi3")
-    shares = [[samples[2], samples[2]], [samples[0], samples[1]]]
+    shares = [[samples[2], samples[2]], [samples[1], samples[4]], [samples[0], samples[3]]]
 
     def work(world: World, stage: int, lean: str) -> tuple[list[float], list[float]]:
         model_settings = make_settings(dropout=dropout)
@@ -52,7 +52,7 @@ def test_stages_agree(
         packs = [make_pack(make_batch([sample])) for sample in shares[world.rank]]
         results = [
             engine.step(
-                packs, num_packs=2, normaliser=4.0, lr_factor=1.0, make_empty=lambda: packs[0]
+                packs, num_packs=2, normaliser=6.0, lr_factor=1.0, make_empty=lambda: packs[0]
             )
             for _ in range(3)
         ]
@@ -61,7 +61,7 @@ def test_stages_agree(
 
     # With dropout the plain layers draw other masks.
     ways = [(0, "on"), (3, "on")] + ([] if dropout else [(2, "on"), (2, "off")])
-    found = {way: run_ranks(lambda world, way=way: work(world, *way), 2) for way in ways}
+    found = {way: run_ranks(lambda world, way=way: work(world, *way), 3) for way in ways}
     losses, norms = found[0, "on"][0]
     assert losses[2] < losses[0]
     for way, answers in found.items():
