@@ -8,10 +8,9 @@ No other file imports deepspeed; nothing here compiles an operator, so no compil
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,59 +31,13 @@ from deepspeed.utils import (
 )
 
 from emoverse.distributed import World, gather_rows
+from emoverse.engine_types import BadNumbers, Packs, Placeholders, StepResult, TrainedState
 from emoverse.guard import finite
 from emoverse.optim import set_learning_rate
 from emoverse.stopwatch import Stopwatch
 from emoverse.zero_settings import deepspeed_config
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-class BadNumbers(RuntimeError):
-    """A step that must not be used, on every rank; weights and moments are those before it."""
-
-    def __init__(self, reason: str, result: "StepResult", rank_loss: list[float]) -> None:
-        super().__init__(reason)
-        self.result = result  # as far as it is known
-        self.rank_loss = rank_loss  # sum of weighted cross entropies of each rank's own packs
-
-
-class Packs(Protocol):
-    """A packed batch as the engine sees it."""
-
-    def to(self, device: torch.device) -> "Packs": ...
-
-
-class Placeholders(Protocol):
-    """Parameters without memory, and their values, in the same order on every rank."""
-
-    def values(self) -> Iterator[tuple[nn.Parameter, Tensor]]: ...
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepResult:
-    """One optimiser step over all ranks. Lists are per task, in the canonical order."""
-
-    loss: float  # sum of weighted cross entropies / normaliser
-    task_loss: list[float]  # sum of weighted cross entropies
-    task_weight: list[float]  # sum of token weights
-    task_tokens: list[int]  # supervised tokens
-    grad_norm: float  # before clipping
-    forward_s: float  # of this rank: its forward passes
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainedState:
-    """Everything that training has changed: fp32 CPU tensors by parameter name, full shapes.
-
-    `params` are the master weights; `exp_avg` and `exp_avg_sq` AdamW's moments after `updates`
-    optimiser steps. On ranks other than 0 the mappings of an exported state are empty.
-    """
-
-    params: dict[str, Tensor]
-    exp_avg: dict[str, Tensor]
-    exp_avg_sq: dict[str, Tensor]
-    updates: int
 
 
 def start_process_group(world: World, *, timeout_s: float) -> None:

@@ -30,7 +30,8 @@ from emoverse.collate import Batch, FrameShape, LossMode, collate, zero_example
 from emoverse.config import load_model, to_yaml
 from emoverse.distributed import World, gather_rows, shutdown
 from emoverse.encode import EncodeOptions
-from emoverse.engine import Engine, Packs, StepResult, deepspeed_config, start_process_group
+from emoverse.engine import Engine, deepspeed_config, start_process_group
+from emoverse.engine_types import Packs, StepResult
 from emoverse.models.emoverse import EmoVerse, StepOutput, compose
 from emoverse.models.internvl2 import build_native, export_checkpoint, import_checkpoint
 from emoverse.models.released_config import new_config, read_config_json

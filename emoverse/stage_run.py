@@ -16,7 +16,8 @@ import torch.distributed as dist
 from emoverse import checkpoint, storage
 from emoverse.collate import Batch
 from emoverse.distributed import RankError, World, agree, from_main
-from emoverse.engine import BadNumbers, Engine, TrainedState, deepspeed_config
+from emoverse.engine import Engine, deepspeed_config
+from emoverse.engine_types import BadNumbers, TrainedState
 from emoverse.guard import describe_samples, write_dump
 from emoverse.handover import handed_over
 from emoverse.lease import Lease

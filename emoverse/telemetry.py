@@ -22,7 +22,7 @@ import torch
 from data_shards.tasks import TASKS, Task
 from emoverse.checkpoint import step_name
 from emoverse.distributed import World
-from emoverse.engine import StepResult
+from emoverse.engine_types import StepResult
 from emoverse.models.architecture import Architecture
 from emoverse.telemetry_line import format_line, straggler
 from emoverse.work import PEAK_FLOPS

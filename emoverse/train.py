@@ -20,7 +20,8 @@ from emoverse import distributed, faults, stop
 from emoverse.collate import Batch
 from emoverse.config import Config
 from emoverse.distributed import RankError, Vote, World, agree, vote
-from emoverse.engine import BadNumbers, start_process_group
+from emoverse.engine import start_process_group
+from emoverse.engine_types import BadNumbers
 from emoverse.lease import Lease, acquire
 from emoverse.stage_parts import is_done, read_parts
 from emoverse.stage_run import Run, build_run

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from data_shards.tasks import TASKS, Task
-from emoverse.config import Config, load_config, parse_rate, to_yaml
+from emoverse.config import Config, load_config, to_yaml
+from emoverse.config_values import parse_rate
 from emoverse.config_errors import ConfigError
 from emoverse.yaml_tree import ExactFloat, resolve_scalar
 

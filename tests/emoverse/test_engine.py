@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from emoverse import distributed
 from emoverse.distributed import World
-from emoverse.engine import BadNumbers, Engine, TrainedState, deepspeed_config
+from emoverse.engine import Engine, deepspeed_config
+from emoverse.engine_types import BadNumbers, TrainedState
 from emoverse.guard import finite
 from emoverse.optim import build_optimizer, lr_factor, parameter_groups
 

@@ -15,7 +15,7 @@ import torch
 
 from data_shards.tasks import Task
 from emoverse.distributed import World
-from emoverse.engine import StepResult
+from emoverse.engine_types import StepResult
 from emoverse.models.architecture import REGISTRY, parameter_counts
 from emoverse.telemetry import (
     StepCounts,
