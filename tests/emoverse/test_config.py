@@ -11,8 +11,8 @@ from ruamel.yaml import YAML
 
 from data_shards.tasks import TASKS, Task
 from emoverse.config import Config, load_config, to_yaml
-from emoverse.config_values import parse_rate
 from emoverse.config_errors import ConfigError
+from emoverse.config_values import parse_rate
 from emoverse.yaml_tree import ExactFloat, resolve_scalar
 
 GOOD = Path(__file__).with_name("good_config.yaml")
