@@ -9,7 +9,7 @@ PAGE = ROOT / "docs" / "reliability.md"
 NAMED = re.compile(r"`([\w/]+\.py)?(?:::(test_\w+))?`")
 
 
-def tests_of(file: str) -> set[str]:
+def functions_of(file: str) -> set[str]:
     """Names of the test functions of the one test file of this name."""
     (path,) = (ROOT / "tests").rglob(file)
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -35,7 +35,7 @@ def test_every_promise_names_a_test_that_exists() -> None:
         named = named_tests(row)
         assert named, f"no test is named in: {row}"
         for file, test in named:
-            assert not test or test in tests_of(file), f"{file}::{test} does not exist"
+            assert not test or test in functions_of(file), f"{file}::{test} does not exist"
 
 
 def test_every_promise_has_a_row() -> None:
