@@ -127,8 +127,9 @@ def read_parts(
     if state is not None:
         start_step = int(state["step"])
         ledger.load(state["data"], start_step)
-        guard.load(state["guard"])
-        accepted = state["accepted"]
+        # Checkpoints of the first version have neither; nothing was skipped or accepted in them.
+        guard.load(state.get("guard", guard.state()))
+        accepted = state.get("accepted", [])
     if changes:
         accepted = [*accepted, {"step": start_step, "changes": changes}]
         notes.append(f"goes on in spite of changes, as --accept-changes says: {'; '.join(changes)}")

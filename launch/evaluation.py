@@ -27,6 +27,8 @@ from launch.worker import DONE, FAULT, WRONG_INPUT
 if TYPE_CHECKING:
     from data_shards.annotate.endpoint import Endpoint
 
+TIMEOUT_S = 1800.0  # of one collective: as long as another rank may need for its batch
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's arguments."""
@@ -247,7 +249,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     from emoverse import distributed
     from emoverse.engine import start_process_group
     from emoverse.evaluate import run_target
-    from emoverse.train import TIMEOUT_S
 
     try:
         world = distributed.read_world()

@@ -1,14 +1,12 @@
 """The local run as a user starts it, and the small rules of the loop that need no run."""
 
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from emoverse.config import Config
-from emoverse.train import StopFlag, step_seed
+from emoverse.train import step_seed
 from launch.local import run_local
 
 MakeConfig = Callable[..., Config]
@@ -48,15 +46,3 @@ def test_step_seeds_differ() -> None:
         for rank in (0, 1)
     }
     assert len(seeds) == 400 and all(0 <= seed < 2**63 for seed in seeds)
-
-
-def test_the_second_signal_is_not_caught() -> None:
-    flag = StopFlag()
-    before = signal.getsignal(signal.SIGUSR2)
-    try:
-        signal.signal(signal.SIGUSR2, flag.handle)
-        os.kill(os.getpid(), signal.SIGUSR2)
-        assert flag.requested
-        assert signal.getsignal(signal.SIGUSR2) is signal.SIG_DFL
-    finally:
-        signal.signal(signal.SIGUSR2, before)
