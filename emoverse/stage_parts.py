@@ -116,7 +116,8 @@ def read_parts(
         dtype=torch.bfloat16 if config.model.precision == "bf16" else torch.float32,
         seed=config.run.seed,
         folds=folds_below(config, stage, config.run.run_dir, notes.append),
-        defer=config.train.zero_stage == 3,
+        # Cached features need the whole tower now; they are for small models.
+        defer=config.train.zero_stage == 3 and not config.model.cache_features,
     ).train()
     if config.train.recompute:
         model.recompute_activations()
