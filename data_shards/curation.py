@@ -60,7 +60,7 @@ class Amendments:
         reason = self.reasons.get(record.key)
         if reason is not None:
             tasks = tuple(task for task in TASKS if task in (*record.tasks, Task.ERI))
-            record = replace(record, reason=reason, tasks=tasks)
+            record = replace(record, reason=" ".join(reason.split()), tasks=tasks)
         for decision in self.decisions.get(record.key, ()):
             if decision.action == "drop":
                 return Skipped(

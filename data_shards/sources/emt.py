@@ -1,6 +1,6 @@
 """MELD, CMU-MOSEI and ECF, each alone or joined to the Emotion Multitask dataset.
 
-In: the folders as downloaded, which split, the leakage rule, files of FER and ERI annotations. Out:
+In: the folders as downloaded, which split, the leakage rule, a file of FER annotations. Out:
 one recipe per clip, mixed in an order that depends on the keys alone, and a provenance with the
 hashes of all files that were read, every choice, and a count of what was left out and why.
 """
@@ -66,7 +66,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="which MELD utterances training data may not show (default: %(default)s)",
     )
     add("--fer", type=Path, metavar="FILE", help="JSONL of `emoverse annotate fer`")
-    add("--reasons", type=Path, metavar="FILE", help="JSONL of `emoverse annotate reasons`")
     add("--neutral-msa", choices=("keep", "drop"), default="keep", help="neutral clips serve MSA")
     add("--known-bad", choices=get_args(KnownBad), default="skip-train", help="MELD's broken clips")
     add("--mosei-emotion", choices=get_args(EmotionRule), default="strongest", help="of several")
@@ -98,10 +97,10 @@ def open_source(args: argparse.Namespace) -> Source:
     for corpus, read in (("meld", _meld), ("mosei", _mosei), ("ecf", _ecf)):
         if args.source in (corpus, "emt") and getattr(args, corpus):
             drafts += read(args, left_out[corpus], files)
-    drafts, attached = attach(drafts, fer=args.fer, reasons=args.reasons)
-    for name in ("fer", "reasons"):
-        if getattr(args, name) is not None:
-            files[name] = [hash_file(getattr(args, name))]
+    attached: dict[str, dict[str, int]] = {}
+    if args.fer is not None:
+        drafts, attached["fer"] = attach_fer(drafts, args.fer)
+        files["fer"] = [hash_file(args.fer)]
     drafts.sort(key=lambda draft: hashlib.sha256(draft.key.encode()).digest())
     media = MediaOptions(cut=args.cut, crf=args.crf, check=args.check)
     return Source(
@@ -241,38 +240,24 @@ def _ecf(args: argparse.Namespace, left_out: Counter[str], files: Files) -> Iter
 # ------------------------------------------------------------------------------------- annotations
 
 
-def attach(
-    drafts: list[Draft], *, fer: Path | None = None, reasons: Path | None = None
-) -> tuple[list[Draft], dict[str, dict[str, int]]]:
-    """The drafts with FER and ERI labels from files, by key, and how many keys were used.
+def attach_fer(drafts: list[Draft], path: Path) -> tuple[list[Draft], dict[str, int]]:
+    """The drafts with FER labels from a file, by key, and how many of its keys were used.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a line is not as `emoverse annotate` writes it, or a key comes twice.
+        ValueError: a line is not as `emoverse annotate fer` writes it, or a key comes twice.
     """
-    faces = _faces(fer) if fer is not None else {}
-    texts = _reasons(reasons) if reasons is not None else {}
+    faces = _faces(path)
     found = []
-    used: Counter[str] = Counter()
+    used = 0
     for draft in drafts:
         if draft.key in faces:
             peak, phrases = faces[draft.key]
-            used["fer"] += 1
-            draft = _serving(replace(draft, peak_frame=peak, expressions=phrases), Task.FER)
-        if draft.key in texts:
-            used["reasons"] += 1
-            draft = _serving(replace(draft, reason=texts[draft.key]), Task.ERI)
+            used += 1
+            tasks = tuple(t for t in TASKS if t in draft.tasks or t is Task.FER)
+            draft = replace(draft, peak_frame=peak, expressions=phrases, tasks=tasks)
         found.append(draft)
-    report = {
-        name: {"used": used[name], "of_other_clips": len(rows) - used[name]}
-        for name, rows, path in (("fer", faces, fer), ("reasons", texts, reasons))
-        if path is not None
-    }
-    return found, report
-
-
-def _serving(draft: Draft, task: Task) -> Draft:
-    return replace(draft, tasks=tuple(t for t in TASKS if t in draft.tasks or t is task))
+    return found, {"used": used, "of_other_clips": len(faces) - used}
 
 
 def _faces(path: Path) -> dict[str, tuple[int, tuple[str, ...]]]:
@@ -283,22 +268,12 @@ def _faces(path: Path) -> dict[str, tuple[int, tuple[str, ...]]]:
             raise ValueError(f"{row.place}: peak_frame: must be 0 or more, found {peak!r}")
         if not isinstance(phrases, list) or not phrases or not all(map(_is_text, phrases)):
             raise ValueError(f"{row.place}: phrases: must be a list of texts, found {phrases!r}")
-        _add_once(found, row.text("key"), (peak, tuple(phrases)), row.place)
+        key = row.text("key")
+        if key in found:
+            raise ValueError(f"{row.place}: key: must be unique, found {key!r} again")
+        found[key] = (peak, tuple(phrases))
     return found
 
 
 def _is_text(value: object) -> bool:
     return isinstance(value, str) and bool(value)
-
-
-def _reasons(path: Path) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for row in read_rows(path, "the JSONL of `emoverse annotate reasons`"):
-        _add_once(found, row.text("key"), " ".join(row.text("reason").split()), row.place)
-    return found
-
-
-def _add_once(found: dict[str, Any], key: str, value: object, place: str) -> None:
-    if key in found:
-        raise ValueError(f"{place}: key: must be unique, found {key!r} again")
-    found[key] = value

@@ -75,7 +75,7 @@ def test_what_decisions_do(tmp_path: Path) -> None:
 
 
 def test_reasons_make_a_task(tmp_path: Path) -> None:
-    amended = Amendments(reasons={"clip-0": "Her smile says it."})(make_record())
+    amended = Amendments(reasons={"clip-0": "Her  smile\nsays it."})(make_record())
     assert isinstance(amended, Record)
     assert amended.tasks == (Task.ER, Task.ERI, Task.ECPE)
     assert amended.reason == "Her smile says it."
