@@ -105,6 +105,12 @@ def operations_of_a_save(monkeypatch: pytest.MonkeyPatch, run: Path, keep: int) 
     return faults.count
 
 
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands of saves: what is forced to the disk, and when, is another test's."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
 @pytest.fixture
 def runs(tmp_path: Path) -> Iterator[Path]:
     return (tmp_path / f"run{number}" for number in range(1000))
