@@ -123,14 +123,7 @@ def read_parts(
         model.recompute_activations()
     ledger = Ledger(sampler, index, world, max_damaged=config.data.max_damaged)
     guard = Guard(spike_factor=config.train.spike_factor)
-    start_step = 0
-    accepted: list[dict[str, Any]] = []
-    if state is not None:
-        start_step = int(state["step"])
-        ledger.load(state["data"], start_step)
-        # Checkpoints of the first version have neither; nothing was skipped or accepted in them.
-        guard.load(state.get("guard", guard.state()))
-        accepted = state.get("accepted", [])
+    start_step, accepted = _go_on(state, ledger, guard)
     if changes:
         accepted = [*accepted, {"step": start_step, "changes": changes}]
         notes.append(f"goes on in spite of changes, as --accept-changes says: {'; '.join(changes)}")
@@ -151,6 +144,19 @@ def read_parts(
         accepted=accepted,
         notes=notes,
     )
+
+
+def _go_on(
+    state: dict[str, Any] | None, ledger: Ledger, guard: Guard
+) -> tuple[int, list[dict[str, Any]]]:
+    """The step to go on at, and the changes accepted so far; the books go on from `state`."""
+    if state is None:
+        return 0, []
+    step = int(state["step"])
+    ledger.load(state["data"], step)
+    # Checkpoints of the first version have neither; nothing was skipped or accepted in them.
+    guard.load(state.get("guard", guard.state()))
+    return step, state.get("accepted", [])
 
 
 def is_done(config: Config, stage: str, *, accept_changes: bool = False) -> bool:

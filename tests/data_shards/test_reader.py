@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from data_shards.build import build_shards
 from data_shards.index import ShardIndex
-from data_shards.reader import DamagedRecord, ShardReader, iter_plain, untar
+from data_shards.reader import DamagedRecord, ShardReader, iter_plain, read_header, untar
 from data_shards.record import Record, Video, to_members
 from data_shards.tasks import Task
 from data_shards.video import encode_mp4
@@ -216,6 +216,35 @@ REGULAR = tarfile.REGTYPE
 def test_only_the_members_of_the_record_are_taken(blocks: bytes, rule: str) -> None:
     with pytest.raises(ValueError, match=rule):
         untar("k", blocks)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    name=st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=120),
+    size=st.sampled_from([0, 1, 511, 10**6, 8**11 - 1]),
+    changes=st.lists(st.tuples(st.integers(0, 511), st.integers(0, 255)), max_size=2),
+    tar_format=st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT]),
+)
+def test_the_quick_way_to_read_a_header_is_tarfiles(
+    name: str, size: int, changes: list[tuple[int, int]], tar_format: int
+) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = size
+    try:
+        block = bytearray(info.tobuf(tar_format, "utf-8", "strict")[:512])
+    except ValueError:  # too long for this format
+        return
+    for at, value in changes:
+        block[at] = value
+    try:
+        expected = tarfile.TarInfo.frombuf(bytes(block), "utf-8", "strict")
+    except (tarfile.HeaderError, UnicodeDecodeError):
+        with pytest.raises(ValueError, match="no tar header"):
+            read_header(bytes(block))
+        return
+    found = read_header(bytes(block))
+    if found.type not in (tarfile.AREGTYPE, tarfile.DIRTYPE):  # tarfile knows folders by a slash
+        assert found == (expected.name, expected.size, expected.type)
 
 
 def test_a_header_with_a_negative_size_is_refused() -> None:

@@ -183,4 +183,4 @@ def test_another_run_is_refused_with_every_difference(tmp_path: Path) -> None:
     text = str(refused.value)
     assert "optim.lr_lora: saved 1e-05, now 2e-05; train.loss: saved None, now 'token'" in text
     assert "plan" not in text.split("Different")[1]
-    assert text.endswith("Undo the change, or choose another run.run_dir")
+    assert text.endswith("or give --accept-changes to go on from there all the same")

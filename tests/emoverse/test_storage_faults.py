@@ -1,7 +1,10 @@
 """A save in which every file operation fails in turn: nothing that was good is lost."""
 
 import errno
+import multiprocessing
 import os
+import resource
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -105,6 +108,12 @@ def operations_of_a_save(monkeypatch: pytest.MonkeyPatch, run: Path, keep: int) 
     return faults.count
 
 
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands of saves: what is forced to the disk, and when, is another test's."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
 @pytest.fixture
 def runs(tmp_path: Path) -> Iterator[Path]:
     return (tmp_path / f"run{number}" for number in range(1000))
@@ -153,11 +162,33 @@ def test_a_kill_at_each_file_operation(
         assert loadable(run) == 4
 
 
-def test_a_full_disk_is_an_os_error() -> None:
-    with pytest.raises(OSError, match=r"/dev/full.*No space left on device"):
-        storage.write_tensors(Path("/dev/full"), {"a": torch.zeros(100_000)})
-    with pytest.raises(OSError, match="No space left on device"):
-        storage.write_text(Path("/dev/full"), "text")
+def _write_without_room(folder: str, answers: Any) -> None:
+    """In a process of its own: no file may grow beyond 1000 bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    found = []
+    for write, content in (
+        (storage.write_tensors, {"a": torch.zeros(100_000)}),
+        (storage.write_text, "x" * 100_000),
+    ):
+        try:
+            write(Path(folder) / "file", content)
+            found.append("written")
+        except OSError as error:
+            found.append(str(error))
+    answers.put(found)
+
+
+def test_no_room_is_an_os_error(tmp_path: Path) -> None:
+    """Also where a library writes, which has an error of its own."""
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    process = context.Process(target=_write_without_room, args=(str(tmp_path), answers))
+    process.start()
+    tensors, text = answers.get(timeout=30)
+    process.join(30)
+    assert "File too large" in tensors and str(tmp_path) in tensors
+    assert "File too large" in text
 
 
 FILES = ("trained.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
