@@ -159,6 +159,7 @@ def train(corpus: Corpus, take: int, processes: int = 1) -> Path:
         *("run.seed=1", f"stages.stage1.pool.take={take}", "stages.stage1.epochs=1"),
         *("stages.stage2.epochs=1", "train.global_batch_size=8", f"train.processes={processes}"),
         *("train.tensorboard=false", "model.cache_features=false", "data.frames_per_clip=2"),
+        *("data.max_tokens=2048", "data.pack_tokens=2048"),  # conversations of up to 33 turns
     )
     assert cli.main(["train", str(ROOT / "configs" / "nano.yaml"), *words]) == 0
     return folder
