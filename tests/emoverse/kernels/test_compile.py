@@ -23,7 +23,7 @@ MOST_REGISTERS = {
     "norm_backward": 255,
     "swiglu": 168,
     "swiglu_backward": 168,
-    "rope": 64,
+    "rope": 128,
     "attention": 255,
 }
 

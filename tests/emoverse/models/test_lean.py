@@ -24,7 +24,9 @@ def twins(config_json: dict[str, Any], make_settings: Make, **changes: Any) -> l
     for lean in ("on", "off"):
         settings = make_settings(**changes)
         settings.lean = lean
-        native = build_native(config_json, seed=3).to(dtype)
+        native = build_native(config_json, seed=3)
+        for value in native.parameters():  # the rotary tables stay fp32, as in a loaded model
+            value.data = value.data.to(dtype)
         model = compose(native, config_json, settings, seed=4).train()
         generator = torch.Generator().manual_seed(5)
         with torch.no_grad():
