@@ -24,6 +24,7 @@ MOST_REGISTERS = {
     "swiglu": 168,
     "swiglu_backward": 168,
     "rope": 128,
+    "sum": 64,
     "attention": 255,
 }
 
