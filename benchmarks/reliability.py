@@ -27,7 +27,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_INTERVAL = 500  # steps, train.save_every
-CLIPS = 96
+CLIPS, TRAINED = 96, 80  # the second stage, which is not trained, must find records too
 
 
 def emoverse(*arguments: str) -> list[str]:
@@ -37,19 +37,18 @@ def emoverse(*arguments: str) -> list[str]:
 
 def overrides(args: argparse.Namespace, run: Path, save_every: int) -> list[str]:
     """nano, as far as its first stage, on the small corpus."""
-    epochs = -(-args.steps * 16 // CLIPS)
+    epochs = -(-args.steps * 16 // TRAINED)
     return [
         str(ROOT / "configs" / "nano.yaml"),
         f"run.run_dir={run}",
         f"data.shards={args.work / 'shards'}",
         f"evaluation.shards={args.work / 'shards'}",
-        f"stages.stage1.pool.take={CLIPS}",
+        f"stages.stage1.pool.take={TRAINED}",
         f"stages.stage1.epochs={epochs}",
         f"train.processes={args.processes}",
         f"train.save_every={save_every}",
         "train.log_every=5",
         "train.tensorboard=false",
-        "stages.stage2.pool={take: 8, rest_of: null}",
         "stages.stage2.epochs=1",
     ]
 
@@ -86,7 +85,8 @@ def to_the_end(args: argparse.Namespace, run: Path, save_every: int) -> float:
     with training(args, run, save_every) as process:
         code = process.wait(args.limit)
     if code != 0:
-        raise SystemExit(f"emoverse train ended with {code}, see {args.work / 'log.txt'}")
+        said = (args.work / "log.txt").read_text(errors="replace")[-2000:]
+        raise SystemExit(f"{said}\nemoverse train ended with {code}")
     return time.monotonic() - begin
 
 

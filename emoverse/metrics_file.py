@@ -7,13 +7,15 @@ Torch-free.
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
-from data_shards.index import ShardIndex
+from data_shards.index import INDEX_FILE, ShardIndex
 from data_shards.tasks import TASKS, Task
 from emoverse.baselines import RULES, rule_rows
 from emoverse.config import Config
@@ -129,7 +131,7 @@ def _score_json(found: Score) -> dict[str, Any]:
 def protocol_of(config: Config, index: ShardIndex) -> dict[str, Any]:
     """What a number depends on besides the weights; two metrics compare only where it is equal."""
     return {
-        "leakage": index.provenance.get("leakage", index.options.get("leakage")),
+        "leakage": leakage_rule(config.data.shards, index),
         "give_emotion": config.data.give_emotion,
         "blank_frames": config.model.blank_frames,
         "frames_per_clip": config.data.frames_per_clip,
@@ -141,6 +143,20 @@ def protocol_of(config: Config, index: ShardIndex) -> dict[str, Any]:
         "max_records_per_task": config.evaluation.max_records,
         "precision": config.model.precision,
     }
+
+
+def leakage_rule(training: Path, evaluated: ShardIndex) -> str | None:
+    """The leakage rule of the records that were trained; None = their folder names none.
+
+    The evaluated folder answers where the training folder is no longer there.
+    """
+    try:
+        document = json.loads((training / INDEX_FILE).read_text(encoding="utf-8"))
+        provenance = document["provenance"]
+    except (OSError, ValueError, KeyError):
+        provenance = evaluated.provenance
+    rule = provenance.get("leakage")
+    return None if rule is None else str(rule)
 
 
 def one_line(line: Mapping[str, Any]) -> str:

@@ -269,7 +269,7 @@ def _report(args: argparse.Namespace) -> int:
 # Verb -> kind -> its line in the help and its module; `ok` false in a result: run it again.
 _KINDS = {
     "annotate": {
-        "fer": ("facial expressions from action units", "data_shards.annotate.action_units"),
+        "fer": ("facial expressions from action units", "data_shards.annotate.fer_verb"),
         "reasons": ("why people feel so, from served models", "data_shards.annotate.reasons_verb"),
     },
     "convert": {

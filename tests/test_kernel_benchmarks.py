@@ -36,8 +36,13 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     configure_kernels("auto")
 
 
-def test_activations(run: Any) -> None:
-    found = run("activations", "--sizes", "tiny", "--tokens", "32")
+@pytest.mark.parametrize(
+    "arguments",
+    [("--sizes", "tiny", "--tokens", "32"), pytest.param((), marks=pytest.mark.aot)],
+    ids=["tiny", "eighths"],
+)
+def test_activations(run: Any, arguments: tuple[str, ...]) -> None:
+    found = run("activations", *arguments)
     assert found["ratio"] <= 0.45
     if has_triton():
         assert found["kernels"] == "lean, Triton"

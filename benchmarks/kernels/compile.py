@@ -38,14 +38,16 @@ from emoverse.kernels.triton_common import padded_rank
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10}  # bytes a block may have
 FP32 = {"rstd", "partial", "lse", "delta"}
 FLOATS = {"eps", "scale", "keep_scale", "scale_log2"}
-INTEGERS = {"T", "stream", "threshold", "chunk_tokens"}
+INTEGERS = {"T", "stream", "threshold", "chunk_tokens", "chunks", "size"}
 NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 def cases() -> dict[str, tuple[Any, dict[str, Any]]]:
     """Name -> kernel and its compile-time values."""
     masked = {"DROPOUT": True, "UPCAST": False}
-    found: dict[str, tuple[Any, dict[str, Any]]] = {}
+    found: dict[str, tuple[Any, dict[str, Any]]] = {
+        "sum": (lora_triton.sum_kernel, {"BLOCK": lora_triton.BLOCK_SUM})
+    }
     for model, hidden, mlp, rank in (("4b", 3072, 8192, 8), ("8b", 4096, 14336, 24)):
         adapter = masked | {"R": rank, "BLOCK_R": padded_rank(rank)}
         lora_tile = {"BLOCK_T": lora_triton.BLOCK_T, "BLOCK_K": lora_triton.BLOCK_K}

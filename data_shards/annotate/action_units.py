@@ -2,25 +2,18 @@
 
 In: the faces of a clip (`data_shards.openface`) and its emotion. Out: a `FerAnnotation`, or the
 reason why there is none. Pure functions; what the paper leaves open is a field of `FerOptions`.
-`emoverse annotate fer` runs this over a folder of csv files.
+Flow: openface -> here -> fer_verb.
 """
 
-import argparse
 import hashlib
-import json
-import os
-from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Final, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_shards.annotate.au_phrases import EMOTION_TABLES, PHRASE_TABLES
-from data_shards.openface import INTENSITY_AUS, PRESENCE_AUS, Faces, read_openface
-from data_shards.record import validate_key
+from data_shards.openface import INTENSITY_AUS, PRESENCE_AUS, Faces
 from data_shards.tasks import EMOTIONS
 
 PresenceRule = Literal["c", "r_positive", "r_threshold"]
@@ -216,137 +209,3 @@ def _choose(phrases: tuple[str, ...], au: str, key: str, options: FerOptions) ->
         return phrases[0]
     digest = hashlib.sha256(f"{options.seed}/{key}/{au}".encode()).digest()
     return phrases[int.from_bytes(digest[:8], "big") % len(phrases)]
-
-
-# ----------------------------------------------------------------------------------- command line
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `emoverse annotate fer`."""
-    d = DEFAULT_OPTIONS
-    add = parser.add_argument
-    add("dir", type=Path, metavar="DIR", help="folder of OpenFace csv files named KEY.csv")
-    add("--emotions", type=Path, help='JSONL of {"key", "emotion"} (default: DIR/emotions.jsonl)')
-    add("--out", type=Path, help="JSONL to write (default: DIR/fer.jsonl)")
-    add(
-        "--min-confidence",
-        type=float,
-        default=d.min_confidence,
-        help="drop rows below (default: no filter)",
-    )
-    add("--success-only", action="store_true", help="drop rows where tracking failed")
-    add("--face-id", type=int, default=d.face_id, help="only this face (default: every face)")
-    add(
-        "--score-aus",
-        nargs="+",
-        default=list(d.score_aus),
-        metavar="AU",
-        help="units of the score (default: all 17)",
-    )
-    add(
-        "--frequent-aus",
-        type=int,
-        default=d.frequent_aus,
-        help="score only the N units active most often",
-    )
-    add(
-        "--presence",
-        choices=get_args(PresenceRule),
-        default=d.presence,
-        help="when the peak shows a unit",
-    )
-    add("--threshold", type=float, default=d.threshold, help="intensity 0..5 for r_threshold")
-    add("--au28", choices=get_args(Au28Rule), default=d.au28, help="AU28, which has no intensity")
-    add("--ties", choices=get_args(Ties), default=d.ties, help="which of several highest rows")
-    add(
-        "--on-empty",
-        choices=get_args(OnEmpty),
-        default=d.on_empty,
-        help="what to do without a common unit",
-    )
-    add("--phrase", choices=get_args(PhraseChoice), default=d.phrase, help="which phrase of a unit")
-    add("--seed", type=int, default=d.seed, help="seed of the random phrase")
-    add(
-        "--emotion-table",
-        choices=tuple(EMOTION_TABLES),
-        default=d.emotion_table,
-        help="units of an emotion",
-    )
-    add(
-        "--phrase-table",
-        choices=tuple(PHRASE_TABLES),
-        default=d.phrase_table,
-        help="phrases of a unit",
-    )
-
-
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Annotate a folder of csv files; writes the JSONL and returns the counts.
-
-    Raises FileNotFoundError for a missing folder or emotions file, ValueError for bad input.
-    """
-    names = FerOptions.__dataclass_fields__
-    values = {name: getattr(args, name) for name in names}
-    options = FerOptions(**{**values, "score_aus": tuple(values["score_aus"])})
-    folder: Path = args.dir
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; give a folder of OpenFace csv files")
-    out: Path = args.out or folder / "fer.jsonl"
-    emotions = read_emotions(args.emotions or folder / "emotions.jsonl")
-    counts: Counter[str] = Counter()
-    lines: list[str] = []
-    for key, emotion in emotions.items():
-        path = folder / f"{key}.csv"
-        if not path.is_file():
-            counts["no-csv"] += 1
-            continue
-        result = annotate_fer(read_openface(path), emotion, options, key=key)
-        if isinstance(result, NotAnnotated):
-            counts[result.reason] += 1
-            continue
-        counts["annotated"] += 1
-        label = {"peak_frame": result.peak_frame, "aus": result.aus, "phrases": result.phrases}
-        lines.append(json.dumps({"key": key, **label}) + "\n")
-    part = out.with_name(f"{out.name}.part")
-    part.write_text("".join(lines), encoding="utf-8")
-    os.replace(part, out)
-    annotated = counts.pop("annotated", 0)
-    return {
-        "out": str(out),
-        "clips": len(emotions),
-        "annotated": annotated,
-        "not_annotated": dict(sorted(counts.items())),
-    }
-
-
-def read_emotions(path: Path) -> dict[str, str]:
-    """Key -> emotion of a JSONL file. Raises FileNotFoundError; ValueError names file and line."""
-    if not path.is_file():
-        raise FileNotFoundError(f'{path}: no such file; give a JSONL of {{"key", "emotion"}}')
-    emotions: dict[str, str] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            fields = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: must be a JSON object: {error}") from error
-        if not isinstance(fields, dict):
-            raise ValueError(f"{path}:{number}: must be a JSON object, found {fields!r}")
-        for name in ("key", "emotion"):
-            if not isinstance(fields.get(name), str):
-                raise ValueError(
-                    f"{path}:{number}: {name}: must be text, found {fields.get(name)!r}"
-                )
-        validate_key(fields["key"])
-        if fields["key"] in emotions:
-            raise ValueError(f"{path}:{number}: key: must be unique, found {fields['key']!r} again")
-        emotions[fields["key"]] = fields["emotion"]
-    return emotions
-
-
-def report_text(report: Mapping[str, Any]) -> str:
-    """The counts of `run` as lines for people."""
-    lines = [f"{report['annotated']} of {report['clips']} clips annotated -> {report['out']}"]
-    lines += [f"  {count} not annotated: {why}" for why, count in report["not_annotated"].items()]
-    return "\n".join(lines)

@@ -23,6 +23,7 @@ PLAIN, NORMED, ACTIVATED = 0, 1, 2
 _NORMED, _ACTIVATED = tl.constexpr(NORMED), tl.constexpr(ACTIVATED)
 BLOCK_T, BLOCK_K = 32, 128
 GRADIENT_BLOCK_T = 16  # of the input's gradient, which reads, adds and writes a tile
+BLOCK_SUM = 1024
 MAX_CHUNKS = 32  # of tokens, each with its own partial sums: no atomics, the same sums every time
 FREE = ["seed", "stream", "threshold", "T"]  # values that must not make new kernels
 
@@ -134,6 +135,16 @@ def weight_gradient_kernel(
     tl.store(place, total * scale, inside)
 
 
+@triton.jit(do_not_specialize=["chunks"])
+def sum_kernel(partial, out, chunks, size, BLOCK: tl.constexpr):
+    """out = sum of partial over the chunks, in their order, cast once."""
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for chunk in range(0, chunks):
+        total += tl.load(partial + chunk * size + places, places < size, 0.0)
+    tl.store(out + places, total, places < size)
+
+
 def lora_input(x_TK: Tensor, lora: LoraInput) -> Tensor:
     """See lora.py."""
     if is_plain(lora.dropout):
@@ -195,7 +206,10 @@ def weight_gradient(
         **dropout_arguments(lora.dropout),
         **_sizes(x_TK, width, rank),
     )
-    return partial.sum(0).to(lora.a_RK.dtype)
+    grad_a_RK = torch.empty_like(lora.a_RK, memory_format=torch.contiguous_format)
+    size = rank * width
+    sum_kernel[(triton.cdiv(size, BLOCK_SUM),)](partial, grad_a_RK, chunks, size, BLOCK=BLOCK_SUM)
+    return grad_a_RK
 
 
 def _sizes(x: Tensor, width: int, rank: int) -> dict[str, int | bool]:

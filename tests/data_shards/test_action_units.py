@@ -1,10 +1,7 @@
 """FER labels: equations 1 to 3, and each setting that the paper leaves open."""
 
-import argparse
 import itertools
-import json
 import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,14 +15,11 @@ from data_shards.annotate.action_units import (
     FerOptions,
     NotAnnotated,
     active_aus,
-    add_arguments,
     annotate_fer,
     find_peak,
-    report_text,
-    run,
 )
 from data_shards.annotate.au_phrases import EMOTION_TABLES, PHRASE_TABLES
-from data_shards.openface import INTENSITY_AUS, PRESENCE_AUS, Faces, write_openface
+from data_shards.openface import INTENSITY_AUS, PRESENCE_AUS, Faces
 from data_shards.tasks import EMOTIONS, Task, format_answer
 
 Row = dict[str, Any]
@@ -227,75 +221,3 @@ def test_equations(cells: list[tuple[int, list[int]]], present: int, emotion: st
 def test_options_are_checked(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         FerOptions(**changes)
-
-
-def parse(*arguments: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return parser.parse_args(list(arguments))
-
-
-def test_command(tmp_path: Path) -> None:
-    write_openface(tmp_path / "a.csv", faces_of(SMILE))
-    write_openface(tmp_path / "b.csv", faces_of(SMILE), spaced=False)
-    lines = [{"key": k, "emotion": e} for k, e in (("a", "joy"), ("b", "fear"), ("c", "joy"))]
-    emotions = "\n".join(json.dumps(line) for line in lines)
-    (tmp_path / "emotions.jsonl").write_text(emotions + "\n\n")
-    report = run(parse(str(tmp_path)))
-    assert report == {
-        "out": str(tmp_path / "fer.jsonl"),
-        "clips": 3,
-        "annotated": 1,
-        "not_annotated": {"no-common-au": 1, "no-csv": 1},
-    }
-    assert [json.loads(line) for line in (tmp_path / "fer.jsonl").read_text().splitlines()] == [
-        {
-            "key": "a",
-            "peak_frame": 4,
-            "aus": ["AU06", "AU12"],
-            "phrases": ["Cheek Raiser", "Lip Corner Puller"],
-        }
-    ]
-    assert report_text(report).splitlines() == [
-        f"1 of 3 clips annotated -> {tmp_path / 'fer.jsonl'}",
-        "  1 not annotated: no-common-au",
-        "  1 not annotated: no-csv",
-    ]
-    out = tmp_path / "other.jsonl"
-    again = run(parse(str(tmp_path), "--out", str(out), "--on-empty", "neutral", "--ties", "last"))
-    assert again["annotated"] == 2 and len(out.read_text().splitlines()) == 2
-
-
-def test_command_defaults_are_the_papers_reading() -> None:
-    args = parse("dir")
-    for name in FerOptions.__dataclass_fields__:
-        value = getattr(args, name)
-        assert (tuple(value) if isinstance(value, list) else value) == getattr(FerOptions(), name)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{", "emotions.jsonl:1: must be a JSON object"),
-        ("[1]", "emotions.jsonl:1: must be a JSON object, found [1]"),
-        ('{"key": "a"}', "emotions.jsonl:1: emotion: must be text, found None"),
-        ('\n{"key": 1, "emotion": "joy"}', "emotions.jsonl:2: key: must be text, found 1"),
-        ('{"key": "a/b", "emotion": "joy"}', "record key: must be letters"),
-        (
-            '{"key": "a", "emotion": "joy"}\n{"key": "a", "emotion": "fear"}',
-            "emotions.jsonl:2: key: must be unique, found 'a' again",
-        ),
-    ],
-)
-def test_command_refuses(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "emotions.jsonl").write_text(text)
-    with pytest.raises(ValueError, match=re.escape(message)):
-        run(parse(str(tmp_path)))
-    assert not list(tmp_path.glob("fer*"))
-
-
-def test_command_needs_its_files(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="none: no such folder; give a folder of OpenFace"):
-        run(parse(str(tmp_path / "none")))
-    with pytest.raises(FileNotFoundError, match=r"emotions\.jsonl: no such file; give a JSONL of"):
-        run(parse(str(tmp_path)))

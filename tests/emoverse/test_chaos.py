@@ -75,7 +75,7 @@ class Chaos:
     def live(self, *, kill_after_s: float | None = None, operation: int | None = None) -> list[int]:
         """Exit codes of the ranks; a rank that loses the other one ends by itself."""
         context = multiprocessing.get_context("fork")
-        meeting = self._tmp / f"meeting-{next(self._meetings)}"
+        meeting = self._tmp / f"{self.config.run.run_dir.name}-meeting-{next(self._meetings)}"
         ranks: list[BaseProcess] = [
             context.Process(target=_live, args=(self.config, rank, meeting, operation))
             for rank in range(RANKS)
@@ -108,7 +108,8 @@ class Chaos:
         for number in range(kills):
             if number % 2:
                 operation = self._random.randint(1, 40)
-                self.live(operation=operation)
+                codes = self.live(operation=operation)
+                assert codes[0] in (-signal.SIGKILL, 0), codes
                 yield f"operation {operation}"
             else:
                 after = self._random.uniform(0.05, longest_s)

@@ -23,7 +23,8 @@ MOST_REGISTERS = {
     "norm_backward": 255,
     "swiglu": 168,
     "swiglu_backward": 168,
-    "rope": 64,
+    "rope": 128,
+    "sum": 64,
     "attention": 255,
 }
 
