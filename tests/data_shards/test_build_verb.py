@@ -16,8 +16,8 @@ from launch import cli
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def words(out: Path) -> list[str]:
-    return ["build", "synthetic", "--clips", "12", "--out", str(out), "--shard-records", "2"]
+def words(out: Path, *, clips: int = 12) -> list[str]:
+    return ["build", "synthetic", "--clips", str(clips), "--out", str(out), "--shard-records", "2"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -26,7 +26,7 @@ def test_a_signal_to_all_its_processes_stops_it(
 ) -> None:
     out = tmp_path / "shards"
     process = subprocess.Popen(
-        [sys.executable, "-m", "launch.cli", *words(out), "--workers", "2"],
+        [sys.executable, "-m", "launch.cli", *words(out, clips=60), "--workers", "2"],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.DEVNULL,
@@ -43,8 +43,8 @@ def test_a_signal_to_all_its_processes_stops_it(
     assert process.returncode == 75, told
     assert "stopped early, finished shards are kept; the same command goes on" in told
     assert not out.exists()
-    assert cli.main([*words(out), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["records"] == 12
+    assert cli.main([*words(out, clips=60), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["records"] == 60
     assert not work_folder(out).exists()
 
 

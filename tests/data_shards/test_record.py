@@ -137,7 +137,7 @@ def test_answers() -> None:
         ({"key": "a.b"}, "record key: must be letters, digits, '_' and '-' only, found 'a.b'"),
         ({"source": ""}, "source: must not be empty, found ''"),
         ({"split": ""}, "split: must not be empty"),
-        ({"num_frames": 0}, "num_frames: must be 1 or more, found 0"),
+        ({"num_frames": 0}, "num_frames: must be 1 or more, below 2**31, found 0"),
         ({"peak_frame": 24}, "peak_frame: must be 0..23 (0-based), found 24"),
         ({"peak_frame": None}, "peak_frame: must be given because the tasks name fer"),
         ({"target": 3}, "target: must be 1..2, or 0 without conversation, found 3"),

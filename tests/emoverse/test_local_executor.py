@@ -13,7 +13,12 @@ import pytest
 from emoverse.config import Config, to_yaml
 from launch import cli, jobs
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [
+    pytest.mark.timeout(240),
+    # submitit starts its controllers and does not wait for them.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning"),
+]
 ROOT = Path(__file__).resolve().parents[2]
 
 

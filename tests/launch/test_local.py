@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import worker
+from launch import local, worker
 from launch.local import exit_code, rank_environment, run_ranks
 from launch.worker import FAULT, STOPPED, WRONG_INPUT
 
@@ -85,7 +85,7 @@ def test_rank_0_is_shown_and_every_rank_is_logged(
 
 
 def test_one_failing_rank_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "GRACE_AFTER_FAILURE_S", 0.3)
+    monkeypatch.setattr(local, "GRACE_AFTER_FAILURE_S", 0.3)
     command = script(
         f"""
         rank = os.environ["RANK"]
