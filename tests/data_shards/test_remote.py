@@ -218,6 +218,9 @@ def test_the_room_is_bounded(server: Server, tmp_path: Path) -> None:
     room = 3 * index.shards[0].bytes + 4096
     index = open_index(server.url, options(tmp_path / "small", room))
     cache, most, done = cache_of(index), 0, threading.Event()
+    for shard in range(NUM_SHARDS):
+        index.entries(shard), index.keys(shard)
+    server.wait_s = 0.05  # so that transfers overlap
 
     def watch() -> None:
         nonlocal most
