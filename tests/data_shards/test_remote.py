@@ -225,9 +225,10 @@ def test_the_room_is_bounded(server: Server, tmp_path: Path) -> None:
     def watch() -> None:
         nonlocal most
         while not done.is_set():
-            files = [path for path in cache.folder.iterdir() if path.is_file()]
-            with_gone = (size_of(path) for path in files)
-            most = max(most, sum(with_gone))
+            with cache._locked(".room"):  # nothing is removed between two looks at sizes
+                files = [path for path in cache.folder.iterdir() if path.is_file()]
+                most = max(most, sum(size_of(path) for path in files))
+            time.sleep(0.001)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
