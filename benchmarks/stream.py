@@ -181,7 +181,8 @@ def open_energon(energon: Any, folder: Path) -> Any:
     class Raw(energon.DefaultTaskEncoder):
         """Bytes as they are."""
 
-        cookers = (energon.Cooker(lambda sample: sample),)
+        cookers = (energon.Cooker(energon.stateless(lambda sample: sample)),)
+        decoder = None
 
         def encode_sample(self, sample: Any) -> Any:
             return sample

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from data_shards.index import ShardIndex
+from data_shards.remote import open_index
 from emoverse.config import Config
 from emoverse.models.architecture import base_folder, load_architecture, parameter_counts
 from emoverse.stages import DONE, run_plan, stage_dir
@@ -82,7 +82,7 @@ def check_shards(config: Config, knob: str, *, checksums: bool) -> list[str]:
     """The shard folder is complete; with `checksums` its index files are what was written."""
     section = config.data if knob.startswith("data") else config.evaluation
     try:
-        index = ShardIndex.load(section.shards)
+        index = open_index(section.shards, config.data.cache)
         if checksums:
             for shard in range(index.num_shards):
                 index.entries(shard)  # compared with index.json when they are read
@@ -95,7 +95,7 @@ def check_shards(config: Config, knob: str, *, checksums: bool) -> list[str]:
 def check_plan(config: Config) -> list[str]:
     """The records can give what the rates ask for. Silent where there are no shards at all."""
     with contextlib.suppress(FileNotFoundError):
-        run_plan(config, ShardIndex.load(config.data.shards))
+        run_plan(config, open_index(config.data.shards, config.data.cache))
     return []
 
 

@@ -218,13 +218,17 @@ def test_the_room_is_bounded(server: Server, tmp_path: Path) -> None:
     room = 3 * index.shards[0].bytes + 4096
     index = open_index(server.url, options(tmp_path / "small", room))
     cache, most, done = cache_of(index), 0, threading.Event()
+    for shard in range(NUM_SHARDS):
+        index.entries(shard), index.keys(shard)
+    server.wait_s = 0.05  # so that transfers overlap
 
     def watch() -> None:
         nonlocal most
         while not done.is_set():
-            files = [path for path in cache.folder.iterdir() if path.is_file()]
-            with_gone = (size_of(path) for path in files)
-            most = max(most, sum(with_gone))
+            with cache._locked(".room"):  # nothing is removed between two looks at sizes
+                files = [path for path in cache.folder.iterdir() if path.is_file()]
+                most = max(most, sum(size_of(path) for path in files))
+            time.sleep(0.001)
 
     watcher = threading.Thread(target=watch)
     watcher.start()

@@ -297,6 +297,15 @@ def test_the_work_on_a_clip_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_only_an_mp4_is_opened(tmp_path: Path) -> None:
     """A playlist in a member's place would make libav open whatever it names."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="matroska") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        for rgb in moving_frames(4):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(rgb, format="rgb24")))
+        container.mux(stream.encode(None))
+    with pytest.raises(DamagedVideo, match="cannot decode the video"):
+        decode_frames(buffer.getvalue(), [0])
     clip = tmp_path / "secret.mp4"
     clip.write_bytes(encode_mp4(moving_frames(4), 25))
     for text in (f"ffconcat version 1.0\nfile {clip.name}\n", f"#EXTM3U\n#EXTINF:1,\n{clip}\n"):

@@ -17,6 +17,7 @@ import pytest
 
 from data_shards.index import ShardIndex
 from data_shards.openface import format_openface
+from data_shards.parallel import ordered_map
 from data_shards.sources.ecf import ALL_FILE, MELD_FILE, load_ecf
 from data_shards.sources.meld import MeldRow, read_meld
 from data_shards.sources.synthetic import compose_reason
@@ -33,7 +34,7 @@ FOLDERS = {
     "dev": "dev/dev_splits_complete",
     "test": "test/output_repeated_splits_test",
 }
-FEW = 10  # conversations of the small test; another one shows MELD test
+FEW = 4  # conversations of the small test; another one shows MELD test
 
 
 @pytest.fixture
@@ -59,15 +60,17 @@ class Corpus:
             _copy_rows(real / "MELD", folder / "meld", split, None if whole else places)
         self.rows = read_meld(folder / "meld")
 
-    def film(self) -> None:
+    def film(self, workers: int = 1) -> None:
         """A clip and an OpenFace csv per row of MELD, the emotions, and reasons for a third."""
         csvs = self.folder / "openface"
         csvs.mkdir()
         emotions, reasons = [], []
         for folder in FOLDERS.values():
             (self.folder / "meld" / folder).mkdir(parents=True, exist_ok=True)
-        for number, row in enumerate(self.rows):
-            mp4, measured, reason = stand_in(row, number)
+        films = ordered_map(
+            lambda at: stand_in(self.rows[at], at), range(len(self.rows)), workers=workers
+        )
+        for number, (row, (mp4, measured, reason)) in enumerate(zip(self.rows, films, strict=True)):
             place = self.folder / "meld" / FOLDERS[row.split]
             (place / f"{row.name}.mp4").write_bytes(mp4)
             (csvs / f"{row.key}.csv").write_text(measured)
@@ -187,7 +190,7 @@ def test_a_part_of_the_real_annotation_trains_both_stages(
     assert report["entries"]["msa"] == len(train_rows) - 1
     assert set(report["entries"]) == {"msa", "er", "fer", "eri", "ecpe"}
     assert run(capsys, "lint", tmp_path / "shards", "--decode")["ok"]
-    folder = train(corpus, take=16)
+    folder = train(corpus, take=12)
     for stage in ("stage1", "stage2"):
         assert (folder / stage / "DONE").is_file()
         assert all(0 < step["loss"] < 20 for step in losses(folder, stage))
@@ -200,7 +203,7 @@ def test_the_whole_real_annotation_trains_both_stages(
 ) -> None:
     corpus = Corpus(real, tmp_path, None)
     assert len(corpus.rows) == 13_708 and len(corpus.kept) == 1374
-    corpus.film()
+    corpus.film(workers=2)
     report = build(corpus, capsys, "--workers", 2)
     # 9,989 rows less two known bad clips and one moment of the test set; 5,729 targets less those
     # that are in no MELD clip.
