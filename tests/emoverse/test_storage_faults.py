@@ -1,10 +1,8 @@
 """A save in which every file operation fails in turn: nothing that was good is lost."""
 
 import errno
-import multiprocessing
+import json
 import os
-import resource
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -162,31 +160,32 @@ def test_a_kill_at_each_file_operation(
         assert loadable(run) == 4
 
 
-def _write_without_room(folder: str, answers: Any) -> None:
-    """In a process of its own: no file may grow beyond 1000 bytes."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    found = []
-    for write, content in (
-        (storage.write_tensors, {"a": torch.zeros(100_000)}),
-        (storage.write_text, "x" * 100_000),
-    ):
-        try:
-            write(Path(folder) / "file", content)
-            found.append("written")
-        except OSError as error:
-            found.append(str(error))
-    answers.put(found)
+WITHOUT_ROOM = """
+import json, resource, signal, sys
+from pathlib import Path
+import torch
+from emoverse import storage
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+found = []
+for write, content in (
+    (storage.write_tensors, {"a": torch.zeros(100_000)}),
+    (storage.write_text, "x" * 100_000),
+):
+    try:
+        write(Path(sys.argv[1]) / "file", content)
+        found.append("written")
+    except OSError as error:
+        found.append(str(error))
+print(json.dumps(found))
+"""
 
 
-def test_no_room_is_an_os_error(tmp_path: Path) -> None:
-    """Also where a library writes, which has an error of its own."""
-    context = multiprocessing.get_context("fork")
-    answers = context.Queue()
-    process = context.Process(target=_write_without_room, args=(str(tmp_path), answers))
-    process.start()
-    tensors, text = answers.get(timeout=30)
-    process.join(30)
+def test_no_room_is_an_os_error(tmp_path: Path, run_python: Callable[..., Any]) -> None:
+    """Also where a library writes, which has an error of its own; no file beyond 1000 bytes."""
+    done = run_python("-B", "-c", WITHOUT_ROOM, str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    tensors, text = json.loads(done.stdout)
     assert "File too large" in tensors and str(tmp_path) in tensors
     assert "File too large" in text
 
