@@ -125,6 +125,7 @@ def has_usr2(pid: int) -> bool:
     return False
 
 
+@pytest.mark.slow  # minutes: the scheduler looks at limits and nodes now and then
 def test_the_time_limit_is_no_end(
     cluster: Any, nano_run: Any, submit: Any, tmp_path: Path, reference: bytes
 ) -> None:
@@ -165,6 +166,7 @@ def test_a_job_of_higher_priority_comes_first(
     assert run.weights() == reference
 
 
+@pytest.mark.slow  # minutes: the scheduler looks at limits and nodes now and then
 def test_a_lost_node_is_replaced(
     cluster: Any, nano_run: Any, submit: Any, tmp_path: Path, reference: bytes
 ) -> None:
@@ -182,6 +184,7 @@ def test_a_lost_node_is_replaced(
     assert run.weights() == reference
 
 
+@pytest.mark.slow  # minutes: the scheduler looks at limits and nodes now and then
 def test_a_node_without_network_cannot_touch_its_successor(
     cluster: Any, nano_run: Any, submit: Any, tmp_path: Path, reference: bytes
 ) -> None:
