@@ -179,7 +179,10 @@ def acquire(
 
 def _clean(run_dir: Path, lease: Path) -> None:
     """Removes what processes left that died while they took over; the living touch theirs."""
-    now = lease.stat().st_mtime
+    try:
+        now = lease.stat().st_mtime
+    except OSError:
+        return  # a successor is moving it away this moment: the first vote will say so
     for path in (*run_dir.glob(f".{FOLDER}-*"), *run_dir.glob(".fenced-*")):
         with contextlib.suppress(OSError):
             if now - path.stat().st_mtime > STALE_S:

@@ -4,7 +4,6 @@ import io
 import json
 import os
 import pty
-import time
 from pathlib import Path
 from typing import Any
 
@@ -72,19 +71,22 @@ def test_no_bar_in_a_log(tmp_path: Path) -> None:
     assert stream.getvalue() == "text\n"
 
 
+@pytest.mark.timeout(30)  # a bar that is not drawn, or not removed, never ends the reading
 def test_a_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "PERIOD_S", 0.01)
     monkeypatch.setenv("TERM", "xterm")
     write(tmp_path / "m", START, {"kind": "step", "step": 30, "loss": 1.0})
     parent, child = pty.openpty()
+    found = ""
     with os.fdopen(child, "w") as terminal:
         with shown(tmp_path / "m", terminal) as screen:
             screen.line("text\n")
-            time.sleep(0.3)
-        found = os.read(parent, 10_000).decode()
+            while "loss" not in found:  # the terminal hands over what was written piece by piece
+                found += os.read(parent, 10_000).decode()
+        while not found.endswith("\r\x1b[K"):
+            found += os.read(parent, 10_000).decode()
     os.close(parent)
     assert "text\r\n" in found and "] 30/40 75.0% loss" in found
-    assert found.endswith("\r\x1b[K")
 
 
 def test_the_bar_is_full_at_the_end() -> None:
