@@ -2,19 +2,25 @@
 
 In: any iterable, read a few items ahead and no further. Out: the results, one by one. The number of
 processes changes nothing but the time. The processes end with the one that started them, even when
-that one is killed.
+that one is killed; and if one of them is killed, its pipe ends, so that nobody waits for it (a
+concurrent.futures pool may wait for ever, for the rest of a result: its workers share one pipe).
 """
 
+import atexit
+import contextlib
 import ctypes
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
+import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
 from typing import Any, Final, TypeVar
 
 T = TypeVar("T")
@@ -22,10 +28,6 @@ R = TypeVar("R")
 
 _AHEAD: Final = 3  # chunks in flight per process: enough to hide one slow item, little memory
 _PR_SET_PDEATHSIG: Final = 1
-
-# The function of this pool's processes. They inherit it by fork, so that a large table bound to it
-# is not pickled once per chunk.
-_function: Callable[[Any], Any] | None = None
 
 
 def ordered_map(
@@ -44,41 +46,109 @@ def ordered_map(
     if workers <= 1:
         yield from map(function, items)
         return
-    pool = ProcessPoolExecutor(
-        workers,
-        mp_context=multiprocessing.get_context("fork"),
-        initializer=_begin,
-        initargs=(function, os.getpid()),
-    )
+    pool = _Pool(function, workers)
     source = iter(items)
     running: deque[Future[list[Any]]] = deque()
     try:
         while True:
             while len(running) < _AHEAD * workers and (batch := list(islice(source, chunk))):
-                running.append(pool.submit(_apply, batch))
+                running.append(pool.submit(batch))
             if not running:
                 return
             yield from running.popleft().result()
-    except BrokenProcessPool as error:
-        raise RuntimeError(
-            "a worker process was killed, perhaps because memory ran out; run again with fewer "
-            "workers"
-        ) from error
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        pool.close()
 
 
-def _begin(function: Callable[[Any], Any], parent: int) -> None:
-    global _function
-    _function = function
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends the pool
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+class _Pool:
+    """Processes with a pipe each, and as many threads, each of which waits for one of them."""
+
+    def __init__(self, function: Callable[[Any], Any], workers: int) -> None:
+        # All are forked before the first thread starts. By fork, a large table bound to the
+        # function is not pickled.
+        context = multiprocessing.get_context("fork")
+        self._processes = []
+        self._pipes: list[Connection[Any, Any]] = []
+        self._free: SimpleQueue[Connection[Any, Any]] = SimpleQueue()
+        for _ in range(workers):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_work,
+                args=(function, theirs, [*self._pipes, ours], os.getpid()),
+                daemon=True,
+            )
+            process.start()
+            theirs.close()  # the process alone holds it: its death ends the pipe
+            self._processes.append(process)
+            self._pipes.append(ours)
+            self._free.put(ours)
+        self._threads = ThreadPoolExecutor(workers)
+        # For results that nobody fetches: multiprocessing's own end sends SIGTERM and waits.
+        atexit.register(self.close)
+
+    def submit(self, batch: list[Any]) -> Future[list[Any]]:
+        """The results of the batch, as soon as a process has made them."""
+        return self._threads.submit(self._ask, batch)
+
+    def _ask(self, batch: list[Any]) -> list[Any]:
+        pipe = self._free.get()
+        try:
+            pipe.send(batch)
+            result = pipe.recv()
+        except (EOFError, OSError) as error:
+            raise RuntimeError(
+                "a worker process was killed, perhaps because memory ran out; run again with fewer "
+                "workers"
+            ) from error
+        finally:
+            self._free.put(pipe)
+        if isinstance(result, BaseException):
+            raise result
+        return list(result)
+
+    def close(self) -> None:
+        """Ends all processes; what they are just at is finished and thrown away."""
+        atexit.unregister(self.close)
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        for pipe in self._pipes:
+            with contextlib.suppress(OSError):  # its process is dead
+                pipe.send(None)
+            pipe.close()
+        for process in self._processes:
+            process.join()
+
+
+def _work(
+    function: Callable[[Any], Any],
+    pipe: "Connection[Any, Any]",
+    of_others: "list[Connection[Any, Any]]",
+    parent: int,
+) -> None:
+    """One process: a list of items in, a list of results or an exception out; None ends it."""
+    # Signals to the whole group (Ctrl-C, a scheduler's SIGTERM) reach the parent, which ends us.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it was killed before this process could ask to be told
         os._exit(1)
+    for other in of_others:
+        other.close()
+    while (batch := pipe.recv()) is not None:
+        try:
+            answer = pickle.dumps([function(item) for item in batch])
+        except Exception as error:
+            answer = _pickled(error)
+        pipe.send_bytes(answer)
 
 
-def _apply(batch: list[Any]) -> list[Any]:
-    assert _function is not None, "the pool's processes begin with _begin"
-    return [_function(item) for item in batch]
+def _pickled(error: Exception) -> bytes:
+    """The exception with its traceback as a note; a RuntimeError of its text if it must be."""
+    text = "".join(traceback.format_exception(error))
+    error.add_note(f"In a worker process:\n{text}")
+    try:
+        answer = pickle.dumps(error)
+        pickle.loads(answer)  # an exception with a constructor of its own may fail only here
+    except Exception:
+        return pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}\n{text}"))
+    return answer

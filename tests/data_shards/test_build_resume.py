@@ -7,8 +7,10 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -275,6 +277,46 @@ def test_errors_and_killed_workers_are_told() -> None:
         list(ordered_map(lambda n: 1 // (n - 5), range(20), workers=2))
     with pytest.raises(RuntimeError, match="worker process was killed, perhaps because memory ran"):
         list(ordered_map(lambda n: os.kill(os.getpid(), signal.SIGKILL), range(8), workers=2))
+
+
+def killed_while_sending(number: int) -> bytes:
+    threading.Timer(0.01 * (number % 8), os.kill, (os.getpid(), signal.SIGKILL)).start()
+    return bytes(30_000_000)
+
+
+def test_a_worker_killed_in_the_middle_of_a_result_is_told() -> None:
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="worker process was killed"):
+            list(ordered_map(killed_while_sending, range(32), workers=2, chunk=1))
+
+
+class Peculiar(Exception):
+    """Pickles, and cannot be made again."""
+
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__(f"{one} and {two}")
+
+
+def test_an_error_comes_with_the_place_where_it_was_raised() -> None:
+    def fail(number: int) -> int:
+        raise Peculiar(number, 1)
+
+    with pytest.raises(RuntimeError, match=r"(?s)Peculiar: 0 and 1.*in fail"):
+        list(ordered_map(fail, range(4), workers=2))
+    with pytest.raises(ZeroDivisionError) as caught:
+        list(ordered_map(lambda n: n // 0, range(4), workers=2))
+    assert "in <lambda>" in caught.value.__notes__[0]
+
+
+def test_results_that_nobody_wants_do_not_keep_the_program(
+    run_python: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    code = (
+        "from data_shards.parallel import ordered_map; from itertools import count\n"
+        "results = ordered_map(str, count(), workers=2); print(next(results), next(results))"
+    )
+    done = run_python("-c", code)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0 1\n", "")
 
 
 def test_an_interrupted_first_shard_leaves_nothing(tmp_path: Path) -> None:
