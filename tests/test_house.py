@@ -158,3 +158,10 @@ def test_what_must_answer_at_once_does_not_load_torch(module: str, run_python: R
     code = f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])"
     done = run_python("-c", code)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_a_file_of_tests_stays_in_one_process(request: pytest.FixtureRequest) -> None:
+    """Else its costly fixtures are made twice. Some pairs of pytest and xdist lose the groups."""
+    if not getattr(request.config.option, "loadgroup", False):
+        pytest.skip("these tests run in one process")
+    assert request.node.nodeid.endswith("@test_house.py")
