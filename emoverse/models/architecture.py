@@ -173,7 +173,7 @@ class Architecture:
                 mlp=reader.read(llm, "llm_config", "intermediate_size"),
                 vocab=reader.read(llm, "llm_config", "vocab_size"),
             ),
-            shuffle=round(1 / float(config_json.get("downsample_ratio") or 1)),
+            shuffle=_shuffle_of(config_json.get("downsample_ratio")),
             template=str(config_json.get("template", "")),
         )
         if not problems:
@@ -213,6 +213,11 @@ class Architecture:
             ),
         ]
         return [message for holds, message in rules if not holds]
+
+
+def _shuffle_of(ratio: object) -> int:
+    """Side of the squares that pixel shuffle joins; 1 stands in for a ratio that is no number."""
+    return round(1 / ratio) if isinstance(ratio, float) and ratio > 0 else 1
 
 
 class _IntReader:
