@@ -154,7 +154,6 @@ class Architecture:
                 f"found {llm.get('architectures')!r}"
             )
         reader = _IntReader(problems)
-        heads = reader.read(llm, "llm_config", "num_attention_heads")
         architecture = cls(
             vision=VisionSizes(
                 hidden=reader.read(vision, "vision_config", "hidden_size"),
@@ -168,8 +167,8 @@ class Architecture:
                 family=family,
                 hidden=reader.read(llm, "llm_config", "hidden_size"),
                 layers=reader.read(llm, "llm_config", "num_hidden_layers"),
-                heads=heads,
-                kv_heads=reader.read(llm, "llm_config", "num_key_value_heads", default=heads),
+                heads=reader.read(llm, "llm_config", "num_attention_heads"),
+                kv_heads=reader.read(llm, "llm_config", "num_key_value_heads"),
                 mlp=reader.read(llm, "llm_config", "intermediate_size"),
                 vocab=reader.read(llm, "llm_config", "vocab_size"),
             ),
@@ -226,10 +225,8 @@ class _IntReader:
     def __init__(self, problems: list[str]) -> None:
         self._problems = problems
 
-    def read(
-        self, section: Mapping[str, Any], name: str, key: str, default: int | None = None
-    ) -> int:
-        value = section.get(key, default)
+    def read(self, section: Mapping[str, Any], name: str, key: str) -> int:
+        value = section.get(key)
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             return value
         if section:

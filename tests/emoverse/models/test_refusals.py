@@ -81,6 +81,8 @@ def test_a_config_with_a_hole_is_never_guessed(
             section[path[-1]] = value
             if value == "gone":
                 del section[path[-1]]
+            if path[-1] == "rope_scaling" and value is None and family == "internlm2":
+                continue  # plain rope, said in so many words
             try:
                 found = native_config(spoilt, 96).to_dict()
             except ValueError as error:
