@@ -16,9 +16,8 @@ from data_shards.sampler import WeightedTaskSampler
 from data_shards.stream import Sample, StepStream, ViewOptions
 from emoverse.collate import FrameShape
 from emoverse.config import Config
-from emoverse.encode import EncodeOptions
+from emoverse.encode import EncodeOptions, open_tokenizer
 from emoverse.loader import LoaderOptions, StepLoader
-from emoverse.models.architecture import base_folder
 from emoverse.models.emoverse import EmoVerse
 from emoverse.models.features import (
     FeatureCache,
@@ -28,7 +27,6 @@ from emoverse.models.features import (
     compute_features,
     record_ordinals,
 )
-from emoverse.tokenizer import Tokenizer
 from emoverse.workers import PoolOptions
 
 
@@ -75,7 +73,7 @@ def build_loader(
     """The loader of this rank.
 
     Raises:
-        ValueError: the shards cannot serve the view.
+        ValueError: the shards cannot serve the view; see open_tokenizer.
     """
     data, architecture = config.data, model.architecture
     cached, blank = config.model.cache_features, config.model.blank_frames
@@ -117,7 +115,7 @@ def build_loader(
     tower = None
     if features is not None and config.train.zero_stage == 3:
         tower = copy.deepcopy(model.native.model.vision_tower)
-    tokenizer = Tokenizer.load(base_folder(config.model.base))
+    tokenizer = open_tokenizer(config.model.base, max_tokens=data.max_tokens)
     return StepLoader(
         FeatureStream(stream, model, features, tower) if features else stream,
         tokenizer,

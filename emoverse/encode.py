@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -17,8 +18,16 @@ from numpy.typing import NDArray
 from data_shards.record import Record, Turn
 from data_shards.stream import Damage, Sample
 from data_shards.tasks import Task, build_query, format_answer
-from emoverse.prompt import SYSTEM_TEXT, Segment, View, build_answer, build_prompt
-from emoverse.tokenizer import Tokenizer
+from emoverse.models.architecture import Architecture, base_folder, read_config_json
+from emoverse.prompt import (
+    SYSTEM_TEXT,
+    Segment,
+    View,
+    build_answer,
+    build_prompt,
+    chat_template,
+)
+from emoverse.tokenizer import CONFIG_FILE, IMG_CONTEXT, Tokenizer
 
 IGNORED = -100  # label of a token that is not supervised
 # The mean colour of ImageNet in 8 bits: close to zero after the model's normalisation.
@@ -75,6 +84,46 @@ class EncodeOptions:
     features: FeatureSource | None = None
     blank_feature: NDArray[Any] | None = None
     system: str = SYSTEM_TEXT
+
+
+def open_tokenizer(base: str | Path, *, max_tokens: int = 0) -> Tokenizer:
+    """The tokenizer of a base model, which must be the one that its config.json was made with.
+
+    Args:
+        max_tokens: most tokens of a sample; longrope chooses its factors by the longest sample of a
+            batch, so that one beyond the switch would change the logits of all others.
+
+    Raises:
+        FileNotFoundError: the folder is incomplete.
+        ValueError: files of different models, or samples beyond the switch.
+    """
+    folder = base_folder(base)
+    tokenizer, config_json = Tokenizer.load(folder), read_config_json(folder)
+    architecture = Architecture.from_config_json(config_json, origin=str(folder / "config.json"))
+    llm, stated = config_json["llm_config"], config_json.get("img_context_token_id")
+    end, rows = chat_template(architecture.template).end, architecture.llm.vocab
+    context = tokenizer.image_context_id
+    # More rows than tokens are padding; fewer would be read past their end.
+    found = [
+        (tokenizer.family == architecture.llm.family, f"a tokenizer of {tokenizer.family}"),
+        (tokenizer.end_token == end, f"answers end with {tokenizer.end_token}, not {end}"),
+        (tokenizer.vocab_size <= rows, f"{tokenizer.vocab_size} tokens for {rows} embedding rows"),
+        (stated in (None, context), f"{IMG_CONTEXT} is {context}, config.json says {stated}"),
+    ]
+    problems = [what for fits, what in found if not fits]
+    if problems:
+        raise ValueError(
+            f"{folder}: {CONFIG_FILE} and config.json ({architecture.llm.family}, "
+            f"{architecture.template}) belong to different models: {'; '.join(problems)}; copy all "
+            "files of one checkpoint"
+        )
+    switch = llm.get("original_max_position_embeddings")
+    if llm.get("rope_scaling") and architecture.llm.family == "phi3" and max_tokens > switch:
+        raise ValueError(
+            f"data.max_tokens must be at most {switch}, where the rope factors of {folder} switch "
+            f"for a whole batch, found {max_tokens}"
+        )
+    return tokenizer
 
 
 def encode_sample(sample: Sample, tokenizer: Tokenizer, options: EncodeOptions) -> Example:

@@ -89,6 +89,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _require_empty(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {folder} must be a folder, found a file; choose a new folder")
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"--out {folder} is not empty; choose a new folder, or remove this one")
 
@@ -201,6 +203,7 @@ def write_export(
     from emoverse.models.internvl2 import open_checkpoint
     from emoverse.provenance import base_fingerprint, package_versions
 
+    out = out.resolve()  # an empty folder behind a link is replaced, not the link
     released = open_checkpoint(state.base)
     if layout == "adapter" and state.below:
         raise ValueError(
@@ -241,9 +244,9 @@ def _stored_as(released: "Released", layout: str, dtype: str) -> str:
 def _write(state: State, released: "Released", layout: str, folder: Path, dtype: str) -> None:
     import torch
 
+    from emoverse.encode import open_tokenizer
     from emoverse.models import layouts
     from emoverse.models.lora import write_adapter
-    from emoverse.tokenizer import Tokenizer
 
     if layout == layouts.ADAPTER:
         write_adapter(state.own.tensors, folder, r=state.r, alpha=state.alpha, base=state.base_name)
@@ -253,7 +256,7 @@ def _write(state: State, released: "Released", layout: str, folder: Path, dtype:
     if layout == layouts.INTERNVL2:
         layouts.write_internvl2(released, folds, folder, stored)
     else:
-        stops = Tokenizer.load(state.base).stop_ids
+        stops = open_tokenizer(state.base).stop_ids
         layouts.write_transformers(released, folds, folder, stored, stop_ids=stops)
 
 

@@ -28,9 +28,8 @@ from data_shards.tasks import build_query, format_answer
 from emoverse import distributed
 from emoverse.config import Config
 from emoverse.distributed import World
-from emoverse.encode import EncodeOptions, Example, encode_query
+from emoverse.encode import EncodeOptions, Example, encode_query, open_tokenizer
 from emoverse.entries import Entry, truth_row
-from emoverse.models.architecture import base_folder
 from emoverse.models.emoverse import EmoVerse
 from emoverse.models.features import (
     FeatureCache,
@@ -167,7 +166,7 @@ class Answerer:
         self.config = config
         self.index = index
         self.reader = ShardReader(index.folder, index)
-        self.tokenizer = Tokenizer.load(base_folder(config.model.base))
+        self.tokenizer = open_tokenizer(config.model.base, max_tokens=config.data.max_tokens)
         self._cache_dir = cache_dir
 
     def predict(

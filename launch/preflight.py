@@ -68,13 +68,16 @@ def collect(checks: Sequence[Check]) -> list[str]:
 
 
 def check_base(config: Config) -> list[str]:
-    """The base model's folder is there, with weights."""
+    """The base model's folder is there, with weights and the tokenizer that belongs to them."""
+    from emoverse.encode import open_tokenizer  # sentencepiece, which only runs need
+
     folder = base_folder(config.model.base)
     if not list(folder.glob("*.safetensors")):
         raise FileNotFoundError(
             f"model.base: {folder} holds no *.safetensors; copy the whole checkpoint there, and "
             "to a disk that the compute nodes see"
         )
+    open_tokenizer(folder, max_tokens=config.data.max_tokens)
     return []
 
 

@@ -1,5 +1,6 @@
 """Every YAML in configs/ loads, says what it needs, and plans against a likely index."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from data_shards.index import ShardIndex
 from data_shards.tasks import Task
 from emoverse.config import load_config, load_model, to_yaml
+from emoverse.paper_tables import TABLES as PAPER_TABLES
 from emoverse.pretrain_config import PretrainConfig
 from launch.plan_report import make_plan, plan_text
 
@@ -97,3 +99,69 @@ def test_the_trainable_parameters_of_the_large_models(
     path = CONFIGS / f"{name}.yaml"
     _, _, report = make_plan(load_config([path], [f"data.shards={tmp_path / 'shards'}"]))
     assert report["parameters"]["trainable"] == trainable
+
+
+LARGE = ("emoverse_4b", "emoverse_8b", "emoverse_4b_2x3090")
+
+
+def header_of(name: str) -> str:
+    lines = (CONFIGS / f"{name}.yaml").read_text().splitlines()
+    return "\n".join(line[1:] for line in lines if line.startswith("#"))
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_the_paper_s_settings_and_the_authors_(name: str) -> None:
+    """The file follows the text; the overrides in its header give the defaults of the scripts."""
+    config = load_config([CONFIGS / f"{name}.yaml"])
+    paper, trained = config.model, list(config.stages.values())
+    assert (paper.lora.preset, paper.lora.r, paper.lora.alpha) == ("paper", 8, 32)
+    assert paper.projector == "full" and config.train.global_batch_size == 8
+    for stage in trained:
+        assert (stage.epochs, stage.shortage) == (2, "repeat")
+        assert stage.optim.lr_lora == stage.optim.lr_projector == 1e-5
+        assert (stage.optim.warmup, stage.optim.weight_decay, stage.optim.clip) == (0.05, 0.1, 1.0)
+        assert stage.optim.betas == (0.9, 0.95)
+    shares = [{str(task): str(rate) for task, rate in stage.rates.items()} for stage in trained]
+    assert shares[0] == {"msa": "2/5", "er": "1/5", "fer": "2/5"}
+    assert shares[1] == {"msa": "1/20", "er": "19/60", "eri": "19/60", "ecpe": "19/60"}
+    overrides = re.findall(r"(?:model|stages)\.[\w.]+=\S+", header_of(name))
+    overrides = [one for one in overrides if not one.startswith("model.base=")]
+    assert len(overrides) == 7
+    authors = load_config([CONFIGS / f"{name}.yaml"], overrides)
+    assert (authors.model.lora.preset, authors.model.projector) == ("authors", "lora")
+    assert (authors.model.lora.r, authors.model.lora.alpha) == (8, 32)
+    assert authors.model.lora.dropout == 0.05
+    assert authors.stages["stage2"].adapter == "merge"
+    for stage in authors.stages.values():
+        assert stage.optim.lr_lora == stage.optim.lr_projector == 1e-4
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_the_hours_of_the_header_are_those_of_plan(
+    name: str, tmp_path: Path, make_index: Callable[..., ShardIndex]
+) -> None:
+    make_index(tmp_path / "shards", CORPUS["other"])
+    config = load_config([CONFIGS / f"{name}.yaml"], [f"data.shards={tmp_path / 'shards'}"])
+    _, _, report = make_plan(config)
+    duration = header_of(name).partition("Duration:")[2].partition("the paper")[0]
+    found = re.findall(r"([\d.]+) h on (one|two) (?:RTX )?(A100|H100|3090)", duration)
+    assert found
+    for hours, cards, card in found:
+        expected = report["work"]["gpu_hours"][card] / {"one": 1, "two": 2}[cards]
+        assert float(hours) == pytest.approx(expected, rel=0.06)
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_the_row_of_the_header_is_the_paper_s(name: str) -> None:
+    """Its numbers stand in the transcribed tables, in the row of the right model."""
+    size = "8B" if "8b" in name else "4B"
+    result = header_of(name).partition("Result:")[2].partition("of this repository")[0]
+    numbers = {float(number) for number in re.findall(r"\d\d\.\d\d", result)}
+    printed = {
+        value
+        for table in PAPER_TABLES
+        for row in table.rows
+        if row.label == f"EmoVerse-{size}"
+        for value in row.values
+    }
+    assert len(numbers) >= 4 and numbers <= printed, sorted(numbers - printed)

@@ -154,7 +154,6 @@ class Architecture:
                 f"found {llm.get('architectures')!r}"
             )
         reader = _IntReader(problems)
-        heads = reader.read(llm, "llm_config", "num_attention_heads")
         architecture = cls(
             vision=VisionSizes(
                 hidden=reader.read(vision, "vision_config", "hidden_size"),
@@ -168,12 +167,12 @@ class Architecture:
                 family=family,
                 hidden=reader.read(llm, "llm_config", "hidden_size"),
                 layers=reader.read(llm, "llm_config", "num_hidden_layers"),
-                heads=heads,
-                kv_heads=reader.read(llm, "llm_config", "num_key_value_heads", default=heads),
+                heads=reader.read(llm, "llm_config", "num_attention_heads"),
+                kv_heads=reader.read(llm, "llm_config", "num_key_value_heads"),
                 mlp=reader.read(llm, "llm_config", "intermediate_size"),
                 vocab=reader.read(llm, "llm_config", "vocab_size"),
             ),
-            shuffle=round(1 / float(config_json.get("downsample_ratio") or 1)),
+            shuffle=_shuffle_of(config_json.get("downsample_ratio")),
             template=str(config_json.get("template", "")),
         )
         if not problems:
@@ -215,16 +214,19 @@ class Architecture:
         return [message for holds, message in rules if not holds]
 
 
+def _shuffle_of(ratio: object) -> int:
+    """Side of the squares that pixel shuffle joins; 1 stands in for a ratio that is no number."""
+    return round(1 / ratio) if isinstance(ratio, float) and ratio > 0 else 1
+
+
 class _IntReader:
     """Reads positive integers and collects what is wrong; 1 stands in for a missing size."""
 
     def __init__(self, problems: list[str]) -> None:
         self._problems = problems
 
-    def read(
-        self, section: Mapping[str, Any], name: str, key: str, default: int | None = None
-    ) -> int:
-        value = section.get(key, default)
+    def read(self, section: Mapping[str, Any], name: str, key: str) -> int:
+        value = section.get(key)
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             return value
         if section:

@@ -224,9 +224,7 @@ class EmoVerse(nn.Module):
         return self._decode(self.embed(batch.ids_T, features, dummy=dummy), batch)
 
     def _decode(self, embeddings_TD: Tensor, batch: PackedBatch) -> Tensor:
-        # In bf16 neighbouring positions are the same, and the loss hardly shows it.
-        rotary = self.native.model.language_model.rotary_emb.inv_freq
-        assert rotary.dtype == torch.float32, f"rotary table cast to {rotary.dtype}"
+        self._check_rotary()
         output = self.native.model.language_model(
             inputs_embeds=embeddings_TD.unsqueeze(0),
             position_ids=batch.position_ids_T.unsqueeze(0),
@@ -237,6 +235,11 @@ class EmoVerse(nn.Module):
         )
         hidden: Tensor = output.last_hidden_state.squeeze(0)
         return hidden
+
+    def _check_rotary(self) -> None:
+        """In bf16 neighbouring positions are the same, and the loss hardly shows it."""
+        rotary = self.native.model.language_model.rotary_emb.inv_freq
+        assert rotary.dtype == torch.float32, f"rotary table cast to {rotary.dtype}"
 
     def forward(self, batch: PackedBatch) -> StepOutput:
         """Loss of a packed batch; logits exist only at supervised rows."""
@@ -266,6 +269,7 @@ class EmoVerse(nn.Module):
         Returns:
             inputs_embeds (B, L, D) and attention_mask (B, L).
         """
+        self._check_rotary()
         device = next(self.native.lm_head.parameters()).device
         all_ids = [to_tensor(ids).to(device, torch.long) for ids, _ in items]
         visuals = [None if visual is None else to_tensor(visual).to(device) for _, visual in items]

@@ -6,6 +6,7 @@ Out: a Fold by native names. A fused wqkv adapter becomes three exact ones: A is
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,11 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "alpha_pattern": (None, {}),
     "fan_in_fan_out": (None, False),
     "lora_bias": (None, False),
+    "use_qalora": (None, False),
+    "layer_replication": (None,),
+    "trainable_token_indices": (None,),
+    # The others (pissa, olora, corda, loftq) changed the base when the adapter began.
+    "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),
 }
 
 
@@ -54,7 +60,7 @@ def read_adapter(folder: str | Path, architecture: Architecture) -> tuple[Fold, 
     by_released = {link.released: link for link in table}
     natives = {name for link in table for name in link.native}
     tensors: dict[str, Tensor] = {}
-    for key, value in load_file(path).items():
+    for key, value in _read_tensors(path).items():
         name = plain_name(key)
         base, end = _base_of(name)
         if base in natives:
@@ -66,9 +72,31 @@ def read_adapter(folder: str | Path, architecture: Architecture) -> tuple[Fold, 
                 f"{path}: {key} belongs to {base}, which this base does not have; the adapter is "
                 "another model's"
             )
+    _check_rank(path, tensors, settings["r"])
     fold = Fold(tensors=tensors, scale=settings["lora_alpha"] / settings["r"], origin=str(folder))
     check_folds([fold], native_shapes(architecture))
     return fold, settings
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except Exception as error:
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({error}); copy it again"
+        ) from error
+
+
+def _check_rank(path: Path, tensors: Mapping[str, Tensor], r: int) -> None:
+    """The scale is alpha / r of the settings: with another rank in the file it would be wrong."""
+    for name, value in tensors.items():
+        if name.endswith(LORA_A) and value.shape[0] != r:
+            raise ValueError(
+                f"{path}: {name} has rank {value.shape[0]}, but {SETTINGS_FILE} says r {r}; "
+                "the two files belong to different adapters"
+            )
+    if not tensors:
+        raise ValueError(f"{path} holds no tensors; copy it again")
 
 
 def plain_name(key: str) -> str:

@@ -5,7 +5,7 @@ default that is nearly right changes the logits by little and is never found aga
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import ItemsView, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,11 @@ def native_config(config_json: Mapping[str, Any], image_token_id: int) -> Intern
         patch_size=architecture.vision.patch_size,
         hidden_act=vision["hidden_act"],
         norm_type=vision["norm_type"],
-        layer_norm_eps=_needed(vision, "layer_norm_eps", "vision_config"),
-        layer_scale_init_value=float(vision.get("initializer_factor", 1.0)),
+        layer_norm_eps=_epsilon(vision, "layer_norm_eps", "vision_config"),
+        # Of new models only; a checkpoint holds the scales.
+        layer_scale_init_value=_number(
+            {"initializer_factor": 1.0, **vision}, "initializer_factor", "vision_config"
+        ),
         attention_bias=True,
         use_qk_norm=False,
         use_mean_pooling=True,  # False would add a final LayerNorm that the checkpoints lack
@@ -48,23 +51,23 @@ def native_config(config_json: Mapping[str, Any], image_token_id: int) -> Intern
         "num_key_value_heads": architecture.llm.kv_heads,
         "intermediate_size": architecture.llm.mlp,
         "vocab_size": architecture.llm.vocab,
-        "rms_norm_eps": _needed(llm, "rms_norm_eps"),
-        "max_position_embeddings": _needed(llm, "max_position_embeddings"),
+        "rms_norm_eps": _epsilon(llm, "rms_norm_eps"),
+        "max_position_embeddings": _integer(llm, "max_position_embeddings"),
         "rope_parameters": _rope_parameters(llm, architecture.llm.head_dim),
-        "bos_token_id": _needed(llm, "bos_token_id"),
-        "eos_token_id": _needed(llm, "eos_token_id"),
-        "pad_token_id": _needed(llm, "pad_token_id"),
+        **{f"{name}_token_id": _token_id(llm, name) for name in ("bos", "eos", "pad")},
         "attention_dropout": 0.0,
         "tie_word_embeddings": False,
         # A default cache switches off the packing of sequences; generate() turns it on by itself.
         "use_cache": False,
     }
     if architecture.llm.family == "phi3":
-        original = llm.get("original_max_position_embeddings", llm["max_position_embeddings"])
+        known = {"original_max_position_embeddings": llm["max_position_embeddings"], **llm}
+        original = _integer(known, "original_max_position_embeddings")
+        window = None if llm.get("sliding_window") is None else _integer(llm, "sliding_window")
         text_config: Phi3Config | LlamaConfig = Phi3Config(
             **shared,
             original_max_position_embeddings=original,
-            sliding_window=llm.get("sliding_window"),
+            sliding_window=window,
             resid_pdrop=0.0,
             embd_pdrop=0.0,
         )
@@ -82,41 +85,72 @@ def native_config(config_json: Mapping[str, Any], image_token_id: int) -> Intern
     )
 
 
+# What each kind of rope scaling may say; another key would change numbers in an unknown way.
+_ROPE_KEYS = {
+    "su": {"type", "rope_type", "short_factor", "long_factor"},
+    "longrope": {"type", "rope_type", "short_factor", "long_factor"},
+    "dynamic": {"type", "rope_type", "factor"},
+}
+
+
 def _rope_parameters(llm: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
     """rope_theta and rope_scaling of the released layout as transformers' rope_parameters."""
-    scaling = llm.get("rope_scaling")
     parameters: dict[str, Any] = {
         "rope_type": "default",
-        "rope_theta": float(_needed(llm, "rope_theta")),
+        "rope_theta": _number(llm, "rope_theta"),
     }
-    if not scaling:
+    scaling = _rope_scaling(llm)
+    if scaling is None:
         return parameters
     kind = scaling.get("type", scaling.get("rope_type"))
-    if kind in ("su", "longrope"):
-        factors = {}
-        for key in ("short_factor", "long_factor"):
-            value = scaling.get(key)
-            if not isinstance(value, list) or len(value) != head_dim // 2:
-                found = f"{len(value)} values" if isinstance(value, list) else repr(value)
-                raise ValueError(
-                    f"llm_config.rope_scaling.{key} must be a list of {head_dim // 2} factors, one "
-                    f"per pair of channels of a head, found {found}; use the config.json of the "
-                    "released model"
-                )
-            factors[key] = [float(factor) for factor in value]
-        original = _needed(llm, "original_max_position_embeddings")
-        return parameters | {
-            "rope_type": "longrope",
-            **factors,
-            "original_max_position_embeddings": original,
-        }
     if kind == "dynamic":
-        factor = float(_needed(scaling, "factor", "llm_config.rope_scaling"))
+        factor = _number(scaling, "factor", "llm_config.rope_scaling")
         return parameters | {"rope_type": "dynamic", "factor": factor}
-    raise ValueError(
-        f"llm_config.rope_scaling.type must be su, longrope or dynamic, found {kind!r}; "
-        "use the config.json of the released model"
-    )
+    return parameters | {
+        "rope_type": "longrope",
+        "short_factor": _factors(scaling, "short_factor", head_dim // 2),
+        "long_factor": _factors(scaling, "long_factor", head_dim // 2),
+        "original_max_position_embeddings": _integer(llm, "original_max_position_embeddings"),
+    }
+
+
+def _rope_scaling(llm: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The section rope_scaling, with a kind and keys that are understood; None for plain rope."""
+    if "rope_scaling" not in llm:
+        raise _unusable("rope_scaling", "stand there, null for plain rope", "nothing")
+    scaling = llm["rope_scaling"]
+    if scaling is None:
+        most = _integer(llm, "max_position_embeddings")
+        original = llm.get("original_max_position_embeddings", most)
+        if original != most:
+            rule = f"say how {original} positions become {most}"
+            raise _unusable("rope_scaling", rule, scaling)
+        return None
+    if not isinstance(scaling, dict):
+        raise _unusable("rope_scaling", "be null or a section", scaling)
+    kinds = {str(scaling[key]) for key in ("type", "rope_type") if key in scaling}
+    known = _ROPE_KEYS.get(next(iter(kinds)), set()) if len(kinds) == 1 else set()
+    if not known:
+        found = " and ".join(sorted(map(repr, kinds))) or None
+        rule = f"be one of {', '.join(_ROPE_KEYS)}"
+        raise _unusable("rope_scaling.type", rule, found, shown=True)
+    unknown = sorted(scaling.keys() - known)
+    if unknown:
+        raise _unusable("rope_scaling", f"hold {', '.join(sorted(known))} only", unknown[0])
+    return scaling
+
+
+def _factors(scaling: Mapping[str, Any], key: str, count: int) -> list[float]:
+    value = scaling.get(key)
+    if not isinstance(value, list) or len(value) != count or not all(map(_is_positive, value)):
+        found = f"{len(value)} values" if isinstance(value, list) else repr(value)
+        rule = f"be a list of {count} factors above 0, one per pair of channels of a head"
+        raise _unusable(f"rope_scaling.{key}", rule, found, shown=True)
+    return [float(factor) for factor in value]
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
 def _needed(section: Mapping[str, Any], key: str, name: str = "llm_config") -> Any:
@@ -129,6 +163,45 @@ def _needed(section: Mapping[str, Any], key: str, name: str = "llm_config") -> A
     return section[key]
 
 
+def _number(section: Mapping[str, Any], key: str, name: str = "llm_config") -> float:
+    value = _needed(section, key, name)
+    if not _is_positive(value):
+        raise _unusable(key, "be a number above 0", value, name)
+    return float(value)
+
+
+def _epsilon(section: Mapping[str, Any], key: str, name: str = "llm_config") -> float:
+    value = _number(section, key, name)
+    if value >= 1:
+        raise _unusable(key, "be below 1", value, name)
+    return value
+
+
+def _integer(section: Mapping[str, Any], key: str, name: str = "llm_config") -> int:
+    value = _needed(section, key, name)
+    if not _is_positive(value) or not isinstance(value, int):
+        raise _unusable(key, "be a positive integer", value, name)
+    return value
+
+
+def _token_id(llm: Mapping[str, Any], name: str) -> int:
+    """Id of a token that is set explicitly: defaults may lie beyond a small vocabulary."""
+    value, vocab = _needed(llm, f"{name}_token_id"), llm["vocab_size"]
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < vocab:
+        raise _unusable(f"{name}_token_id", f"be an integer from 0 to {vocab - 1}", value)
+    return value
+
+
+def _unusable(
+    key: str, rule: str, found: object, name: str = "llm_config", *, shown: bool = False
+) -> ValueError:
+    """`shown`: what was found is already text for people."""
+    return ValueError(
+        f"{name}.{key} in config.json must {rule}, found {found if shown else repr(found)}; "
+        "use the config.json of the released model"
+    )
+
+
 def image_token_id(config_json: Mapping[str, Any], folder: Path | None) -> int:
     """Id of <IMG_CONTEXT>: config.json's img_context_token_id, else the tokenizer's files.
 
@@ -139,19 +212,28 @@ def image_token_id(config_json: Mapping[str, Any], folder: Path | None) -> int:
     if isinstance(value, int):
         return value
     if folder is not None:
-        path = folder / "tokenizer_config.json"
-        if path.is_file():
-            table = json.loads(path.read_text(encoding="utf-8")).get("added_tokens_decoder", {})
-            for number, token in table.items():
-                if token.get("content") == IMG_CONTEXT:
-                    return int(number)
-        path = folder / "added_tokens.json"
-        if path.is_file():
-            table = json.loads(path.read_text(encoding="utf-8"))
-            if IMG_CONTEXT in table:
-                return int(table[IMG_CONTEXT])
+        for number, token in _table(folder / "tokenizer_config.json", "added_tokens_decoder"):
+            if isinstance(token, dict) and token.get("content") == IMG_CONTEXT:
+                return int(number)
+        for content, number in _table(folder / "added_tokens.json"):
+            if content == IMG_CONTEXT:
+                return int(number)
     raise ValueError(
         f"the id of {IMG_CONTEXT} is in neither config.json (img_context_token_id) nor "
         f"tokenizer_config.json nor added_tokens.json of {folder}; copy the tokenizer files "
         "next to the weights"
     )
+
+
+def _table(path: Path, key: str | None = None) -> ItemsView[str, Any]:
+    """The rows of a tokenizer's JSON file, or of one section in it; none without the file."""
+    if not path.is_file():
+        return {}.items()
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        rows: ItemsView[str, Any] = (found if key is None else found.get(key, {})).items()
+    except (ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is not a tokenizer's JSON file ({error}); copy it again"
+        ) from error
+    return rows

@@ -135,8 +135,8 @@ def section_of(config_json: Mapping[str, Any], name: str, problems: list[str]) -
 
 def unsupported_settings(config_json: Mapping[str, Any]) -> list[str]:
     """Settings that would silently change the numbers; the released models have one value each."""
-    vision = config_json.get("vision_config") or {}
-    llm = config_json.get("llm_config") or {}
+    # What is no section at all is reported by `section_of`.
+    vision, llm = (section_of(config_json, name, []) for name in ("vision_config", "llm_config"))
     found = [
         ("architectures[0]", first_name(config_json.get("architectures")), "InternVLChatModel"),
         ("ps_version", config_json.get("ps_version"), "v2"),

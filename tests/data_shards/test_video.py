@@ -82,6 +82,20 @@ def test_clip_indices_are_sorted_frames_of_the_clip(num_frames: int, count: int)
     assert list(indices) == sorted(indices) and 0 <= indices[0] <= indices[-1] < num_frames
 
 
+@pytest.mark.parametrize(
+    ("rule", "apart"),
+    [
+        (lambda n: [int((n - 1) / 8 * (i + 0.5)) for i in range(8)], 875),
+        (lambda n: [int((n - 1) / 16 + int((n - 1) / 8 * i + 0.5)) for i in range(8)], 625),
+        (lambda n: np.linspace(0, n - 1, 8).round().astype(int).tolist(), 999),
+    ],
+    ids=["middles", "round-half-up", "linspace"],
+)
+def test_rules_that_look_alike_are_others(rule: Callable[[int], list[int]], apart: int) -> None:
+    """On how many of the lengths 1 to 1000 they choose another frame; counted independently."""
+    assert sum(rule(n) != list(clip_indices(n, 8)) for n in range(1, 1001)) == apart
+
+
 def test_clip_indices_refuse_an_empty_clip() -> None:
     with pytest.raises(ValueError, match="must be at least 1, found 0 and 8"):
         clip_indices(0, 8)

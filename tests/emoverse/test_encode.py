@@ -1,5 +1,7 @@
 """From samples to examples: segments, labels, limits, cuts, blank frames and cached features."""
 
+import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ from emoverse.encode import (
     encode_pair,
     encode_query,
     encode_sample,
+    open_tokenizer,
 )
+from emoverse.models.released_config import new_config
 from emoverse.prompt import SYSTEM_TEXT
 from emoverse.tokenizer import Tokenizer
 from emoverse.train_tokenizer import train_tokenizer
@@ -250,3 +254,63 @@ def test_room_for_the_answer(tokenizer: Tokenizer) -> None:
     shorter = encode_query(conversation, tokenizer, opts, max_new_tokens=10)
     assert shorter.cut_turns == 1
     assert "1. Anna: ..." in tokenizer.decode(shorter.ids_T)  # the gold cause is not protected
+
+
+@pytest.fixture
+def base(tokenizer: Tokenizer, tmp_path: Path) -> Path:
+    """A base folder without weights: its tokenizer, and the config.json that belongs to it."""
+    folder = tmp_path / "base"
+    train_tokenizer(TEXTS, folder, vocab_size=330, family=tokenizer.family)
+    config = new_config(
+        family=tokenizer.family,
+        **dict.fromkeys(("vision_layers", "vision_heads", "layers", "heads"), 1),
+        **dict.fromkeys(("vision_hidden", "vision_mlp", "image_size", "hidden", "mlp"), 28),
+        vocab=tokenizer.vocab_size,
+        bos_id=1,
+        eos_id=2,
+        pad_id=2,
+        img_context_id=tokenizer.image_context_id,
+    )
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_tokenizer_and_base_belong_together(tokenizer: Tokenizer, base: Path) -> None:
+    assert open_tokenizer(base).vocab_size == tokenizer.vocab_size
+    other = "internlm2" if tokenizer.family == "phi3" else "phi3"
+    ends = {"phi3": "<|end|>", "internlm2": "<|im_end|>"}
+    architecture = {"phi3": "Phi3ForCausalLM", "internlm2": "InternLM2ForCausalLM"}[other]
+    good = json.loads((base / "config.json").read_text())
+    cases: list[tuple[tuple[str, ...], Any, str]] = [
+        (("llm_config", "architectures"), [architecture], f"a tokenizer of {tokenizer.family}"),
+        (("template",), f"{other}-chat", f"answers end with {ends[tokenizer.family]}, not"),
+        (("template",), "Hermes-2", "template in the model's config.json must be one of"),
+        (("llm_config", "vocab_size"), 329, "330 tokens for 329 embedding rows"),
+        (("img_context_token_id",), 5, "config.json says 5; copy all files of one checkpoint"),
+    ]
+    for (*parents, key), value, message in cases:
+        config = deepcopy(good)
+        section = config[parents[0]] if parents else config
+        section[key] = value
+        (base / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError) as caught:
+            open_tokenizer(base)
+        assert message in str(caught.value)
+    good["llm_config"]["vocab_size"] = 384  # rows that mean nothing
+    del good["img_context_token_id"]
+    (base / "config.json").write_text(json.dumps(good))
+    assert open_tokenizer(base).vocab_size == 330
+
+
+def test_no_sample_is_longer_than_the_switch_of_the_ropes(tokenizer: Tokenizer, base: Path) -> None:
+    """Longrope chooses factors by the longest sample of a batch, for all of them."""
+    config = json.loads((base / "config.json").read_text())
+    scaling = {"type": "su", "short_factor": [1.0] * 14, "long_factor": [2.0] * 14}
+    config["llm_config"] |= {"rope_scaling": scaling, "original_max_position_embeddings": 64}
+    (base / "config.json").write_text(json.dumps(config))
+    open_tokenizer(base, max_tokens=64)
+    if tokenizer.family == "phi3":
+        with pytest.raises(ValueError, match=r"max_tokens must be at most 64, .* found 65"):
+            open_tokenizer(base, max_tokens=65)
+    else:
+        open_tokenizer(base, max_tokens=65)

@@ -19,10 +19,12 @@ from emoverse.evaluate import find_state, load_state
 from emoverse.models.emoverse import EmoVerse, compose
 from emoverse.models.internvl2 import import_checkpoint
 from emoverse.models.layouts import compare, probe_logits
+from emoverse.models.lora import write_adapter
 from emoverse.train import Launch, train_in_group
 from launch.cli import main
 
 MakeConfig = Callable[..., Config]
+ENDS = (".lora_A.default.weight", ".lora_B.default.weight")
 CPU = torch.device("cpu")
 
 
@@ -192,7 +194,21 @@ def test_wrong_input(
     shutil.copytree(config.model.base, other)
     table = json.loads((other / "tokenizer_config.json").read_text())
     (other / "tokenizer_config.json").write_text(json.dumps({**table, "note": "changed"}))
+    adapter, odd = tmp_path / "adapter", tmp_path / "odd"
+    write_adapter(
+        {f"model.language_model.layers.0.mlp.down_proj{end}": torch.ones(2, 2) for end in ENDS},
+        adapter,
+        r=2,
+        alpha=4,
+        base=str(config.model.base),
+    )
+    shutil.copytree(config.model.base, odd)
+    (odd / "tokenizer_config.json").write_text("[")
     cases = [
+        ((adapter, "--out", out), "cannot be merged into model.language_model.layers.0.mlp"),
+        ((adapter, "--out", out, "--base", tmp_path / "none"), "none/config.json does not exist"),
+        ((run_dir, "--out", tmp_path / "full" / "x"), "must be a folder, found a file"),
+        ((run_dir, "--out", out, "--base", odd), "is not the base that stage1 was trained on"),
         ((run_dir, "--out", out, "--base", other), "is not the base that stage1 was trained on"),
         ((tmp_path / "full", "--out", out), "neither a run directory"),
         ((run_dir, "--out", tmp_path / "full"), "is not empty; choose a new folder"),
@@ -204,3 +220,34 @@ def test_wrong_input(
         code, said = export(capsys, *words, "--layout", "internvl2")
         assert code == 2 and message in said, said
         assert not out.exists()
+
+
+def test_a_broken_export_leaves_nothing_under_its_name(
+    trained: MakeConfig,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The folder appears by one rename; what a dead export left beside it is cleared away."""
+    from emoverse.models import layouts
+
+    config = trained()
+    out = tmp_path / "link"
+    (tmp_path / "target").mkdir()
+    out.symlink_to(tmp_path / "target")
+    words = (capsys, config.run.run_dir, "--layout", "internvl2", "--out", out, "--no-check")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(layouts.ShardWriter, "close", full)
+        code, said = export(*words)
+    assert code != 0 and "No space left" in said
+    assert not any((tmp_path / "target").iterdir())
+    left = tmp_path / ".exporting-target"
+    (left / "model-00007-of-00009.safetensors").touch()
+    code, _ = export(*words)
+    assert code == 0 and not left.exists() and out.is_symlink()
+    names = {path.name for path in out.iterdir()}
+    assert "model.safetensors" in names and "model-00007-of-00009.safetensors" not in names

@@ -78,6 +78,10 @@ def test_adapters_that_are_not_understood(
             ({"peft_type": "IA3"}, "peft_type must be 'LORA', found 'IA3'"),
             ({"rank_pattern": {"wqkv": 16}}, "rank_pattern must be"),
             ({"r": 0}, "r must be a positive integer, found 0"),
+            ({"lora_alpha": "8"}, "lora_alpha must be a positive integer, found '8'"),
+            ({"init_lora_weights": "pissa"}, "init_lora_weights must be .*, found 'pissa'"),
+            ({"layer_replication": [[0, 2]]}, "layer_replication must be None"),
+            ({"r": 8}, "has rank 4, but adapter_config.json says r 8; .* different adapters"),
         ]
     ):
         foreign("internlm2", tmp_path / str(number), "base_model.model.", original, **setting)
@@ -86,7 +90,44 @@ def test_adapters_that_are_not_understood(
     foreign("phi3", tmp_path / "phi3", "base_model.model.", original)
     with pytest.raises(ValueError, match=r"which this base does not have; the adapter is another"):
         read_adapter(tmp_path / "phi3", architecture)
+    torn = tmp_path / "torn"
+    foreign("internlm2", torn, "base_model.model.", original)
+    weights = torn / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"is not a whole safetensors file .* copy it again"):
+        read_adapter(torn, architecture)
+    save_file({}, weights)
+    with pytest.raises(ValueError, match="holds no tensors"):
+        read_adapter(torn, architecture)
+    name = "base_model.model.language_model.model.layers.0.attention.wqkv"
+    halves = {f"{name}.lora_A.weight": torch.zeros(4, 64)}
+    save_file(halves, weights)
+    with pytest.raises(ValueError, match=r"cannot be merged into .*q_proj.* must belong together"):
+        read_adapter(torn, architecture)
     weights = tmp_path / "phi3" / "adapter_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))
     with pytest.raises(ValueError, match="pickled weights"):
         read_adapter(tmp_path / "phi3", architecture)
+
+
+def test_a_fused_adapter_is_exact_and_the_way_back_is_not(
+    folder_of: Callable[[str], Path], tmp_path: Path, original: Any
+) -> None:
+    """q, k and v get the same A and their own rows of B; two different A fit no fused adapter."""
+    released = open_checkpoint(folder_of("internlm2"))
+    foreign("internlm2", tmp_path / "adapter", "base_model.model.", original)
+    fold, _ = read_adapter(tmp_path / "adapter", released.architecture)
+    stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    stem = "base_model.model.language_model.model.layers.1.attention.wqkv"
+    a, b = (stored[f"{stem}.lora_{half}.weight"] for half in "AB")
+    block = "model.language_model.layers.1.self_attn"
+    for name in "qkv":
+        assert torch.equal(fold.tensors[f"{block}.{name}_proj.lora_A.default.weight"], a)
+    grouped = b.view(2, 4, 16, 4)  # per key/value head: two queries, a key, a value
+    rows = {"q": grouped[:, :2], "k": grouped[:, 2], "v": grouped[:, 3]}
+    for name, part in rows.items():
+        found = fold.tensors[f"{block}.{name}_proj.lora_B.default.weight"]
+        assert torch.equal(found, part.reshape(-1, 4))
+    # A split adapter with an A for each part needs three times the rank as a fused one.
+    deltas = [torch.randn(r, 4) @ torch.randn(4, 64) for r in (64, 32, 32)]
+    assert torch.linalg.matrix_rank(torch.cat(deltas)) == 12

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from emoverse.models.architecture import REGISTRY, Architecture, parameter_counts
 from emoverse.models.internvl2 import (
@@ -33,7 +34,7 @@ def states(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 60_000])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_round_trip_is_exact(
     tmp_path: Path, config_json: dict[str, Any], shard_bytes: int, dtype: torch.dtype
 ) -> None:
@@ -117,7 +118,7 @@ def test_rope_of_the_released_models(make_tiny: Callable[..., dict[str, Any]]) -
     config = make_tiny("internlm2", rope_scaling=dynamic, rope_theta=1e6)
     assert build_native(config).model.language_model.rotary_emb.rope_type == "dynamic"
     config["llm_config"]["rope_scaling"]["type"] = "yarn"
-    with pytest.raises(ValueError, match=r"rope_scaling.type must be su, longrope or dynamic"):
+    with pytest.raises(ValueError, match=r"rope_scaling.type .* be one of su, longrope, dynamic"):
         native_config(config, 5)
 
 
@@ -191,6 +192,16 @@ def test_refuses_a_wrong_index(tmp_path: Path, config_json: dict[str, Any]) -> N
     index_path.write_text(json.dumps(index))
     with pytest.raises(ValueError, match="0 missing, 1 unlisted"):
         import_checkpoint(tmp_path)
+    index["weight_map"]["mlp1.0.weight"] = name
+    # The same tensor once more, in a shard that the index does not name for it.
+    other = next(file for file in index["weight_map"].values() if file != name)
+    index_path.write_text(json.dumps(index))
+    twice = load_file(tmp_path / other)
+    save_file(twice | {"mlp1.0.weight": torch.zeros(128)}, tmp_path / other)
+    with pytest.raises(ValueError, match=rf"{other} does not hold .* 0 missing, 1 unlisted"):
+        import_checkpoint(tmp_path)
+    save_file(twice, tmp_path / other)
+    import_checkpoint(tmp_path)
     (tmp_path / name).unlink()
     with pytest.raises(FileNotFoundError, match="listed in the index but missing"):
         import_checkpoint(tmp_path)
@@ -234,12 +245,12 @@ def test_export_refuses_adapters(
 
 
 @pytest.mark.parametrize(
-    ("name", "preset", "projector", "trainable"),
+    ("name", "preset", "projector", "trainable", "modules"),
     [
-        ("internvl2-4b", "paper", "full", 34_617_344),
-        ("internvl2-4b", "authors", "lora", 12_689_408),
-        ("internvl2-8b", "paper", "full", 54_542_336),
-        ("internvl2-8b", "authors", "lora", 21_102_592),
+        ("internvl2-4b", "paper", "full", 34_617_344, 128),
+        ("internvl2-4b", "authors", "lora", 12_689_408, 130),
+        ("internvl2-8b", "paper", "full", 54_542_336, 224),
+        ("internvl2-8b", "authors", "lora", 21_102_592, 226),
     ],
 )
 def test_full_size_models_without_memory(
@@ -247,6 +258,7 @@ def test_full_size_models_without_memory(
     preset: str,
     projector: str,
     trainable: int,
+    modules: int,
     make_tiny: Callable[..., dict[str, Any]],
     make_settings: Callable[..., Any],
 ) -> None:
@@ -271,6 +283,12 @@ def test_full_size_models_without_memory(
     with torch.device("meta"):
         model = build_native(config)
         total = sum(value.numel() for value in model.parameters())
+        assert len(model.state_dict()) == (637 if name == "internvl2-4b" else 733)
+        # Plain names would put adapters into the vision tower of the 8B as well.
+        linears = [path for path, part in model.named_modules() if isinstance(part, nn.Linear)]
+        plain = [path for path in linears if path.rpartition(".")[2] in llm.linears()]
+        inside = sum("vision_tower" in path for path in plain)
+        assert (len(plain), inside) == ((128, 0) if name == "internvl2-4b" else (296, 72))
         lora = make_settings(preset, projector).lora
         attach_lora(model, sizes, lora, projector)
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
@@ -280,3 +298,78 @@ def test_full_size_models_without_memory(
     assert sum(value.numel() for value in trained.values()) == counts["trainable"]
     assert counts["trainable"] == trainable
     assert not any("vision_tower" in name for name in trained)
+    assert sum(".lora_A." in name for name in trained) == modules
+    assert len(trained) == 2 * modules + (6 if projector == "full" else 0)
+
+
+def test_the_released_8b_config_is_understood() -> None:
+    """With what the file of the hub says beside the sizes; the id of <IMG_CONTEXT> is not in it."""
+    vision = {
+        "attention_dropout": 0.0,
+        "drop_path_rate": 0.0,
+        "dropout": 0.0,
+        "hidden_act": "gelu",
+        "hidden_size": 1024,
+        "image_size": 448,
+        "initializer_factor": 1.0,
+        "intermediate_size": 4096,
+        "layer_norm_eps": 1e-06,
+        "model_type": "intern_vit_6b",
+        "norm_type": "layer_norm",
+        "num_attention_heads": 16,
+        "num_channels": 3,
+        "num_hidden_layers": 24,
+        "patch_size": 14,
+        "qk_normalization": False,
+        "qkv_bias": True,
+        "use_flash_attn": True,
+    }
+    llm = {
+        "architectures": ["InternLM2ForCausalLM"],
+        "attn_implementation": "flash_attention_2",
+        "auto_map": {"AutoModel": "modeling_internlm2.InternLM2ForCausalLM"},
+        "bias": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 32768,
+        "model_type": "internlm2",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "pad_token_id": 2,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {"factor": 2.0, "type": "dynamic"},
+        "rope_theta": 1000000,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "vocab_size": 92553,
+    }
+    config = {
+        "architectures": ["InternVLChatModel"],
+        "auto_map": {"AutoModel": "modeling_internvl_chat.InternVLChatModel"},
+        "downsample_ratio": 0.5,
+        "dynamic_image_size": True,
+        "force_image_size": 448,
+        "llm_config": llm,
+        "max_dynamic_patch": 12,
+        "min_dynamic_patch": 1,
+        "model_type": "internvl_chat",
+        "ps_version": "v2",
+        "select_layer": -1,
+        "template": "internlm2-chat",
+        "torch_dtype": "bfloat16",
+        "use_thumbnail": True,
+        "vision_config": vision,
+    }
+    assert Architecture.from_config_json(config) == REGISTRY["internvl2-8b"]
+    native = native_config(config, 92546)
+    text = native.text_config
+    assert text.rope_parameters == {"rope_type": "dynamic", "rope_theta": 1e6, "factor": 2.0}
+    assert (text.rms_norm_eps, text.max_position_embeddings) == (1e-5, 32768)
+    assert (text.bos_token_id, text.eos_token_id, text.pad_token_id) == (1, 2, 2)
+    assert native.image_seq_length == 256 and native.vision_feature_select_strategy == "default"
+    assert native.vision_feature_layer == -1

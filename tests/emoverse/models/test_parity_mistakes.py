@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from emoverse.models.internvl2 import import_checkpoint
+from emoverse.models import emoverse, internvl2
+from emoverse.models.emoverse import compose
+from emoverse.models.internvl2 import import_checkpoint, open_checkpoint
+from emoverse.models.layouts import write_internvl2
 
 TOLERANCE = 5e-5
 BOTH = ("short", "long")
@@ -90,6 +92,16 @@ def swap_gate_and_up(native: Any) -> None:
 
 
 @torch.no_grad()
+def interleaved_tower(native: Any) -> None:
+    """The tower's rows q | k | v read head by head."""
+    for layer in native.model.vision_tower.encoder.layer:
+        parts = [getattr(layer.attention, f"{name}_proj").weight for name in "qkv"]
+        by_head = torch.cat(parts).view(2, 3, 16, 32)
+        for place, part in enumerate(parts):
+            part.copy_(by_head[:, place].reshape(32, 32))
+
+
+@torch.no_grad()
 def plain_wqkv(native: Any) -> None:
     """The grouped rows read as [q; k; v]."""
     for layer in native.model.language_model.layers:
@@ -137,6 +149,7 @@ MISTAKES = (
     Mistake("pixel_unshuffle order", unshuffle),
     Mistake("layer scale dropped", set_parameters("lambda_", torch.ones_like)),
     Mistake("tower biases dropped", set_parameters("attention.q_proj.bias", torch.zeros_like)),
+    Mistake("tower rows interleaved", interleaved_tower),
     Mistake("class token dropped", set_parameters("cls_token", torch.zeros_like)),
     Mistake("head tied", tie),
     Mistake("gate and up swapped", swap_gate_and_up),
@@ -178,69 +191,99 @@ def test_a_mistake_is_seen(
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"vision_config.qkv_bias": False}, r"qkv_bias must be True, found False"),
-        ({"ps_version": "v1"}, r"ps_version must be 'v2'"),
-        ({"llm_config.tie_word_embeddings": True}, "tie_word_embeddings must be False"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings must be False"),
-        ({"force_image_size": 112}, r"force_image_size must be .* \(56\), found 112"),
-        ({"llm_config.rms_norm_eps": None}, r"rms_norm_eps is missing .* decides numbers"),
-        ({"vision_config.layer_norm_eps": None}, "layer_norm_eps is missing"),
-        ({"llm_config.rope_theta": None}, "rope_theta is missing"),
-        ({"llm_config.rope_scaling.type": "yarn"}, "must be su, longrope or dynamic"),
-        ({"llm_config.rope_scaling.long_factor": [1.0]}, "list of 8 factors, .* found 1 values"),
-        ({"llm_config.rope_scaling.short_factor": None}, "short_factor must be a list"),
-        ({"llm_config.attention_bias": True}, "attention_bias must be False"),
-        ({"llm_config.partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1.0"),
-        ({"img_context_token_id": 97}, r"must be below llm_config.vocab_size \(97\), found 97"),
-    ],
+    ("field", "value", "apart"),
+    [("attention_bias", False, 3 * 2), ("use_mean_pooling", False, 2)],
 )
-def test_settings_that_would_change_numbers_are_refused(
-    change: dict[str, Any], message: str, folder_of: Callable[[str], Path]
+def test_another_tower_does_not_load(
+    field: str,
+    value: bool,
+    apart: int,
+    folder_of: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    folder = folder_of("phi3")
+    """Biases of two layers would be left over, a last norm would lack numbers: names, both ways."""
+    right = internvl2.native_config
+
+    def wrong(*arguments: Any) -> Any:
+        config = right(*arguments)
+        setattr(config.vision_config, field, value)
+        return config
+
+    released = open_checkpoint(folder_of("phi3"))
+    with torch.device("meta"):
+        native = internvl2.InternVLForConditionalGeneration(wrong(released.config_json, 96))
+    assert len(set(native.state_dict()) ^ set(released.shapes)) == apart
+    monkeypatch.setattr(internvl2, "native_config", wrong)
+    with pytest.raises(AssertionError):
+        import_checkpoint(released.folder)
+
+
+@pytest.mark.parametrize("constant", ["IMAGENET_MEAN", "IMAGENET_STD"])
+def test_other_colours_are_seen(
+    constant: str,
+    folder_of: Callable[[str], Path],
+    original: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """CLIP's mean or standard deviation, the defaults of transformers' processors."""
+    native, config_json = import_checkpoint(folder_of("phi3"))
+    model = compose(native, config_json, None, train="none")
+    case = original.CASES["short"]
+    reference = original.Original("phi3", original.random_weights("phi3"))
+    expected = reference.features(case.pixels)
+    projector = native.model.multi_modal_projector
+    with torch.no_grad():
+        right = projector(model.vision_features(case.frames))
+        torch.testing.assert_close(right, expected, atol=TOLERANCE, rtol=0)
+        clip = {
+            "IMAGENET_MEAN": (0.48145466, 0.4578275, 0.40821073),
+            "IMAGENET_STD": (0.26862954, 0.26130258, 0.27577711),
+        }
+        monkeypatch.setattr(emoverse, constant, clip[constant])
+        wrong = projector(model.vision_features(case.frames))
+    assert float((wrong - expected).abs().max()) > TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["phi3", "internlm2"])
+def test_bf16_is_as_far_as_it_should_be(
+    family: str, folder_of: Callable[[str], Path], original: ModuleType
+) -> None:
+    """Measured elsewhere: 1.9 % of the logits for Phi-3 and 1.0 % for InternLM2."""
+    reference = original.Original(family, original.random_weights(family))
+    for case in original.CASES.values():
+        native, _ = import_checkpoint(folder_of(family), torch.bfloat16)
+        with torch.no_grad():
+            theirs = reference.logits(case.ids, case.lengths, case.pixels)
+            ours = original.native_logits(native, case).float()
+        real = case.mask.bool()
+        apart = (ours - theirs)[real].square().mean().sqrt() / theirs[real].square().mean().sqrt()
+        assert 1e-3 < float(apart) < 0.03
+        assert abs(float(case.loss(ours) - case.loss(theirs))) < 0.02
+
+
+def test_a_cast_rotary_table_is_not_used(folder_of: Callable[[str], Path]) -> None:
+    """The logits hardly show it, so forward and generation look at the table itself."""
+    native, config_json = import_checkpoint(folder_of("internlm2"), torch.bfloat16)
+    model = compose(native, config_json, None, train="none")
+    model.prepare_generation([([5, 6], None)])
+    model.bfloat16()  # what a careless cast does
+    with pytest.raises(AssertionError, match=r"rotary table cast to torch.bfloat16"):
+        model.prepare_generation([([5, 6], None)])
+    with pytest.raises(AssertionError, match=r"rotary table cast to torch.bfloat16"):
+        model._decode(torch.zeros(2, 64, dtype=torch.bfloat16), None)  # type: ignore[arg-type]
+
+
+def test_remote_code_is_left_alone(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    """Released folders bring their own code, which gives NaN under transformers 5."""
+    folder = folder_of("internlm2")
     config = json.loads((folder / "config.json").read_text())
-    for path, value in change.items():
-        *parents, key = path.split(".")
-        section = config
-        for parent in parents:
-            section = section[parent]
-        section[key] = value
+    config["auto_map"] = {"AutoModel": "modeling_internvl_chat.InternVLChatModel"}
+    config["llm_config"]["auto_map"] = {"AutoModelForCausalLM": "modeling_internlm2.Model"}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=message):
-        import_checkpoint(folder)
-
-
-def test_both_kinds_of_weights_at_once_are_refused(folder_of: Callable[[str], Path]) -> None:
-    folder = folder_of("internlm2")
-    save_file({"x": torch.zeros(1)}, folder / "model.safetensors")
-    with pytest.raises(ValueError, match=r"holds both model.safetensors and .*index.json"):
-        import_checkpoint(folder)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{", "is not the index of a sharded checkpoint"),
-        ("[]", "is not the index of a sharded checkpoint"),
-        ('{"weight_map": {}}', "must name files beside it, found none"),
-        ('{"weight_map": {"a": "../b.safetensors"}}', "must name files beside it, found"),
-    ],
-)
-def test_a_broken_index_is_refused(
-    text: str, message: str, folder_of: Callable[[str], Path]
-) -> None:
-    folder = folder_of("internlm2")
-    (folder / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(ValueError, match=message):
-        import_checkpoint(folder)
-
-
-def test_quantised_weights_are_refused(folder_of: Callable[[str], Path]) -> None:
-    folder = folder_of("phi3")
-    state = load_file(folder / "model.safetensors")
-    state["mlp1.1.weight"] = state["mlp1.1.weight"].to(torch.int8)
-    save_file(state, folder / "model.safetensors")
-    with pytest.raises(ValueError, match=r"mlp1.1.weight is stored as I8, but weights must be"):
-        import_checkpoint(folder)
+    for name in ("modeling_internvl_chat.py", "modeling_internlm2.py"):
+        (folder / name).write_text("raise SystemExit('remote code was run')\n")
+    native, _ = import_checkpoint(folder)
+    assert type(native).__module__.startswith("transformers.")
+    write_internvl2(open_checkpoint(folder), [], tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").read_bytes() == (folder / "config.json").read_bytes()
+    assert (tmp_path / "out" / "modeling_internlm2.py").is_file()
