@@ -25,12 +25,12 @@ BLOCK_T, BLOCK_K = 32, 128
 GRADIENT_BLOCK_T = 16  # of the input's gradient, which reads, adds and writes a tile
 BLOCK_SUM = 1024
 MAX_CHUNKS = 32  # of tokens, each with its own partial sums: no atomics, the same sums every time
-FREE = ["seed", "stream", "threshold", "T"]  # values that must not make new kernels
+FREE = ["seed", "stream_id", "threshold", "T"]  # values that must not make new kernels
 
 
 @triton.jit(do_not_specialize=FREE)
 def lora_input_kernel(
-    x, a, s, T, seed, stream, threshold, keep_scale, scale,
+    x, a, s, T, seed, stream_id, threshold, keep_scale, scale,
     K: tl.constexpr, R: tl.constexpr, DROPOUT: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -46,7 +46,7 @@ def lora_input_kernel(
         a_tile = tl.load(a + ranks[:, None] * K + columns[None, :], a_inside, 0.0)
         if DROPOUT:
             kept = dropped(
-                tile.to(tl.float32), seed, stream, row, column, threshold, keep_scale,
+                tile.to(tl.float32), seed, stream_id, row, column, threshold, keep_scale,
                 BLOCK_T, BLOCK_K,
             )  # fmt: skip
             tile = kept.to(a_tile.dtype)
@@ -59,7 +59,7 @@ def lora_input_kernel(
 
 @triton.jit(do_not_specialize=FREE)
 def input_gradient_kernel(
-    grad_x, a, grad_s, T, seed, stream, threshold, keep_scale, scale,
+    grad_x, a, grad_s, T, seed, stream_id, threshold, keep_scale, scale,
     K: tl.constexpr, R: tl.constexpr, DROPOUT: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -71,7 +71,7 @@ def input_gradient_kernel(
     through = through_a(grad_s, a, rows, columns, T, K, R, BLOCK_R, UPCAST) * scale
     if DROPOUT:
         through = dropped(
-            through, seed, stream, row, column, threshold, keep_scale, BLOCK_T, BLOCK_K
+            through, seed, stream_id, row, column, threshold, keep_scale, BLOCK_T, BLOCK_K
         )
     tl.store(places, tl.load(places, inside, 0.0).to(tl.float32) + through, inside)
 
@@ -94,7 +94,7 @@ def through_a(
 @triton.jit(do_not_specialize=[*FREE, "chunk_tokens"])
 def weight_gradient_kernel(
     x, rstd, weight, grad_s, partial, T, chunk_tokens,
-    seed, stream, threshold, keep_scale, scale,
+    seed, stream_id, threshold, keep_scale, scale,
     K: tl.constexpr, R: tl.constexpr, FORM: tl.constexpr, DROPOUT: tl.constexpr,
     UPCAST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -121,7 +121,7 @@ def weight_gradient_kernel(
         tile = tile.to(x.dtype.element_ty)
         if DROPOUT:
             kept = dropped(
-                tile.to(tl.float32), seed, stream, row, column, threshold, keep_scale,
+                tile.to(tl.float32), seed, stream_id, row, column, threshold, keep_scale,
                 BLOCK_T, BLOCK_K,
             )  # fmt: skip
             tile = kept.to(x.dtype.element_ty)
