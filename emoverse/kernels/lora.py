@@ -7,6 +7,7 @@ Legend: T tokens, K input features, N output features, R ranks of all adapters o
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -14,15 +15,34 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from emoverse.kernels.backend import use_triton
-from emoverse.kernels.dropout import Dropout, drop
+from emoverse.kernels.dropout import Dropout, keep_mask
 
 
-class LoraInput(NamedTuple):
-    """The input side of the adapters that share an input; one mask for all of them."""
+@dataclass(slots=True)
+class LoraInput:
+    """The input side of the adapters that share an input; one mask for all of them.
+
+    In plain torch the mask is drawn when first needed, and kept as long as this object: during a
+    forward, or during a backward. Triton kernels draw it as they go.
+    """
 
     a_RK: Tensor
     scale: float
     dropout: Dropout | None
+    _keep_TK: Tensor | None = None
+
+    @property
+    def drops(self) -> bool:
+        """Is there a mask at all?"""
+        return self.dropout is not None and self.dropout.threshold > 0
+
+    def drop(self, x_TK: Tensor) -> Tensor:
+        """Kept values times the dropout's scale, the others 0. No gradient of its own."""
+        if self.dropout is None or not self.drops:
+            return x_TK
+        if self._keep_TK is None:
+            self._keep_TK = keep_mask(self.dropout, *x_TK.shape, x_TK.device)
+        return x_TK.mul(self.dropout.scale).mul_(self._keep_TK)
 
 
 class Linears(NamedTuple):
@@ -62,7 +82,7 @@ def lora_input(x_TK: Tensor, lora: LoraInput) -> Tensor:
     if use_triton(x_TK):
         found: Tensor = _triton().lora_input(x_TK, lora)
         return found
-    return scaled_mm(drop(x_TK, lora.dropout), lora.a_RK.t(), lora.scale)
+    return scaled_mm(lora.drop(x_TK), lora.a_RK.t(), lora.scale)
 
 
 def input_gradient(grad_x_TK: Tensor, lora: LoraInput, grad_s_TR: Tensor) -> Tensor:
@@ -70,10 +90,9 @@ def input_gradient(grad_x_TK: Tensor, lora: LoraInput, grad_s_TR: Tensor) -> Ten
     if use_triton(grad_x_TK):
         found: Tensor = _triton().input_gradient(grad_x_TK, lora, grad_s_TR)
         return found
-    if lora.dropout is None or lora.dropout.threshold == 0:
+    if not lora.drops:
         return grad_x_TK.addmm_(grad_s_TR, lora.a_RK, alpha=lora.scale)
-    through = scaled_mm(grad_s_TR, lora.a_RK, lora.scale)
-    return grad_x_TK.add_(drop(through, lora.dropout))
+    return grad_x_TK.add_(lora.drop(scaled_mm(grad_s_TR, lora.a_RK, lora.scale)))
 
 
 def weight_gradient(x_TK: Tensor, lora: LoraInput, grad_s_TR: Tensor) -> Tensor:
@@ -81,7 +100,7 @@ def weight_gradient(x_TK: Tensor, lora: LoraInput, grad_s_TR: Tensor) -> Tensor:
     if use_triton(x_TK):
         found: Tensor = _triton().weight_gradient(x_TK, lora, grad_s_TR)
         return found
-    return scaled_mm(grad_s_TR.t(), drop(x_TK, lora.dropout), lora.scale)
+    return scaled_mm(grad_s_TR.t(), lora.drop(x_TK), lora.scale)
 
 
 # The large products --------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from emoverse.kernels.lora_triton import FREE, NORMED, through_a, weight_gradien
 from emoverse.kernels.norm import NormOutput
 from emoverse.kernels.triton_common import dropout_arguments, dropped, padded_rank, upcast
 
-BLOCK_T, BLOCK_D = 16, 256
+BLOCK_T, BLOCK_D = 16, 128
 
 
 @triton.jit(do_not_specialize=FREE)

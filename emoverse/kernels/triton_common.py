@@ -23,7 +23,9 @@ PHILOX_ROUNDS = tl.constexpr(ROUNDS)
 
 
 @triton.jit
-def keep_tile(seed, stream_id, row, column, threshold, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr):
+def keep_tile(
+    seed, stream_id, row, column, threshold, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr
+):
     """Which elements of a tile are kept; `column` is a multiple of 8. See dropout.py."""
     groups: tl.constexpr = BLOCK_K // 8
     zero = tl.zeros([BLOCK_T, groups], tl.int32)
@@ -73,8 +75,3 @@ def padded_rank(rank: int) -> int:
 def upcast(x: Tensor) -> bool:
     """Must tiles be fp32 in products of matrices?"""
     return INTERPRETED and x.dtype == torch.bfloat16
-
-
-def is_plain(dropout: Dropout | None) -> bool:
-    """Without a mask, a product with A is cuBLAS' business."""
-    return dropout is None or dropout.threshold == 0
