@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from emoverse.kernels import attention
 from emoverse.kernels import layer as layer_functions
 from emoverse.kernels.backend import configure_kernels, has_triton
 from emoverse.models.emoverse import EmoVerse, compose
@@ -180,6 +181,41 @@ def test_triton_layers_equal_those_in_plain_torch(
     (loss, grads), (other, same) = found
     assert other == pytest.approx(loss, rel=1e-6)
     assert_same(same, grads, 1e-5)
+
+
+@pytest.mark.parametrize("kernels", ["eager", "triton"])
+def test_a_layer_never_waits_for_the_device(
+    config_json: dict[str, Any],
+    make_settings: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    kernels: str,
+) -> None:
+    """Tensors on meta have no values: host code that reads one, as .item() does, would raise."""
+    if kernels == "triton" and not has_triton():
+        pytest.skip("triton is not installed")
+    lean, _ = twins(config_json, make_settings, dropout=0.1)
+    layer = lean.native.model.language_model.layers[0].to("meta")
+    config, tokens = layer.self_attn.config, 9
+    head_dim = config.hidden_size // config.num_attention_heads
+    monkeypatch.setattr(attention, "attention_backend", lambda *_: "torch_varlen")
+    launched: list[str] = []
+    if kernels == "triton":
+        from triton.runtime.interpreter import GridExecutor
+
+        monkeypatch.setattr(
+            GridExecutor, "__call__", lambda self, *args, **kw: launched.append(self.fn.__name__)
+        )
+        configure_kernels("triton")
+    try:
+        x = torch.empty(1, tokens, config.hidden_size, device="meta", requires_grad=True)
+        angles = torch.empty(1, tokens, head_dim, device="meta")
+        borders = torch.empty(3, dtype=torch.int32, device="meta")
+        out = layer(x, position_embeddings=(angles, angles), cu_seq_lens_q=borders, max_length_q=5)
+        out.sum().backward()
+    finally:
+        configure_kernels("auto")
+    assert x.grad is not None and out.shape == x.shape
+    assert (len(launched) > 0) == (kernels == "triton")
 
 
 def test_dropout_ends_with_training(
