@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from bench_tools import DEVICE, arguments, machine, medians, report
 from torch import Tensor
 
-from emoverse.kernels.attention import configure_attention, varlen_attention
+from emoverse.kernels.attention import _flash_attn, configure_attention, varlen_attention
 from emoverse.kernels.backend import has_triton
 
 
@@ -44,6 +44,7 @@ def main() -> int:
     options = parser.parse_args()
     settings = ["sdpa"] + (["torch"] if on_gpu else [])
     settings += ["triton"] if on_gpu and has_triton() else []
+    settings += ["flash"] if on_gpu and _flash_attn() is not None else []
     rows = []
     for heads, kv_heads, head_dim in ((32, 32, 96), (32, 8, 128)):
         for name, lengths in packs(options.tokens).items():

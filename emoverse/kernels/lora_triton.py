@@ -21,8 +21,7 @@ from emoverse.kernels.triton_common import (
 PLAIN, NORMED, ACTIVATED = 0, 1, 2
 _NORMED, _ACTIVATED = tl.constexpr(NORMED), tl.constexpr(ACTIVATED)
 BLOCK_T, BLOCK_K = 32, 128
-INPUT_BLOCK_T = 16  # of the input's gradient, which reads, adds and writes a tile
-WEIGHT_BLOCK_K = 64  # of A's gradient, which makes its tile again
+GRADIENT_BLOCK_T = 16  # of both gradients, which hold more for a tile
 BLOCK_SUM = 1024
 MAX_CHUNKS = 32  # of tokens, each with its own partial sums: no atomics, the same sums every time
 FREE = ["seed", "stream_id", "threshold", "T"]  # values that must not make new kernels
@@ -167,12 +166,12 @@ def input_gradient(grad_x_TK: Tensor, lora: LoraInput, grad_s_TR: Tensor) -> Ten
         return grad_x_TK.addmm_(grad_s_TR, lora.a_RK, alpha=lora.scale)
     grad_x_TK, a_RK, grad_s_TR = (x.contiguous() for x in (grad_x_TK, lora.a_RK, grad_s_TR))
     (tokens, width), rank = grad_x_TK.shape, a_RK.shape[0]
-    grid = (triton.cdiv(tokens, INPUT_BLOCK_T), triton.cdiv(width, BLOCK_K))
+    grid = (triton.cdiv(tokens, GRADIENT_BLOCK_T), triton.cdiv(width, BLOCK_K))
     input_gradient_kernel[grid](
         *(grad_x_TK, a_RK, grad_s_TR, tokens),
         scale=lora.scale,
         **dropout_arguments(lora.dropout),
-        **(_sizes(grad_x_TK, width, rank) | {"BLOCK_T": INPUT_BLOCK_T}),
+        **(_sizes(grad_x_TK, width, rank) | {"BLOCK_T": GRADIENT_BLOCK_T}),
     )
     return grad_x_TK
 
@@ -191,12 +190,12 @@ def weight_gradient(
         return scaled_mm(grad_s_TR.t(), x_TK, lora.scale)
     x_TK, grad_s_TR = x_TK.contiguous(), grad_s_TR.contiguous()
     tokens, (rank, width) = x_TK.shape[0], lora.a_RK.shape
-    tiles = triton.cdiv(tokens, BLOCK_T)
-    chunk_tokens = triton.cdiv(tiles, MAX_CHUNKS) * BLOCK_T
+    tiles = triton.cdiv(tokens, GRADIENT_BLOCK_T)
+    chunk_tokens = triton.cdiv(tiles, MAX_CHUNKS) * GRADIENT_BLOCK_T
     chunks = triton.cdiv(tokens, chunk_tokens)
     partial = x_TK.new_empty(chunks, rank, width, dtype=torch.float32)
     unused = grad_s_TR
-    weight_gradient_kernel[(triton.cdiv(width, WEIGHT_BLOCK_K), chunks)](
+    weight_gradient_kernel[(triton.cdiv(width, BLOCK_K), chunks)](
         x_TK,
         unused if rstd_T is None else rstd_T,
         unused if weight_D is None else weight_D,
@@ -204,7 +203,7 @@ def weight_gradient(
         scale=lora.scale,
         FORM=form,
         **dropout_arguments(lora.dropout),
-        **(_sizes(x_TK, width, rank) | {"BLOCK_K": WEIGHT_BLOCK_K}),
+        **(_sizes(x_TK, width, rank) | {"BLOCK_T": GRADIENT_BLOCK_T}),
     )
     grad_a_RK = torch.empty_like(lora.a_RK, memory_format=torch.contiguous_format)
     size = rank * width
