@@ -36,13 +36,24 @@ class LoraInput:
         """Is there a mask at all?"""
         return self.dropout is not None and self.dropout.threshold > 0
 
-    def drop(self, x_TK: Tensor) -> Tensor:
-        """Kept values times the dropout's scale, the others 0. No gradient of its own."""
-        if self.dropout is None or not self.drops:
-            return x_TK
+    @property
+    def kept_scale(self) -> float:
+        """The adapters' scale times that of the values which dropout keeps."""
+        return self.scale * self.dropout.scale if self.dropout is not None else self.scale
+
+    def keep(self, x_TK: Tensor) -> Tensor:
+        """1 or 0 for each element of x, in its type: multiplying by it is much faster than by bool.
+
+        The dropout's scale is not in it (half precision would round it), but in kept_scale.
+        """
+        assert self.dropout is not None
         if self._keep_TK is None:
-            self._keep_TK = keep_mask(self.dropout, *x_TK.shape, x_TK.device)
-        return x_TK.mul(self.dropout.scale).mul_(self._keep_TK)
+            self._keep_TK = keep_mask(self.dropout, *x_TK.shape, x_TK.device).to(x_TK.dtype)
+        return self._keep_TK
+
+    def drop(self, x_TK: Tensor) -> Tensor:
+        """x with zeros where dropped. No gradient of its own: callers replay it."""
+        return x_TK * self.keep(x_TK) if self.drops else x_TK
 
 
 class Linears(NamedTuple):
@@ -82,7 +93,7 @@ def lora_input(x_TK: Tensor, lora: LoraInput) -> Tensor:
     if use_triton(x_TK):
         found: Tensor = _triton().lora_input(x_TK, lora)
         return found
-    return scaled_mm(lora.drop(x_TK), lora.a_RK.t(), lora.scale)
+    return scaled_mm(lora.drop(x_TK), lora.a_RK.t(), lora.kept_scale)
 
 
 def input_gradient(grad_x_TK: Tensor, lora: LoraInput, grad_s_TR: Tensor) -> Tensor:
@@ -92,7 +103,8 @@ def input_gradient(grad_x_TK: Tensor, lora: LoraInput, grad_s_TR: Tensor) -> Ten
         return found
     if not lora.drops:
         return grad_x_TK.addmm_(grad_s_TR, lora.a_RK, alpha=lora.scale)
-    return grad_x_TK.add_(lora.drop(scaled_mm(grad_s_TR, lora.a_RK, lora.scale)))
+    through_TK = scaled_mm(grad_s_TR, lora.a_RK, lora.kept_scale)
+    return grad_x_TK.addcmul_(through_TK, lora.keep(through_TK))
 
 
 def weight_gradient(x_TK: Tensor, lora: LoraInput, grad_s_TR: Tensor) -> Tensor:
@@ -100,7 +112,7 @@ def weight_gradient(x_TK: Tensor, lora: LoraInput, grad_s_TR: Tensor) -> Tensor:
     if use_triton(x_TK):
         found: Tensor = _triton().weight_gradient(x_TK, lora, grad_s_TR)
         return found
-    return scaled_mm(grad_s_TR.t(), lora.drop(x_TK), lora.scale)
+    return scaled_mm(grad_s_TR.t(), lora.drop(x_TK), lora.kept_scale)
 
 
 # The large products --------------------------------------------------------------------------

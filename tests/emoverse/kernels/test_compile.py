@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[3]
 MOST_REGISTERS = {
     "lora_input": 128,
     "input_gradient": 64,
-    "weight_gradient": 128,
+    "weight_gradient": 160,
     "norm": 128,
     "norm_backward": 144,
     "swiglu": 96,

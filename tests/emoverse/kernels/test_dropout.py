@@ -43,9 +43,10 @@ def test_rate_and_scale() -> None:
     assert float(keep.float().mean()) == pytest.approx(0.95, abs=3e-3)
     assert mask.scale * (1 - mask.threshold / 65536) == pytest.approx(1.0, rel=1e-12)
     x = torch.randn(1000, 100)
-    dropped = LoraInput(x[:8], 1.0, mask).drop(x)
-    assert torch.equal(dropped != 0, keep)
-    torch.testing.assert_close(dropped[keep], x[keep] / 0.95, rtol=1e-4, atol=0)
+    lora = LoraInput(x[:8], 2.0, mask)
+    dropped = lora.drop(x)
+    assert torch.equal(dropped != 0, keep) and torch.equal(dropped[keep], x[keep])
+    assert lora.kept_scale == pytest.approx(2 / 0.95, rel=1e-4)
 
 
 def test_masks_are_independent() -> None:
