@@ -249,12 +249,18 @@ def test_sliding_window_shorter_than_a_sample() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("kv_heads", [4, 2])
-def test_cuda_backends_agree(kv_heads: int) -> None:
-    lengths = [100, 7, 64, 129]
-    generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(300, n, 96, generator=generator) for n in (4, kv_heads, kv_heads)]
-    expected = reference.attention(*inputs, lengths, causal=True, scale=0.1)
-    on_gpu = [x.cuda().bfloat16() for x in inputs]
-    out = varlen_attention(*on_gpu, borders(lengths).cuda(), 129, causal=True, scale=0.1)
-    torch.testing.assert_close(out.float().cpu(), expected, atol=3e-2, rtol=3e-2)
+@pytest.mark.parametrize("setting", ["torch", "triton", "sdpa", "flash"])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "causal"),
+    [(4, 4, 96, True), (8, 2, 128, True), (2, 2, 64, False)],
+    ids=str,
+)
+@pytest.mark.usefixtures("restore_setting")
+def test_cuda_backends_agree(
+    setting: str, heads: int, kv_heads: int, head_dim: int, causal: bool
+) -> None:
+    if setting == "flash" and attention._flash_attn() is None:
+        pytest.skip("flash-attn is not installed")
+    configure_attention(setting)
+    sizes = {"head_dim": head_dim, "dtype": torch.bfloat16, "device": DEVICE}
+    check([100, 7, 64, 1, 129], heads, kv_heads, causal, **sizes)
