@@ -1,6 +1,7 @@
 """What the kernel benchmarks share: the machine in words, fair timing, models of one kind.
 
-Medians of interleaved repetitions, so that a change of clock or load meets every contestant alike.
+Medians of interleaved repetitions, so that a change of clock or load meets every contestant alike;
+on a CPU of its CPU time.
 """
 
 import argparse
@@ -72,22 +73,26 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def wall_s(call: Callable[[], object]) -> float:
-    """Seconds that the caller waits."""
+def waited_s(call: Callable[[], object]) -> float:
+    """Seconds that the caller waits for the GPU; on a CPU its own, so that other jobs do not count.
+
+    OMP_NUM_THREADS=1 keeps the waiting of idle threads out of the latter.
+    """
+    clock = time.perf_counter if DEVICE.type == "cuda" else time.process_time
     synchronise()
-    begin = time.perf_counter()
+    begin = clock()
     call()
     synchronise()
-    return time.perf_counter() - begin
+    return clock() - begin
 
 
 def device_s(call: Callable[[], object]) -> float:
     """Seconds that the GPU works, launches left out: they are queued while it is held busy.
 
-    Its L2 cache is filled with something else before. On a CPU the same as wall_s.
+    Its L2 cache is filled with something else before. On a CPU the same as waited_s.
     """
     if DEVICE.type != "cuda":
-        return wall_s(call)
+        return waited_s(call)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.empty(CACHE_BYTES, dtype=torch.int8, device=DEVICE).zero_()
     torch.cuda._sleep(HOLD_CYCLES)
