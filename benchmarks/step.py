@@ -4,7 +4,7 @@ In:  --sizes tiny 4b 8b, --tokens, --repeats, --budget. Out: a table: seconds (o
 time), tokens/s, ratio to transformers + PEFT with activation checkpointing, peak memory and, on a
 GPU, MFU. All contestants run in this process, in turns, on one model, the same frames and packed
 tokens, bf16, dropout 0.05 and 5 % supervised rows. Each step runs the frozen vision tower, the same
-for all; the projector is left out. Liger patches what it finds, so its turns come after the others'.
+for all; the projector is left out. Liger patches what it finds: its turns come after the others'.
 
 Attention is the same for all: torch's own varlen attention (FlashAttention-2 inside) on a GPU, SDPA
 by segments on a CPU. FLOP rule of MFU, per token: 4 x linear weights (a frozen base has no weight

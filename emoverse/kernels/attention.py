@@ -96,7 +96,7 @@ def _flash_attn() -> Callable[..., Tensor] | None:
 @functools.cache
 def _is_ampere() -> bool:
     """FlashAttention-2 is built for compute capability 8.0 and later."""
-    return torch.cuda.get_device_capability() >= (8, 0)
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
 def varlen_attention(

@@ -116,6 +116,25 @@ def test_half_precision_is_no_worse_than_transformers(
     assert lean < 1.4 * plain and lean < bound, errors
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scaled_losses_add_up(
+    config_json: dict[str, Any],
+    make_settings: Make,
+    make_batch: Make,
+    samples: list[Any],
+    dtype: torch.dtype,
+) -> None:
+    """Loss scaling, as fp16 needs it, and accumulation over two packs: the sum of the gradients."""
+    lean, _ = twins(config_json, make_settings, dtype=dtype)
+    batches = [make_batch(samples[:3]), make_batch(samples[3:])]
+    first, second = (run(lean, batch)[1] for batch in batches)
+    lean.zero_grad()
+    for batch in batches:
+        (lean(batch).loss_sum * 256).backward()
+    found = {n: p.grad / 256 for n, p in lean.named_parameters() if p.grad is not None}
+    assert_same(found, {name: grad + second[name] for name, grad in first.items()}, 0.02)
+
+
 def test_what_runs_is_said(config_json: dict[str, Any], make_settings: Make) -> None:
     lean, plain = twins(config_json, make_settings)
     assert lean.implementations == "attention sdpa, lean layers, kernels eager"
