@@ -29,7 +29,7 @@ FREE = ["seed", "stream_id", "threshold", "T"]  # values that must not make new 
 
 @triton.jit(do_not_specialize=FREE)
 def lora_input_kernel(
-    x, a, s, T, seed, stream_id, threshold, keep_scale, scale,
+    x, a, s, T, seed, stream_id, threshold, scale,
     K: tl.constexpr, R: tl.constexpr, DROPOUT: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -45,7 +45,7 @@ def lora_input_kernel(
         a_tile = tl.load(a + ranks[:, None] * K + columns[None, :], a_inside, 0.0)
         if DROPOUT:
             kept = dropped(
-                tile.to(tl.float32), seed, stream_id, row, column, threshold, keep_scale,
+                tile.to(tl.float32), seed, stream_id, row, column, threshold,
                 BLOCK_T, BLOCK_K,
             )  # fmt: skip
             tile = kept.to(a_tile.dtype)
@@ -58,7 +58,7 @@ def lora_input_kernel(
 
 @triton.jit(do_not_specialize=FREE)
 def input_gradient_kernel(
-    grad_x, a, grad_s, T, seed, stream_id, threshold, keep_scale, scale,
+    grad_x, a, grad_s, T, seed, stream_id, threshold, scale,
     K: tl.constexpr, R: tl.constexpr, DROPOUT: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -69,9 +69,7 @@ def input_gradient_kernel(
     places = grad_x + rows[:, None].to(tl.int64) * K + columns[None, :]
     through = through_a(grad_s, a, rows, columns, T, K, R, BLOCK_R, UPCAST) * scale
     if DROPOUT:
-        through = dropped(
-            through, seed, stream_id, row, column, threshold, keep_scale, BLOCK_T, BLOCK_K
-        )
+        through = dropped(through, seed, stream_id, row, column, threshold, BLOCK_T, BLOCK_K)
     tl.store(places, tl.load(places, inside, 0.0).to(tl.float32) + through, inside)
 
 
@@ -93,7 +91,7 @@ def through_a(
 @triton.jit(do_not_specialize=[*FREE, "chunk_tokens"])
 def weight_gradient_kernel(
     x, rstd, weight, grad_s, partial, T, chunk_tokens,
-    seed, stream_id, threshold, keep_scale, scale,
+    seed, stream_id, threshold, scale,
     K: tl.constexpr, R: tl.constexpr, FORM: tl.constexpr, DROPOUT: tl.constexpr,
     UPCAST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -120,7 +118,7 @@ def weight_gradient_kernel(
         tile = tile.to(x.dtype.element_ty)
         if DROPOUT:
             kept = dropped(
-                tile.to(tl.float32), seed, stream_id, row, column, threshold, keep_scale,
+                tile.to(tl.float32), seed, stream_id, row, column, threshold,
                 BLOCK_T, BLOCK_K,
             )  # fmt: skip
             tile = kept.to(x.dtype.element_ty)
@@ -147,13 +145,13 @@ def sum_kernel(partial, out, chunks, size, BLOCK: tl.constexpr):
 def lora_input(x_TK: Tensor, lora: LoraInput) -> Tensor:
     """See lora.py."""
     if not lora.drops:
-        return scaled_mm(x_TK, lora.a_RK.t(), lora.scale)
+        return scaled_mm(x_TK, lora.a_RK.t(), lora.kept_scale)
     x_TK, a_RK = x_TK.contiguous(), lora.a_RK.contiguous()
     (tokens, width), rank = x_TK.shape, a_RK.shape[0]
     s_TR = x_TK.new_empty(tokens, rank)
     lora_input_kernel[(triton.cdiv(tokens, BLOCK_T),)](
         *(x_TK, a_RK, s_TR, tokens),
-        scale=lora.scale,
+        scale=lora.kept_scale,
         **dropout_arguments(lora.dropout),
         **_sizes(x_TK, width, rank),
     )
@@ -163,13 +161,13 @@ def lora_input(x_TK: Tensor, lora: LoraInput) -> Tensor:
 def input_gradient(grad_x_TK: Tensor, lora: LoraInput, grad_s_TR: Tensor) -> Tensor:
     """See lora.py."""
     if not lora.drops:
-        return grad_x_TK.addmm_(grad_s_TR, lora.a_RK, alpha=lora.scale)
+        return grad_x_TK.addmm_(grad_s_TR, lora.a_RK, alpha=lora.kept_scale)
     grad_x_TK, a_RK, grad_s_TR = (x.contiguous() for x in (grad_x_TK, lora.a_RK, grad_s_TR))
     (tokens, width), rank = grad_x_TK.shape, a_RK.shape[0]
     grid = (triton.cdiv(tokens, GRADIENT_BLOCK_T), triton.cdiv(width, BLOCK_K))
     input_gradient_kernel[grid](
         *(grad_x_TK, a_RK, grad_s_TR, tokens),
-        scale=lora.scale,
+        scale=lora.kept_scale,
         **dropout_arguments(lora.dropout),
         **(_sizes(grad_x_TK, width, rank) | {"BLOCK_T": GRADIENT_BLOCK_T}),
     )
@@ -187,7 +185,7 @@ def weight_gradient(
 ) -> Tensor:
     """See lora.py; `form` says what x_TK holds."""
     if form == PLAIN and not lora.drops:
-        return scaled_mm(grad_s_TR.t(), x_TK, lora.scale)
+        return scaled_mm(grad_s_TR.t(), x_TK, lora.kept_scale)
     x_TK, grad_s_TR = x_TK.contiguous(), grad_s_TR.contiguous()
     tokens, (rank, width) = x_TK.shape[0], lora.a_RK.shape
     tiles = triton.cdiv(tokens, GRADIENT_BLOCK_T)
@@ -200,7 +198,7 @@ def weight_gradient(
         unused if rstd_T is None else rstd_T,
         unused if weight_D is None else weight_D,
         *(grad_s_TR, partial, tokens, chunk_tokens),
-        scale=lora.scale,
+        scale=lora.kept_scale,
         FORM=form,
         **dropout_arguments(lora.dropout),
         **(_sizes(x_TK, width, rank) | {"BLOCK_T": GRADIENT_BLOCK_T}),

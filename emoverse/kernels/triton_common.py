@@ -45,24 +45,22 @@ def dropped(
     row,
     column,
     threshold,
-    keep_scale,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The kept values of a tile times keep_scale, the others 0."""
+    """The kept values of a tile, the others 0; their scale is part of the adapters'."""
     keep = keep_tile(seed, stream_id, row, column, threshold, BLOCK_T, BLOCK_K)
-    return tl.where(keep, x * keep_scale, 0.0)
+    return tl.where(keep, x, 0.0)
 
 
 def dropout_arguments(dropout: Dropout | None) -> dict[str, Any]:
     """The arguments of every kernel that replays a mask."""
     if dropout is None or dropout.threshold == 0:
-        return {"seed": 0, "stream_id": 0, "threshold": 0, "keep_scale": 1.0, "DROPOUT": False}
+        return {"seed": 0, "stream_id": 0, "threshold": 0, "DROPOUT": False}
     return {
         "seed": dropout.seed,
         "stream_id": dropout.stream,
         "threshold": dropout.threshold,
-        "keep_scale": dropout.scale,
         "DROPOUT": True,
     }
 
