@@ -14,7 +14,6 @@ from bench_tools import DEVICE, arguments, machine, medians, report
 from torch import Tensor
 
 from emoverse.kernels.attention import configure_attention, varlen_attention
-from emoverse.kernels.backend import has_triton
 
 
 def packs(tokens: int) -> dict[str, list[int]]:
@@ -26,6 +25,18 @@ def packs(tokens: int) -> dict[str, list[int]]:
         "16 short": [tokens // 16] * 16,
         "1": [tokens],
     }
+
+
+def available() -> list[str]:
+    """The settings that can be had here; on a CPU only SDPA."""
+    found = ["sdpa"]
+    for setting in ("torch", "triton", "flash") if DEVICE.type == "cuda" else ():
+        try:
+            configure_attention(setting)
+        except ValueError:  # the package is not installed
+            continue
+        found.append(setting)
+    return found
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -42,8 +53,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=8192 if on_gpu else 512)
     parser.add_argument("--repeats", type=int, default=20 if on_gpu else 5)
     options = parser.parse_args()
-    settings = ["sdpa"] + (["torch"] if on_gpu else [])
-    settings += ["triton"] if on_gpu and has_triton() else []
+    settings = available()
     rows = []
     for heads, kv_heads, head_dim in ((32, 32, 96), (32, 8, 128)):
         for name, lengths in packs(options.tokens).items():

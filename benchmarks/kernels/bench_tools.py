@@ -1,10 +1,13 @@
 """What the kernel benchmarks share: the machine in words, fair timing, models of one kind.
 
-Medians of interleaved repetitions, so that a change of clock or load meets every contestant alike.
+Medians of interleaved repetitions, so that a change of clock or load meets every contestant alike;
+on a CPU of its CPU time.
 """
 
 import argparse
+import importlib.util
 import json
+import math
 import os
 import platform
 import statistics
@@ -35,6 +38,8 @@ SIZES = {
 }
 # Dense bf16 peaks by name of the device; what MFU is a share of.
 PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "3090": 71e12}
+CACHE_BYTES = 256 << 20  # more than any L2
+HOLD_CYCLES = 4_000_000  # about 2 ms: longer than it takes to launch what is timed
 
 
 def machine() -> str:
@@ -68,20 +73,105 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
+def waited_s(call: Callable[[], object]) -> float:
+    """Seconds that the caller waits for the GPU; on a CPU its own, so that other jobs do not count.
+
+    OMP_NUM_THREADS=1 keeps the waiting of idle threads out of the latter.
+    """
+    clock = time.perf_counter if DEVICE.type == "cuda" else time.process_time
+    synchronise()
+    begin = clock()
+    call()
+    synchronise()
+    return clock() - begin
+
+
+def device_s(call: Callable[[], object]) -> float:
+    """Seconds that the GPU works, launches left out: they are queued while it is held busy.
+
+    Its L2 cache is filled with something else before. On a CPU the same as waited_s.
+    """
+    if DEVICE.type != "cuda":
+        return waited_s(call)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.empty(CACHE_BYTES, dtype=torch.int8, device=DEVICE).zero_()
+    torch.cuda._sleep(HOLD_CYCLES)
+    begin.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return 1e-3 * begin.elapsed_time(end)
+
+
 def medians(
-    contestants: dict[str, Callable[[], object]], *, repeats: int, warmups: int = 2
+    contestants: dict[str, Callable[[], object]],
+    *,
+    repeats: int,
+    warmups: int = 2,
+    clock: Callable[[Callable[[], object]], float] = device_s,
+    budget_s: float = math.inf,
 ) -> dict[str, float]:
-    """Median seconds of a call, by name; the contestants take turns."""
+    """Median seconds of a call, by name; the contestants take turns.
+
+    Args:
+        budget_s: no new turn is begun after so long, once each contestant has been measured.
+    """
     times: dict[str, list[float]] = {name: [] for name in contestants}
+    begin = time.perf_counter()
     for turn in range(warmups + repeats):
+        if turn > warmups and time.perf_counter() - begin > budget_s:
+            break
         for name, call in contestants.items():
-            synchronise()
-            begin = time.perf_counter()
-            call()
-            synchronise()
+            seconds = clock(call)
             if turn >= warmups:
-                times[name].append(time.perf_counter() - begin)
+                times[name].append(seconds)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def copy_bandwidth() -> float | None:
+    """Bytes per second of a large copy on the GPU, read and written; None on a CPU."""
+    if DEVICE.type != "cuda":
+        return None
+    source = torch.empty(1 << 28, dtype=torch.bfloat16, device=DEVICE)
+    target = torch.empty_like(source)
+    seconds = medians({"copy": lambda: target.copy_(source)}, repeats=10)["copy"]
+    return 2 * source.nbytes / seconds
+
+
+def liger(name: str) -> Any:
+    """A class or function of Liger, by its name; None without the package or a GPU."""
+    if DEVICE.type != "cuda" or importlib.util.find_spec("liger_kernel") is None:
+        return None
+    part = "ops" if name.endswith("Function") else "transformers"
+    return getattr(importlib.import_module(f"liger_kernel.{part}"), name)
+
+
+def compare_to_transformers(
+    size: str,
+    calls: dict[str, Callable[[], object]],
+    *,
+    repeats: int,
+    moved: int,
+    bandwidth: float | None,
+) -> list[dict[str, Any]]:
+    """Rows of a memory-bound operation.
+
+    Args:
+        calls: by contestant, transformers first.
+        moved: bytes that ours must read and write at least.
+        bandwidth: of a plain copy, bytes per second.
+    """
+    seconds = medians(calls, repeats=repeats)
+    return [
+        {
+            "size": size,
+            "who": who,
+            "ms": 1e3 * value,
+            "times transformers": seconds["transformers"] / value,
+            "of copy bandwidth": moved / value / bandwidth if bandwidth else None,
+        }
+        for who, value in seconds.items()
+    ]
 
 
 def peer(

@@ -1,7 +1,10 @@
 """Compiles every Triton kernel ahead of time for A100, RTX 3090 and H100/H200. Needs no GPU.
 
 In:  --arch 80 86 90, --json. Out: registers, spilled bytes, shared memory and WGMMA instructions
-of each kernel at the sizes of EmoVerse-4B (h 3072, f 8192, heads of 96) and -8B, in bf16.
+of each kernel in bf16, at the sizes of a decoder layer of EmoVerse-4B with adapters of rank 8, of
+EmoVerse-8B with rank 16 (48 ranks for q, k and v together), and of the vision tower's attention.
+The host code of training runs as on a GPU, on a few tokens in CPU memory, and each launch goes
+through Triton's own path up to the binary: what is compiled is what will be launched.
 A kernel that spills or needs more shared memory than a block may have ends the command with 1.
 """
 
@@ -12,116 +15,129 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-# Kernels are fused as users' are; Triton wants to be told.
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 # The interpreter's stand-ins for kernels cannot be compiled.
 os.environ.pop("TRITON_INTERPRET", None)
 
+import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
 
-from emoverse.kernels import (
-    attention_triton,
-    lora_triton,
-    norm_triton,
-    rope_triton,
-    swiglu_triton,
-)
-from emoverse.kernels.triton_common import padded_rank
+from emoverse.kernels.attention_triton import triton_varlen
+from emoverse.kernels.backend import configure_kernels
+from emoverse.kernels.layer import LayerSettings, Rotary, after_attention, before_attention
+from emoverse.kernels.lora import Linears
 
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10}  # bytes a block may have
-FP32 = {"rstd", "partial", "lse", "delta"}
-FLOATS = {"eps", "scale", "keep_scale", "scale_log2"}
-INTEGERS = {"T", "stream", "threshold", "chunk_tokens", "chunks", "size"}
 NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# Hidden, MLP, query heads, key/value heads, fused projections, rank of the adapters.
+LAYERS = {"4b": (3072, 8192, 32, 32, True, 8), "8b": (4096, 14336, 32, 8, False, 16)}
+CASES = (*LAYERS, "vision")
+TOKENS = 32
 
 
-def cases() -> dict[str, tuple[Any, dict[str, Any]]]:
-    """Name -> kernel and its compile-time values."""
-    masked = {"DROPOUT": True, "UPCAST": False}
-    found: dict[str, tuple[Any, dict[str, Any]]] = {
-        "sum": (lora_triton.sum_kernel, {"BLOCK": lora_triton.BLOCK_SUM})
-    }
-    for model, hidden, mlp, rank in (("4b", 3072, 8192, 8), ("8b", 4096, 14336, 24)):
-        adapter = masked | {"R": rank, "BLOCK_R": padded_rank(rank)}
-        lora_tile = {"BLOCK_T": lora_triton.BLOCK_T, "BLOCK_K": lora_triton.BLOCK_K}
-        lora = adapter | lora_tile | {"K": hidden}
-        norm = adapter | {
-            "D": hidden,
-            "BLOCK_T": norm_triton.BLOCK_T,
-            "BLOCK_D": norm_triton.BLOCK_D,
-        }
-        swiglu = adapter | {
-            "F": mlp,
-            "BLOCK_T": swiglu_triton.BLOCK_T,
-            "BLOCK_F": swiglu_triton.BLOCK_F,
-        }
-        found |= {
-            f"lora_input {model}": (lora_triton.lora_input_kernel, lora),
-            f"input_gradient {model}": (
-                lora_triton.input_gradient_kernel,
-                lora | {"BLOCK_T": lora_triton.GRADIENT_BLOCK_T},
-            ),
-            f"norm {model}": (norm_triton.norm_kernel, norm | {"UPDATE": True}),
-            f"norm_backward {model}": (norm_triton.norm_backward_kernel, norm),
-            f"swiglu {model}": (swiglu_triton.swiglu_kernel, swiglu),
-            f"swiglu_backward {model}": (swiglu_triton.swiglu_backward_kernel, swiglu),
-        }
-        for form, width in enumerate((hidden, hidden, mlp)):
-            values = lora | {"K": width, "FORM": form}
-            name = f"weight_gradient {('plain', 'normed', 'activated')[form]} {model}"
-            found[name] = (lora_triton.weight_gradient_kernel, values)
-    for head_dim, heads, group in ((64, 16, 1), (96, 32, 1), (128, 32, 4)):
-        rotary = {"HEADS": heads, "H": head_dim, "SIGN": 1, "BLOCK_N": rope_triton.BLOCK_N}
-        half = triton.next_power_of_2(head_dim // 2)
-        found[f"rope {head_dim}"] = (rope_triton.rope_kernel, rotary | {"BLOCK_H": half})
-        attention = {"N": heads, "GROUP": group, "H": head_dim, "CAUSAL": head_dim != 64}
-        attention |= {"UPCAST": False, "BLOCK_H": triton.next_power_of_2(head_dim)}
-        large = {"BLOCK_M": attention_triton.BLOCK_M, "BLOCK_C": attention_triton.BLOCK_C}
-        small = {"BLOCK_M": attention_triton.SMALL_M, "BLOCK_C": attention_triton.SMALL_C}
-        for name, tiles in (("forward", large), ("query_gradient", small)):
-            kernel = getattr(attention_triton, f"{name}_kernel")
-            found[f"attention {name} {head_dim}"] = (kernel, attention | tiles)
-        name, kernel = "key_value_gradient", attention_triton.key_value_gradient_kernel
-        found[f"attention {name} {head_dim}"] = (kernel, attention | small)
-    return found
+class Device:
+    """What Triton asks a driver before it compiles; the number of the device is its kind."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
 
 
-def signature(kernel: Any, constants: dict[str, Any]) -> dict[str, str]:
-    """Types of the arguments, from their names."""
+@contextmanager
+def compiled_only(arch: int) -> Iterator[dict[str, Any]]:
+    """Inside, kernels are compiled for `arch` and not run; by name, each variant once."""
+    found: dict[str, Any] = {}
+    launch = JITFunction.run
 
-    def kind(name: str) -> str:
-        if name in constants:
-            return "constexpr"
-        if name == "seed":
-            return "i64"
-        if name in INTEGERS or name.endswith(("_token", "_head")):
-            return "i32"
-        if name in FLOATS:
-            return "fp32"
-        if name == "borders":
-            return "*i32"
-        return "*fp32" if name in FP32 else "*bf16"
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
+        found[name_of(self, kernel)] = kernel
+        return kernel
 
-    return {name: kind(name) for name in kernel.arg_names}
+    JITFunction.run = compile_only
+    driver.set_active(Device(arch))
+    configure_kernels("triton")
+    try:
+        yield found
+    finally:
+        JITFunction.run = launch
+        configure_kernels("auto")
 
 
-def compile_one(job: tuple[str, int]) -> dict[str, Any]:
-    """One kernel for one architecture."""
-    name, arch = job
-    kernel, constants = cases()[name]
-    source = ASTSource(kernel, signature(kernel, constants), constants)
-    warps = attention_triton.num_warps(constants["H"]) if name.startswith("attention") else 4
-    target = GPUTarget("cuda", arch, 32)
-    built = triton.compile(source, target=target, options={"num_warps": warps})
+def name_of(function: Any, kernel: Any) -> str:
+    """The kernel and what tells its variants apart."""
+    kind = function.fn.__name__.removesuffix("_kernel")
+    if function.module.endswith("attention_triton"):
+        kind = f"attention_{kind}"
+    values = {function.arg_names[place[0]]: v for place, v in kernel.src.constants.items()}
+    told = ("K", "D", "F", "R", "HEADS", "H", "FORM", "UPDATE", "SIGN")
+    return " ".join([kind, *(f"{key}={values[key]}" for key in told if key in values)])
+
+
+def run_layer(name: str) -> None:
+    """Forward and backward of a lean layer with dropout; values mean nothing."""
+    hidden, mlp, heads, kv_heads, fused, rank = LAYERS[name]
+    head_dim = hidden // heads
+    settings = LayerSettings(heads, kv_heads, 1e-5, 4.0, 0.05, 2**61 + 1)
+
+    def weights(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.bfloat16)
+
+    def linears(inputs: int, *outputs: int) -> Linears:
+        sizes = (sum(outputs),) if fused else outputs
+        return Linears(
+            tuple(weights(n, inputs) for n in sizes),
+            tuple(weights(rank, inputs).requires_grad_() for _ in sizes),
+            tuple(weights(n, rank).requires_grad_() for n in sizes),
+        )
+
+    x_TD = weights(TOKENS, hidden).requires_grad_()
+    cos = weights(TOKENS, head_dim)
+    qkv = linears(hidden, heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
+    q, k, v, residual = before_attention(x_TD, weights(hidden), Rotary(cos, cos), qkv, settings)
+    borders = torch.tensor([0, 20, TOKENS], dtype=torch.int32)
+    out = triton_varlen(q, k, v, borders, 20, causal=True, scale=0.1)
+    rest = linears(hidden, hidden), linears(hidden, mlp, mlp), linears(mlp, hidden)
+    after_attention(out.flatten(1), residual, weights(hidden), rest, settings).sum().backward()
+
+
+def run_vision() -> None:
+    """Attention of the vision tower: no grouped heads, every token sees every other."""
+    parts = [torch.zeros(TOKENS, 16, 64, dtype=torch.bfloat16).requires_grad_() for _ in range(3)]
+    borders = torch.tensor([0, TOKENS], dtype=torch.int32)
+    triton_varlen(*parts, borders, TOKENS, causal=False, scale=0.1).sum().backward()
+
+
+def compile_case(job: tuple[str, int]) -> list[dict[str, Any]]:
+    """All kernels of one case for one architecture."""
+    case, arch = job
+    with compiled_only(arch) as found:
+        run_vision() if case == "vision" else run_layer(case)
+    return [row_of(f"{name} ({case})", arch, kernel) for name, kernel in found.items()]
+
+
+def row_of(name: str, arch: int, kernel: Any) -> dict[str, Any]:
+    """What the binary needs."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(built.asm["cubin"])
+        file.write(kernel.asm["cubin"])
         file.flush()
         usage = subprocess.run(
             [str(NVIDIA / "cuobjdump"), "--dump-resource-usage", file.name],
@@ -135,9 +151,9 @@ def compile_one(job: tuple[str, int]) -> dict[str, Any]:
         "arch": arch,
         "registers": numbers["REG"],
         "spilled_bytes": numbers["STACK"] + numbers["LOCAL"],
-        "shared_bytes": built.metadata.shared,
+        "shared_bytes": kernel.metadata.shared,
         "shared_limit": SHARED_LIMIT[arch],
-        "wgmma": built.asm["ptx"].count("wgmma.mma_async"),
+        "wgmma": kernel.asm["ptx"].count("wgmma.mma_async"),
     }
 
 
@@ -157,9 +173,9 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    jobs = [(name, arch) for name in cases() for arch in options.arch]
+    jobs = [(case, arch) for case in CASES for arch in options.arch]
     with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
-        rows = list(pool.map(compile_one, jobs))
+        rows = [row for part in pool.map(compile_case, jobs) for row in part]
     if options.json:
         print(json.dumps({"triton": triton.__version__, "kernels": rows}, indent=1))
     else:

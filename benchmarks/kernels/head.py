@@ -1,4 +1,4 @@
-"""The head and its loss, forward and backward: supervised rows in chunks against all logits.
+"""The head and its loss, forward and backward: supervised rows in chunks, all logits, Liger.
 
 In:  --tokens, --repeats. Out: milliseconds, the ratio to all logits, and on a GPU the peak memory,
 at 2, 5, 20 and 100 % supervised rows.
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench_tools import DEVICE, SIZES, arguments, machine, medians, report
+from bench_tools import DEVICE, SIZES, arguments, liger, machine, medians, report
 from torch import nn
 
 from emoverse.kernels.head import supervised_cross_entropy
@@ -55,6 +55,13 @@ def main() -> int:
                 return torch.autograd.grad(loss, x)
 
             calls = {"all logits": everything, "supervised rows": ours}
+            if (make := liger("LigerFusedLinearCrossEntropyLoss")) is not None:
+                fused = make(reduction="sum")
+
+                def ligers(x=x, labels=labels, head=head, fused=fused) -> object:
+                    return torch.autograd.grad(fused(head.weight, x, labels), x)
+
+                calls["Liger, fused"] = ligers
             seconds = medians(calls, repeats=options.repeats)
             rows += [
                 {

@@ -8,9 +8,10 @@ Legend: B rows of a dense batch, T packed tokens, N query heads, K key/value hea
 """
 
 import functools
-import importlib.util
+import inspect
 import itertools
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from emoverse.kernels.backend import has_triton, is_interpreted
 NAME = "emoverse_varlen"
 SETTINGS = ("auto", "flash", "torch", "triton", "sdpa")
 
+# Before 2.13 torch grouped heads without being asked.
+_GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 _setting = "auto"
 
 
@@ -41,9 +44,10 @@ def configure_attention(setting: str) -> None:
     global _setting
     if setting not in SETTINGS:
         raise ValueError(f"model.attention must be one of {', '.join(SETTINGS)}, found {setting!r}")
-    if setting == "flash" and not _has_flash_attn():
+    if setting == "flash" and _flash_attn() is None:
         raise ValueError(
-            "model.attention is flash but the package flash-attn is not installed; "
+            "model.attention is flash but flash_attn.flash_attn_varlen_func cannot be imported "
+            "(the package flash-attn is missing, or was built for another torch); "
             "install emoverse[flash-attn] or set model.attention: auto"
         )
     if setting == "triton" and not has_triton():
@@ -67,23 +71,32 @@ def attention_backend(device_type: str, dtype: torch.dtype) -> str:
     half_on_cuda = device_type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     if _setting == "sdpa" or not half_on_cuda:
         return "sdpa"
-    if _setting == "flash" or (_setting == "auto" and _has_flash_attn()):
+    if _setting == "flash" or (_setting == "auto" and _is_ampere() and _flash_attn() is not None):
         return "flash_attn"
-    if _setting == "torch" or _has_torch_varlen():
+    if _setting == "torch" or (_is_ampere() and torch.backends.cuda.is_flash_attention_available()):
         return "torch_varlen"
     return "triton" if has_triton() else "sdpa"
 
 
 @functools.cache
-def _has_flash_attn() -> bool:
-    return importlib.util.find_spec("flash_attn") is not None
+def _flash_attn() -> Callable[..., Tensor] | None:
+    """The optional package's function; None where it is missing or does not load.
+
+    A folder of that name is not enough: FlashAttention-4 brings one without this function, and a
+    wheel for another torch fails when it is imported.
+    """
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return None
+    found: Callable[..., Tensor] = flash_attn_varlen_func
+    return found
 
 
 @functools.cache
-def _has_torch_varlen() -> bool:
-    """torch's varlen attention is FlashAttention-2, built for compute capability 8.0 and later."""
-    built: bool = torch.backends.cuda.is_flash_attention_available()
-    return built and torch.cuda.get_device_capability() >= (8, 0)
+def _is_ampere() -> bool:
+    """FlashAttention-2 is built for compute capability 8.0 and later."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
 def varlen_attention(
@@ -106,21 +119,19 @@ def varlen_attention(
     """
     backend = attention_backend(q_TNH.device.type, q_TNH.dtype)
     if backend == "flash_attn":
-        # An extra that most installations lack: imported only where it is used.
-        from flash_attn import flash_attn_varlen_func
-
-        out: Tensor = flash_attn_varlen_func(
+        flash_attn_varlen_func = _flash_attn()
+        assert flash_attn_varlen_func is not None
+        return flash_attn_varlen_func(
             *(q_TNH, k_TKH, v_TKH, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen),
             causal=causal,
             softmax_scale=scale,
         )
-        return out
     if backend == "torch_varlen":
         packed = varlen_attn(
             *(q_TNH, k_TKH, v_TKH, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen),
             scale=scale,
             window_size=(-1, 0) if causal else (-1, -1),
-            enable_gqa=q_TNH.shape[1] != k_TKH.shape[1],
+            **(_GROUPED if q_TNH.shape[1] != k_TKH.shape[1] else {}),
         )
         assert isinstance(packed, Tensor)
         return packed

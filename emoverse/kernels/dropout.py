@@ -17,6 +17,8 @@ MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 WORD = 0xFFFFFFFF
 LEVELS = 1 << 16
+# Counters that a CPU works on at a time, so that the rounds' operands stay in its cache.
+CPU_COUNTERS = 1 << 14
 
 
 class Dropout(NamedTuple):
@@ -47,40 +49,36 @@ def draw_seed() -> int:
 
 def keep_mask(dropout: Dropout, rows: int, columns: int, device: torch.device) -> Tensor:
     """True where an element is kept: T, K."""
-    numbers = _random_16_bits(dropout, rows, columns, device)
-    return numbers >= dropout.threshold
-
-
-def drop(x_TK: Tensor, dropout: Dropout | None) -> Tensor:
-    """Kept values times `scale`, the others 0. No gradient of its own: callers replay it."""
-    if dropout is None or dropout.threshold == 0:
-        return x_TK
-    keep = keep_mask(dropout, *x_TK.shape, x_TK.device)
-    return x_TK.mul(dropout.scale).mul_(keep)
-
-
-def _random_16_bits(dropout: Dropout, rows: int, columns: int, device: torch.device) -> Tensor:
     groups = -(-columns // 8)
+    keep = torch.empty(rows, groups, 8, dtype=torch.bool, device=device)
+    block = max(1, CPU_COUNTERS // groups) if device.type == "cpu" else max(1, rows)
+    for start in range(0, rows, block):
+        part = keep[start : start + block]
+        numbers = _random_16_bits(dropout, start, len(part), groups, device)
+        torch.ge(numbers, dropout.threshold, out=part)
+    return keep.view(rows, groups * 8)[:, :columns]
+
+
+def _random_16_bits(
+    dropout: Dropout, first_row: int, rows: int, groups: int, device: torch.device
+) -> Tensor:
+    """Eight numbers of each counter: rows, groups, 8."""
     shape = (rows, groups)
-    # int64 holds a 32-bit word; products of two words wrap around, of which only bits are used.
-    c0 = torch.arange(rows, device=device).unsqueeze(1).expand(shape).contiguous()
-    c1 = torch.arange(groups, device=device).expand(shape).contiguous()
+    c0 = torch.arange(first_row, first_row + rows, device=device).unsqueeze(1).expand(shape)
+    c1 = torch.arange(groups, device=device).expand(shape)
     c2 = torch.full(shape, dropout.stream, device=device, dtype=torch.int64)
     c3 = torch.zeros(shape, device=device, dtype=torch.int64)
     key = [dropout.seed & WORD, dropout.seed >> 32 & WORD]
     for _ in range(ROUNDS):
-        high0, low0 = _multiply(c0, MULTIPLIERS[0])
-        high1, low1 = _multiply(c2, MULTIPLIERS[1])
-        c0, c1 = high1.bitwise_xor_(c1).bitwise_xor_(key[0]), low1
-        c2, c3 = high0.bitwise_xor_(c3).bitwise_xor_(key[1]), low0
+        # int64 holds the bits of a product of two words; only what is multiplied next has to be a
+        # clean word, c1 and c3 keep the high half on top.
+        product0, product1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
+        c0 = (product1 >> 32).bitwise_xor_(c1).bitwise_xor_(key[0]).bitwise_and_(WORD)
+        c2 = (product0 >> 32).bitwise_xor_(c3).bitwise_xor_(key[1]).bitwise_and_(WORD)
+        c1, c3 = product1, product0
         key = [(word + step) & WORD for word, step in zip(key, KEY_STEPS, strict=True)]
-    words = torch.stack((c0, c1, c2, c3), dim=-1).to(torch.int32)
+    words = torch.empty(rows, groups, 4, dtype=torch.int32, device=device)
+    for place, word in enumerate((c0, c1, c2, c3)):
+        words[..., place] = word  # the low 32 bits
     # Little-endian: the low half of each word comes first.
-    halves = words.view(torch.uint16).reshape(rows, groups * 8)
-    return halves[:, :columns].to(torch.int32)
-
-
-def _multiply(words: Tensor, factor: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of the product of 32-bit words."""
-    product = words * factor
-    return (product >> 32).bitwise_and_(WORD), product.bitwise_and_(WORD)
+    return words.view(torch.uint16).to(torch.int32)

@@ -7,6 +7,7 @@ Legend: T tokens, K input features, N output features, R ranks of all adapters o
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -14,15 +15,45 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from emoverse.kernels.backend import use_triton
-from emoverse.kernels.dropout import Dropout, drop
+from emoverse.kernels.dropout import Dropout, keep_mask
 
 
-class LoraInput(NamedTuple):
-    """The input side of the adapters that share an input; one mask for all of them."""
+@dataclass(slots=True)
+class LoraInput:
+    """The input side of the adapters that share an input; one mask for all of them.
+
+    In plain torch the mask is drawn when first needed, and kept as long as this object: during a
+    forward, or during a backward. Triton kernels draw it as they go.
+    """
 
     a_RK: Tensor
     scale: float
     dropout: Dropout | None
+    _keep_TK: Tensor | None = None
+
+    @property
+    def drops(self) -> bool:
+        """Is there a mask at all?"""
+        return self.dropout is not None and self.dropout.threshold > 0
+
+    @property
+    def kept_scale(self) -> float:
+        """The adapters' scale times that of the values which dropout keeps."""
+        return self.scale * self.dropout.scale if self.dropout is not None else self.scale
+
+    def keep(self, x_TK: Tensor) -> Tensor:
+        """1 or 0 for each element of x, in its type: multiplying by it is much faster than by bool.
+
+        The dropout's scale is not in it (half precision would round it), but in kept_scale.
+        """
+        assert self.dropout is not None
+        if self._keep_TK is None:
+            self._keep_TK = keep_mask(self.dropout, *x_TK.shape, x_TK.device).to(x_TK.dtype)
+        return self._keep_TK
+
+    def drop(self, x_TK: Tensor) -> Tensor:
+        """x with zeros where dropped. No gradient of its own: callers replay it."""
+        return x_TK * self.keep(x_TK) if self.drops else x_TK
 
 
 class Linears(NamedTuple):
@@ -62,7 +93,7 @@ def lora_input(x_TK: Tensor, lora: LoraInput) -> Tensor:
     if use_triton(x_TK):
         found: Tensor = _triton().lora_input(x_TK, lora)
         return found
-    return scaled_mm(drop(x_TK, lora.dropout), lora.a_RK.t(), lora.scale)
+    return scaled_mm(lora.drop(x_TK), lora.a_RK.t(), lora.kept_scale)
 
 
 def input_gradient(grad_x_TK: Tensor, lora: LoraInput, grad_s_TR: Tensor) -> Tensor:
@@ -70,10 +101,10 @@ def input_gradient(grad_x_TK: Tensor, lora: LoraInput, grad_s_TR: Tensor) -> Ten
     if use_triton(grad_x_TK):
         found: Tensor = _triton().input_gradient(grad_x_TK, lora, grad_s_TR)
         return found
-    if lora.dropout is None or lora.dropout.threshold == 0:
+    if not lora.drops:
         return grad_x_TK.addmm_(grad_s_TR, lora.a_RK, alpha=lora.scale)
-    through = scaled_mm(grad_s_TR, lora.a_RK, lora.scale)
-    return grad_x_TK.add_(drop(through, lora.dropout))
+    through_TK = scaled_mm(grad_s_TR, lora.a_RK, lora.kept_scale)
+    return grad_x_TK.addcmul_(through_TK, lora.keep(through_TK))
 
 
 def weight_gradient(x_TK: Tensor, lora: LoraInput, grad_s_TR: Tensor) -> Tensor:
@@ -81,7 +112,7 @@ def weight_gradient(x_TK: Tensor, lora: LoraInput, grad_s_TR: Tensor) -> Tensor:
     if use_triton(x_TK):
         found: Tensor = _triton().weight_gradient(x_TK, lora, grad_s_TR)
         return found
-    return scaled_mm(grad_s_TR.t(), drop(x_TK, lora.dropout), lora.scale)
+    return scaled_mm(grad_s_TR.t(), lora.drop(x_TK), lora.kept_scale)
 
 
 # The large products --------------------------------------------------------------------------

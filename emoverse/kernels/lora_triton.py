@@ -14,7 +14,6 @@ from emoverse.kernels.lora import LoraInput, scaled_mm
 from emoverse.kernels.triton_common import (
     dropout_arguments,
     dropped,
-    is_plain,
     padded_rank,
     upcast,
 )
@@ -22,15 +21,15 @@ from emoverse.kernels.triton_common import (
 PLAIN, NORMED, ACTIVATED = 0, 1, 2
 _NORMED, _ACTIVATED = tl.constexpr(NORMED), tl.constexpr(ACTIVATED)
 BLOCK_T, BLOCK_K = 32, 128
-GRADIENT_BLOCK_T = 16  # of the input's gradient, which reads, adds and writes a tile
+GRADIENT_BLOCK_T = 16  # of both gradients, which hold more for a tile
 BLOCK_SUM = 1024
 MAX_CHUNKS = 32  # of tokens, each with its own partial sums: no atomics, the same sums every time
-FREE = ["seed", "stream", "threshold", "T"]  # values that must not make new kernels
+FREE = ["seed", "stream_id", "threshold", "T"]  # values that must not make new kernels
 
 
 @triton.jit(do_not_specialize=FREE)
 def lora_input_kernel(
-    x, a, s, T, seed, stream, threshold, keep_scale, scale,
+    x, a, s, T, seed, stream_id, threshold, scale,
     K: tl.constexpr, R: tl.constexpr, DROPOUT: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -46,7 +45,7 @@ def lora_input_kernel(
         a_tile = tl.load(a + ranks[:, None] * K + columns[None, :], a_inside, 0.0)
         if DROPOUT:
             kept = dropped(
-                tile.to(tl.float32), seed, stream, row, column, threshold, keep_scale,
+                tile.to(tl.float32), seed, stream_id, row, column, threshold,
                 BLOCK_T, BLOCK_K,
             )  # fmt: skip
             tile = kept.to(a_tile.dtype)
@@ -59,7 +58,7 @@ def lora_input_kernel(
 
 @triton.jit(do_not_specialize=FREE)
 def input_gradient_kernel(
-    grad_x, a, grad_s, T, seed, stream, threshold, keep_scale, scale,
+    grad_x, a, grad_s, T, seed, stream_id, threshold, scale,
     K: tl.constexpr, R: tl.constexpr, DROPOUT: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -70,9 +69,7 @@ def input_gradient_kernel(
     places = grad_x + rows[:, None].to(tl.int64) * K + columns[None, :]
     through = through_a(grad_s, a, rows, columns, T, K, R, BLOCK_R, UPCAST) * scale
     if DROPOUT:
-        through = dropped(
-            through, seed, stream, row, column, threshold, keep_scale, BLOCK_T, BLOCK_K
-        )
+        through = dropped(through, seed, stream_id, row, column, threshold, BLOCK_T, BLOCK_K)
     tl.store(places, tl.load(places, inside, 0.0).to(tl.float32) + through, inside)
 
 
@@ -94,7 +91,7 @@ def through_a(
 @triton.jit(do_not_specialize=[*FREE, "chunk_tokens"])
 def weight_gradient_kernel(
     x, rstd, weight, grad_s, partial, T, chunk_tokens,
-    seed, stream, threshold, keep_scale, scale,
+    seed, stream_id, threshold, scale,
     K: tl.constexpr, R: tl.constexpr, FORM: tl.constexpr, DROPOUT: tl.constexpr,
     UPCAST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -121,7 +118,7 @@ def weight_gradient_kernel(
         tile = tile.to(x.dtype.element_ty)
         if DROPOUT:
             kept = dropped(
-                tile.to(tl.float32), seed, stream, row, column, threshold, keep_scale,
+                tile.to(tl.float32), seed, stream_id, row, column, threshold,
                 BLOCK_T, BLOCK_K,
             )  # fmt: skip
             tile = kept.to(x.dtype.element_ty)
@@ -147,14 +144,14 @@ def sum_kernel(partial, out, chunks, size, BLOCK: tl.constexpr):
 
 def lora_input(x_TK: Tensor, lora: LoraInput) -> Tensor:
     """See lora.py."""
-    if is_plain(lora.dropout):
-        return scaled_mm(x_TK, lora.a_RK.t(), lora.scale)
+    if not lora.drops:
+        return scaled_mm(x_TK, lora.a_RK.t(), lora.kept_scale)
     x_TK, a_RK = x_TK.contiguous(), lora.a_RK.contiguous()
     (tokens, width), rank = x_TK.shape, a_RK.shape[0]
     s_TR = x_TK.new_empty(tokens, rank)
     lora_input_kernel[(triton.cdiv(tokens, BLOCK_T),)](
         *(x_TK, a_RK, s_TR, tokens),
-        scale=lora.scale,
+        scale=lora.kept_scale,
         **dropout_arguments(lora.dropout),
         **_sizes(x_TK, width, rank),
     )
@@ -163,14 +160,14 @@ def lora_input(x_TK: Tensor, lora: LoraInput) -> Tensor:
 
 def input_gradient(grad_x_TK: Tensor, lora: LoraInput, grad_s_TR: Tensor) -> Tensor:
     """See lora.py."""
-    if is_plain(lora.dropout):
-        return grad_x_TK.addmm_(grad_s_TR, lora.a_RK, alpha=lora.scale)
+    if not lora.drops:
+        return grad_x_TK.addmm_(grad_s_TR, lora.a_RK, alpha=lora.kept_scale)
     grad_x_TK, a_RK, grad_s_TR = (x.contiguous() for x in (grad_x_TK, lora.a_RK, grad_s_TR))
     (tokens, width), rank = grad_x_TK.shape, a_RK.shape[0]
     grid = (triton.cdiv(tokens, GRADIENT_BLOCK_T), triton.cdiv(width, BLOCK_K))
     input_gradient_kernel[grid](
         *(grad_x_TK, a_RK, grad_s_TR, tokens),
-        scale=lora.scale,
+        scale=lora.kept_scale,
         **dropout_arguments(lora.dropout),
         **(_sizes(grad_x_TK, width, rank) | {"BLOCK_T": GRADIENT_BLOCK_T}),
     )
@@ -187,12 +184,12 @@ def weight_gradient(
     weight_D: Tensor | None = None,
 ) -> Tensor:
     """See lora.py; `form` says what x_TK holds."""
-    if form == PLAIN and is_plain(lora.dropout):
-        return scaled_mm(grad_s_TR.t(), x_TK, lora.scale)
+    if form == PLAIN and not lora.drops:
+        return scaled_mm(grad_s_TR.t(), x_TK, lora.kept_scale)
     x_TK, grad_s_TR = x_TK.contiguous(), grad_s_TR.contiguous()
     tokens, (rank, width) = x_TK.shape[0], lora.a_RK.shape
-    tiles = triton.cdiv(tokens, BLOCK_T)
-    chunk_tokens = triton.cdiv(tiles, MAX_CHUNKS) * BLOCK_T
+    tiles = triton.cdiv(tokens, GRADIENT_BLOCK_T)
+    chunk_tokens = triton.cdiv(tiles, MAX_CHUNKS) * GRADIENT_BLOCK_T
     chunks = triton.cdiv(tokens, chunk_tokens)
     partial = x_TK.new_empty(chunks, rank, width, dtype=torch.float32)
     unused = grad_s_TR
@@ -201,10 +198,10 @@ def weight_gradient(
         unused if rstd_T is None else rstd_T,
         unused if weight_D is None else weight_D,
         *(grad_s_TR, partial, tokens, chunk_tokens),
-        scale=lora.scale,
+        scale=lora.kept_scale,
         FORM=form,
         **dropout_arguments(lora.dropout),
-        **_sizes(x_TK, width, rank),
+        **(_sizes(x_TK, width, rank) | {"BLOCK_T": GRADIENT_BLOCK_T}),
     )
     grad_a_RK = torch.empty_like(lora.a_RK, memory_format=torch.contiguous_format)
     size = rank * width

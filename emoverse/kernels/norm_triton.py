@@ -13,13 +13,13 @@ from emoverse.kernels.lora_triton import FREE, NORMED, through_a, weight_gradien
 from emoverse.kernels.norm import NormOutput
 from emoverse.kernels.triton_common import dropout_arguments, dropped, padded_rank, upcast
 
-BLOCK_T, BLOCK_D = 16, 256
+BLOCK_T, BLOCK_D = 16, 128
 
 
 @triton.jit(do_not_specialize=FREE)
 def norm_kernel(
     x, update, weight, a, residual, y, rstd, s, T, eps,
-    seed, stream, threshold, keep_scale, scale,
+    seed, stream_id, threshold, scale,
     D: tl.constexpr, R: tl.constexpr, UPDATE: tl.constexpr, DROPOUT: tl.constexpr,
     UPCAST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -56,7 +56,7 @@ def norm_kernel(
         if R > 0:
             if DROPOUT:
                 kept = dropped(
-                    out.to(tl.float32), seed, stream, row, column, threshold, keep_scale,
+                    out.to(tl.float32), seed, stream_id, row, column, threshold,
                     BLOCK_T, BLOCK_D,
                 )  # fmt: skip
                 out = kept.to(x.dtype.element_ty)
@@ -73,7 +73,7 @@ def norm_kernel(
 @triton.jit(do_not_specialize=FREE)
 def norm_backward_kernel(
     grad_y, grad_residual, residual, rstd, weight, a, grad_s, out, T,
-    seed, stream, threshold, keep_scale, scale,
+    seed, stream_id, threshold, scale,
     D: tl.constexpr, R: tl.constexpr, DROPOUT: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -87,7 +87,7 @@ def norm_backward_kernel(
         columns = column + tl.arange(0, BLOCK_D)
         inside = (rows[:, None] < T) & (columns[None, :] < D)
         grad = normed_gradient(
-            grad_y, weight, a, grad_s, T, seed, stream, threshold, keep_scale, scale,
+            grad_y, weight, a, grad_s, T, seed, stream_id, threshold, scale,
             row, column, inside, D, R, DROPOUT, UPCAST, BLOCK_T, BLOCK_D, BLOCK_R,
         )  # fmt: skip
         value = tl.load(residual + starts + columns[None, :], inside, 0.0).to(tl.float32)
@@ -97,7 +97,7 @@ def norm_backward_kernel(
         columns = column + tl.arange(0, BLOCK_D)
         inside = (rows[:, None] < T) & (columns[None, :] < D)
         grad = normed_gradient(
-            grad_y, weight, a, grad_s, T, seed, stream, threshold, keep_scale, scale,
+            grad_y, weight, a, grad_s, T, seed, stream_id, threshold, scale,
             row, column, inside, D, R, DROPOUT, UPCAST, BLOCK_T, BLOCK_D, BLOCK_R,
         )  # fmt: skip
         places = starts + columns[None, :]
@@ -108,7 +108,7 @@ def norm_backward_kernel(
 
 @triton.jit
 def normed_gradient(
-    grad_y, weight, a, grad_s, T, seed, stream, threshold, keep_scale, scale,
+    grad_y, weight, a, grad_s, T, seed, stream_id, threshold, scale,
     row, column, inside, D: tl.constexpr, R: tl.constexpr, DROPOUT: tl.constexpr,
     UPCAST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -119,9 +119,7 @@ def normed_gradient(
     if R > 0:
         through = through_a(grad_s, a, rows, columns, T, D, R, BLOCK_R, UPCAST) * scale
         if DROPOUT:
-            through = dropped(
-                through, seed, stream, row, column, threshold, keep_scale, BLOCK_T, BLOCK_D
-            )
+            through = dropped(through, seed, stream_id, row, column, threshold, BLOCK_T, BLOCK_D)
         grad += through
     return grad * tl.load(weight + columns, columns < D, 0.0).to(tl.float32)[None, :]
 
@@ -146,7 +144,7 @@ def add_norm_lora(
         *(residual_TD, y_TD, rstd_T),
         unused if s_TR is None else s_TR,
         *(tokens, eps),
-        scale=1.0 if lora is None else lora.scale,
+        scale=1.0 if lora is None else lora.kept_scale,
         UPDATE=update_TD is not None,
         **dropout_arguments(None if lora is None else lora.dropout),
         **_sizes(x_TD, width, rank),
@@ -175,7 +173,7 @@ def add_norm_lora_backward(
         unused if lora is None else lora.a_RK.contiguous(),
         unused if grad_s_TR is None else grad_s_TR.contiguous(),
         *(out_TD, tokens),
-        scale=1.0 if lora is None else lora.scale,
+        scale=1.0 if lora is None else lora.kept_scale,
         **dropout_arguments(None if lora is None else lora.dropout),
         **_sizes(residual_TD, width, rank),
     )

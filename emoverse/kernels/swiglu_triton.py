@@ -17,7 +17,7 @@ BLOCK_T, BLOCK_F = 16, 128
 
 @triton.jit(do_not_specialize=FREE)
 def swiglu_kernel(
-    gate_up, a, act, s, T, seed, stream, threshold, keep_scale, scale,
+    gate_up, a, act, s, T, seed, stream_id, threshold, scale,
     F: tl.constexpr, R: tl.constexpr, DROPOUT: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -36,7 +36,7 @@ def swiglu_kernel(
         if R > 0:
             if DROPOUT:
                 kept = dropped(
-                    out.to(tl.float32), seed, stream, row, column, threshold, keep_scale,
+                    out.to(tl.float32), seed, stream_id, row, column, threshold,
                     BLOCK_T, BLOCK_F,
                 )  # fmt: skip
                 out = kept.to(act.dtype.element_ty)
@@ -52,7 +52,7 @@ def swiglu_kernel(
 
 @triton.jit(do_not_specialize=FREE)
 def swiglu_backward_kernel(
-    grad_act, gate_up, a, grad_s, out, T, seed, stream, threshold, keep_scale, scale,
+    grad_act, gate_up, a, grad_s, out, T, seed, stream_id, threshold, scale,
     F: tl.constexpr, R: tl.constexpr, DROPOUT: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -65,9 +65,7 @@ def swiglu_backward_kernel(
     if R > 0:
         through = through_a(grad_s, a, rows, columns, T, F, R, BLOCK_R, UPCAST) * scale
         if DROPOUT:
-            through = dropped(
-                through, seed, stream, row, column, threshold, keep_scale, BLOCK_T, BLOCK_F
-            )
+            through = dropped(through, seed, stream_id, row, column, threshold, BLOCK_T, BLOCK_F)
         grad += through
     places = 2 * starts + columns[None, :]
     gate = tl.load(gate_up + places, inside, 0.0).to(tl.float32)
@@ -92,7 +90,7 @@ def swiglu_lora(gate_up_TF2: Tensor, lora: LoraInput | None) -> tuple[Tensor, Te
         act_TF,
         unused if s_TR is None else s_TR,
         tokens,
-        scale=1.0 if lora is None else lora.scale,
+        scale=1.0 if lora is None else lora.kept_scale,
         **dropout_arguments(None if lora is None else lora.dropout),
         **_sizes(gate_up_TF2, width, rank),
     )
@@ -114,7 +112,7 @@ def swiglu_lora_backward(
         unused if lora is None else lora.a_RK.contiguous(),
         unused if grad_s_TR is None else grad_s_TR.contiguous(),
         *(out_TF2, tokens),
-        scale=1.0 if lora is None else lora.scale,
+        scale=1.0 if lora is None else lora.kept_scale,
         **dropout_arguments(None if lora is None else lora.dropout),
         **_sizes(gate_up_TF2, width, rank),
     )

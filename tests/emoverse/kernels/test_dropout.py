@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from emoverse.kernels import reference
-from emoverse.kernels.dropout import Dropout, _random_16_bits, draw_seed, drop, keep_mask
+from emoverse.kernels import dropout, reference
+from emoverse.kernels.dropout import Dropout, _random_16_bits, draw_seed, keep_mask
+from emoverse.kernels.lora import LoraInput
 
 CPU = torch.device("cpu")
 
@@ -12,10 +13,21 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("seed", [0, 1, 123456789012345, 2**62 - 1])
 @pytest.mark.parametrize("stream", [0, 3])
 def test_bits_are_those_of_philox(seed: int, stream: int) -> None:
-    found = _random_16_bits(Dropout(0.5, seed, stream), 3, 21, CPU).tolist()
+    found = _random_16_bits(Dropout(0.5, seed, stream), 2, 3, 3, CPU).flatten(1).tolist()
     for row in range(3):
-        expected = [reference.philox_16_bits(seed, stream, row, column) for column in range(21)]
+        expected = [reference.philox_16_bits(seed, stream, row + 2, column) for column in range(24)]
         assert found[row] == expected
+
+
+def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU draws a large mask block by block; columns need not come in eights."""
+    mask = Dropout(0.4, 2**61 + 7, 1)
+    whole = keep_mask(mask, 23, 21, CPU)
+    assert whole.shape == (23, 21)
+    for counters in (1, 7, 9):
+        monkeypatch.setattr(dropout, "CPU_COUNTERS", counters)
+        assert torch.equal(keep_mask(mask, 23, 21, CPU), whole)
+    assert keep_mask(mask, 0, 21, CPU).shape == (0, 21)
 
 
 def test_known_answer() -> None:
@@ -26,13 +38,15 @@ def test_known_answer() -> None:
 
 
 def test_rate_and_scale() -> None:
-    dropout = Dropout(0.05, 5, 0)
-    keep = keep_mask(dropout, 1000, 100, CPU)
+    mask = Dropout(0.05, 5, 0)
+    keep = keep_mask(mask, 1000, 100, CPU)
     assert float(keep.float().mean()) == pytest.approx(0.95, abs=3e-3)
-    assert dropout.scale * (1 - dropout.threshold / 65536) == pytest.approx(1.0, rel=1e-12)
+    assert mask.scale * (1 - mask.threshold / 65536) == pytest.approx(1.0, rel=1e-12)
     x = torch.randn(1000, 100)
-    assert torch.equal(drop(x, dropout) != 0, keep)
-    torch.testing.assert_close(drop(x, dropout)[keep], x[keep] / 0.95, rtol=1e-4, atol=0)
+    lora = LoraInput(x[:8], 2.0, mask)
+    dropped = lora.drop(x)
+    assert torch.equal(dropped != 0, keep) and torch.equal(dropped[keep], x[keep])
+    assert lora.kept_scale == pytest.approx(2 / 0.95, rel=1e-4)
 
 
 def test_masks_are_independent() -> None:
@@ -50,7 +64,7 @@ def test_masks_are_independent() -> None:
 
 def test_no_dropout_is_no_copy() -> None:
     x = torch.randn(3, 4)
-    assert drop(x, None) is x and drop(x, Dropout(0.0, 1, 0)) is x
+    assert all(LoraInput(x, 1.0, mask).drop(x) is x for mask in (None, Dropout(0.0, 1, 0)))
 
 
 def test_seeds_follow_the_default_generator() -> None:

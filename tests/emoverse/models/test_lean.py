@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from emoverse.kernels import attention
 from emoverse.kernels import layer as layer_functions
-from emoverse.kernels.backend import configure_kernels, has_triton
+from emoverse.kernels.backend import configure_kernels, has_triton, is_interpreted
 from emoverse.models.emoverse import EmoVerse, compose
 from emoverse.models.internvl2 import build_native
 from emoverse.models.lean import is_lean
@@ -115,6 +116,25 @@ def test_half_precision_is_no_worse_than_transformers(
     assert lean < 1.4 * plain and lean < bound, errors
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scaled_losses_add_up(
+    config_json: dict[str, Any],
+    make_settings: Make,
+    make_batch: Make,
+    samples: list[Any],
+    dtype: torch.dtype,
+) -> None:
+    """Loss scaling, as fp16 needs it, and accumulation over two packs: the sum of the gradients."""
+    lean, _ = twins(config_json, make_settings, dtype=dtype)
+    batches = [make_batch(samples[:3]), make_batch(samples[3:])]
+    first, second = (run(lean, batch)[1] for batch in batches)
+    lean.zero_grad()
+    for batch in batches:
+        (lean(batch).loss_sum * 256).backward()
+    found = {n: p.grad / 256 for n, p in lean.named_parameters() if p.grad is not None}
+    assert_same(found, {name: grad + second[name] for name, grad in first.items()}, 0.02)
+
+
 def test_what_runs_is_said(config_json: dict[str, Any], make_settings: Make) -> None:
     lean, plain = twins(config_json, make_settings)
     assert lean.implementations == "attention sdpa, lean layers, kernels eager"
@@ -163,6 +183,7 @@ def test_dropout_is_replayed(
 
 
 @pytest.mark.skipif(not has_triton(), reason="triton is not installed")
+@pytest.mark.skipif(not is_interpreted(), reason="this model is on the CPU")
 def test_triton_layers_equal_those_in_plain_torch(
     config_json: dict[str, Any], make_settings: Make, make_batch: Make, samples: list[Any]
 ) -> None:
@@ -180,6 +201,41 @@ def test_triton_layers_equal_those_in_plain_torch(
     (loss, grads), (other, same) = found
     assert other == pytest.approx(loss, rel=1e-6)
     assert_same(same, grads, 1e-5)
+
+
+@pytest.mark.parametrize("kernels", ["eager", "triton"])
+def test_a_layer_never_waits_for_the_device(
+    config_json: dict[str, Any],
+    make_settings: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    kernels: str,
+) -> None:
+    """Tensors on meta have no values: host code that reads one, as .item() does, would raise."""
+    if kernels == "triton" and not (has_triton() and is_interpreted()):
+        pytest.skip("counts launches of Triton's interpreter")
+    lean, _ = twins(config_json, make_settings, dropout=0.1)
+    layer = lean.native.model.language_model.layers[0].to("meta")
+    config, tokens = layer.self_attn.config, 9
+    head_dim = config.hidden_size // config.num_attention_heads
+    monkeypatch.setattr(attention, "attention_backend", lambda *_: "torch_varlen")
+    launched: list[str] = []
+    if kernels == "triton":
+        from triton.runtime.interpreter import GridExecutor
+
+        monkeypatch.setattr(
+            GridExecutor, "__call__", lambda self, *args, **kw: launched.append(self.fn.__name__)
+        )
+        configure_kernels("triton")
+    try:
+        x = torch.empty(1, tokens, config.hidden_size, device="meta", requires_grad=True)
+        angles = torch.empty(1, tokens, head_dim, device="meta")
+        borders = torch.empty(3, dtype=torch.int32, device="meta")
+        out = layer(x, position_embeddings=(angles, angles), cu_seq_lens_q=borders, max_length_q=5)
+        out.sum().backward()
+    finally:
+        configure_kernels("auto")
+    assert x.grad is not None and out.shape == x.shape
+    assert (len(launched) > 0) == (kernels == "triton")
 
 
 def test_dropout_ends_with_training(
