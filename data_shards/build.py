@@ -102,11 +102,7 @@ def build_shards(
         )
     if workers < 1:
         raise ValueError(f"build: workers must be at least 1, found {workers}")
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise ValueError(
-            f"build: the output folder must be new or empty, found {out_dir}; remove it or name "
-            "another one"
-        )
+    _require_empty(out_dir)
     limits = {"max_records_per_shard": max_records_per_shard, "max_bytes": max_bytes}
     identity = {
         "schema_version": SCHEMA_VERSION,
@@ -117,9 +113,7 @@ def build_shards(
     work = Unfinished.open(out_dir, identity, fresh=fresh)
     try:
         source = iter(items)
-        again, changed = work.drop_outdated(source)
-        if changed and notice is not None:
-            notice(changed)
+        again = work.drop_outdated(source, notice)
         run = _Run(work, max_records_per_shard, max_bytes, strict, progress)
         prepare = partial(_prepare, options, amend, strict)
         with closing(ordered_map(prepare, chain(again, source), workers=workers)) as results:
@@ -139,6 +133,14 @@ def build_shards(
             work.remove()
         raise
     return ShardIndex.load(out_dir)
+
+
+def _require_empty(out_dir: Path) -> None:
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise ValueError(
+            f"build: the output folder must be new or empty, found {out_dir}; remove it or name "
+            "another one"
+        )
 
 
 def extract_frames(record: Record, count: int, size: int, quality: int) -> Record:

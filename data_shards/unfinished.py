@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -84,11 +84,13 @@ class Unfinished:
             lock.close()
             raise
 
-    def drop_outdated(self, source: Iterator[Any]) -> tuple[list[Any], str]:
-        """Read the items of the finished shards; drop those from the first changed file on.
+    def drop_outdated(
+        self, source: Iterator[Any], notice: Callable[[str], None] | None = None
+    ) -> list[Any]:
+        """Read the items of the finished shards; drop the shards from the first changed file on.
 
-        Returns the items that were read and must be made again (those of one shard), and what has
-        changed: empty where nothing has.
+        Returns the items that were read and must be made again: those of one shard, or none.
+        `notice` is told what has changed.
         """
         read = 0
         for number, shard in enumerate(self.finished):
@@ -100,14 +102,16 @@ class Unfinished:
             changed = [a != b for a, b in zip(stamps, shard.media, strict=False)]
             item = items[changed.index(True)] if True in changed else None
             what = item.path if isinstance(item, FileRecipe) else None
-            dropped = len(self.finished) - number
+            again = len(self.finished) - number
+            if notice is not None:
+                shards = "1 finished shard is" if again == 1 else f"{again} finished shards are"
+                notice(
+                    f"{what or 'a media file'} has changed since it was read: {shards} made again"
+                )
             self.finished = self.finished[:number]
             _remove_all_but(self._folder, self.finished)
-            return items, (
-                f"{what or 'a media file'} has changed since it was read: {dropped} finished "
-                f"{'shard is' if dropped == 1 else 'shards are'} made again"
-            )
-        return [], ""
+            return items
+        return []
 
     def mark(
         self,
