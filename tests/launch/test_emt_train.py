@@ -174,7 +174,7 @@ def losses(folder: Path, stage: str) -> list[dict[str, Any]]:
     return [record for line in lines if (record := json.loads(line))["kind"] == "step"]
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)  # minutes on a busy machine
 def test_a_part_of_the_real_annotation_trains_both_stages(
     real: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
