@@ -5,7 +5,9 @@
 Every row runs in a process of its own on the same files, one worker, rounds interleaved; the figure
 is the median of clips per CPU second (user and system, with all child processes), so that other
 load on the machine matters little. `ours / peer` above 1 means the build is the faster one. Then
-the growth: the same build of one, two and four times as many clips.
+the growth: the same build of one, two and four times as many clips. Last the wall time of one build
+by one, two and four workers; `cores` is how many cores it got, CPU time over wall time, which other
+load makes fewer than there are.
 """
 
 import argparse
@@ -36,6 +38,7 @@ from data_shards.video import clip_indices, encode_mp4
 FPS, FRAMES, SIZE = 25, 75, (240, 320)  # 3 s, about the median of an utterance
 CUT_S = (0.6, 2.6)  # the span that is cut out of each clip
 GROWTH = (1, 2, 4)
+WORKERS = (1, 2, 4)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +67,9 @@ def main() -> None:
         print(f"clips: {SIZE[1]}x{SIZE[0]}, {FRAMES} frames at {FPS} a second, {mean_kb:.0f} kB")
         rows = compare(files[: args.clips], args.rounds)
         growth = grow(files, args.clips, args.rounds)
-    report = {"machine": machine(), "clips": args.clips, "rows": rows, "growth": growth}
+        spread = spread_out(files, args.rounds)
+    report: dict[str, object] = {"machine": machine(), "clips": args.clips}
+    report |= {"rows": rows, "growth": growth, "workers": spread}
     if args.json is not None:
         args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
@@ -125,11 +130,17 @@ def recipes(files: Sequence[Path], media: MediaOptions, *, cut: bool) -> Iterato
 
 
 def ours(
-    files: Sequence[Path], out: Path, *, media: MediaOptions, options: BuildOptions, cut: bool
+    files: Sequence[Path],
+    out: Path,
+    *,
+    media: MediaOptions,
+    options: BuildOptions,
+    cut: bool,
+    workers: int = 1,
 ) -> None:
-    """The build itself, one worker."""
+    """The build itself."""
     items = recipes(files, media, cut=cut)
-    index = build_shards(items, out / "shards", options=options, provenance={})
+    index = build_shards(items, out / "shards", options=options, provenance={}, workers=workers)
     assert index.num_records == len(files)
 
 
@@ -182,8 +193,16 @@ def cases() -> Iterator[Case]:
 
 
 def cpu_seconds(work: Callable[[Sequence[Path], Path], None], files: Sequence[Path]) -> float:
-    """User and system time of the work in a process of its own, with its children."""
+    """User and system time of the work, with its children."""
+    return seconds(work, files)[0]
+
+
+def seconds(
+    work: Callable[[Sequence[Path], Path], None], files: Sequence[Path]
+) -> tuple[float, float]:
+    """CPU time (with its children) and wall time of the work in a process of its own."""
     out = Path(tempfile.mkdtemp(dir=files[0].parent.parent))
+    began = time.monotonic()
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -193,10 +212,11 @@ def cpu_seconds(work: Callable[[Sequence[Path], Path], None], files: Sequence[Pa
         finally:
             os._exit(code)
     _, status, usage = os.wait4(pid, 0)
+    wall = time.monotonic() - began
     shutil.rmtree(out)
     if status != 0:
         sys.exit("benchmarks/build.py: a measured process failed; its message stands above")
-    return usage.ru_utime + usage.ru_stime
+    return usage.ru_utime + usage.ru_stime, wall
 
 
 def compare(files: Sequence[Path], rounds: int) -> list[dict[str, object]]:
@@ -228,6 +248,26 @@ def grow(files: Sequence[Path], clips: int, rounds: int) -> list[dict[str, float
         rows.append({"clips": len(part), "ms_per_clip": 1000 * spent / len(part)})
         ratio = rows[-1]["ms_per_clip"] / rows[0]["ms_per_clip"]
         print(f"| {len(part)} | {rows[-1]['ms_per_clip']:.1f} | {ratio:.2f} |", flush=True)
+    return rows
+
+
+def spread_out(files: Sequence[Path], rounds: int) -> list[dict[str, float | int]]:
+    """Wall and CPU milliseconds per clip by more and more workers, check of 8 frames."""
+    print("\n| workers | wall ms per clip | CPU ms per clip | cores | wall, against one worker |")
+    print("|---|---|---|---|---|")
+    found: dict[int, list[tuple[float, float]]] = {number: [] for number in WORKERS}
+    for _ in range(rounds):
+        for number in WORKERS:
+            media = MediaOptions(check="frames")
+            work = partial(ours, media=media, options=BuildOptions(), cut=False, workers=number)
+            found[number].append(seconds(work, files))
+    rows: list[dict[str, float | int]] = []
+    for number, spent in found.items():
+        cpu, wall = (1000 * statistics.median(one) / len(files) for one in zip(*spent, strict=True))
+        cores = statistics.median(one / other for one, other in spent)
+        rows.append({"workers": number, "wall_ms": wall, "cpu_ms": cpu, "cores": cores})
+        ratio = wall / rows[0]["wall_ms"]
+        print(f"| {number} | {wall:.1f} | {cpu:.1f} | {cores:.2f} | {ratio:.2f} |", flush=True)
     return rows
 
 

@@ -7,11 +7,11 @@ shard when it is started again. Memory: a few records per worker, one shard's en
 Flow: sources, annotate -> here -> index, reader.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,8 +23,10 @@ from data_shards.recipe import (
     SKIPPED_FILE,
     Recipe,
     Skipped,
+    Stamp,
     count_skipped,
     skipped_lines,
+    stamp,
 )
 from data_shards.record import SCHEMA_VERSION, Frames, Record, Video
 from data_shards.shard_writer import Packed, ShardWriter, pack_record
@@ -66,6 +68,7 @@ def build_shards(
     amend: Amend | None = None,
     fresh: bool = False,
     progress: Callable[[int], None] | None = None,
+    notice: Callable[[str], None] | None = None,
 ) -> ShardIndex:
     """Write a shard folder and load its index.
 
@@ -83,6 +86,8 @@ def build_shards(
         fresh: throw away what a killed build has left.
         progress: called with the number of items done so far, once per item, and first with those
             that an earlier start has finished.
+        notice: called with a sentence when finished shards of an earlier start are made again,
+            because a media file has changed since.
 
     Raises:
         ValueError: the folder is not empty, no or too large a record, a key that comes twice, or
@@ -97,11 +102,7 @@ def build_shards(
         )
     if workers < 1:
         raise ValueError(f"build: workers must be at least 1, found {workers}")
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise ValueError(
-            f"build: the output folder must be new or empty, found {out_dir}; remove it or name "
-            "another one"
-        )
+    _require_empty(out_dir)
     limits = {"max_records_per_shard": max_records_per_shard, "max_bytes": max_bytes}
     identity = {
         "schema_version": SCHEMA_VERSION,
@@ -110,10 +111,12 @@ def build_shards(
         "limits": limits,
     }
     work = Unfinished.open(out_dir, identity, fresh=fresh)
-    run = _Run(work, max_records_per_shard, max_bytes, strict, progress)
     try:
+        source = iter(items)
+        again = work.drop_outdated(source, notice)
+        run = _Run(work, max_records_per_shard, max_bytes, strict, progress)
         prepare = partial(_prepare, options, amend, strict)
-        with closing(ordered_map(prepare, run.remaining(items), workers=workers)) as results:
+        with closing(ordered_map(prepare, chain(again, source), workers=workers)) as results:
             shards = run.write(results)
         rows = run.skipped
         if rows:
@@ -130,6 +133,14 @@ def build_shards(
             work.remove()
         raise
     return ShardIndex.load(out_dir)
+
+
+def _require_empty(out_dir: Path) -> None:
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise ValueError(
+            f"build: the output folder must be new or empty, found {out_dir}; remove it or name "
+            "another one"
+        )
 
 
 def extract_frames(record: Record, count: int, size: int, quality: int) -> Record:
@@ -157,8 +168,18 @@ def _prepare(
     amend: Amend | None,
     strict: bool,
     item: Record | Skipped | Recipe,
+) -> tuple[Packed | Skipped, Stamp | None]:
+    """Everything that costs time, for one item; runs in the workers.
+
+    The stamp is taken first: a file that changes while it is read counts as changed.
+    """
+    before = stamp(item)
+    return _packed(options, amend, strict, item), before
+
+
+def _packed(
+    options: BuildOptions, amend: Amend | None, strict: bool, item: Record | Skipped | Recipe
 ) -> Packed | Skipped:
-    """Everything that costs time, for one item; runs in the workers."""
     made = item if isinstance(item, (Record, Skipped)) else item()
     if amend is not None and isinstance(made, Record):
         made = amend(made)
@@ -219,20 +240,20 @@ class _Run:
         self._shards: list[ShardInfo] = [shard.info for shard in work.finished]
         self._seen = {key for shard in work.finished for key in shard.keys}
         self._items = work.finished[-1].items if work.finished else 0
-        self._since: list[Skipped] = []  # left out since the last finished shard
+        # Since the last finished shard: left out, and how the media of each item looked.
+        self._since: list[Skipped] = []
+        self._media: list[Stamp | None] = []
         self.skipped = [row for shard in work.finished for row in shard.skipped]
 
-    def remaining(self, items: Iterable[Record | Skipped | Recipe]) -> Iterator[Any]:
-        """The items behind the last finished shard."""
+    def write(
+        self, results: Iterable[tuple[Packed | Skipped, Stamp | None]]
+    ) -> tuple[ShardInfo, ...]:
+        """Write the results of all items behind the last finished shard; the folder's shards."""
         if self._items and self._progress is not None:
             self._progress(self._items)
-        return islice(iter(items), self._items, None)
-
-    def write(self, results: Iterable[Packed | Skipped]) -> tuple[ShardInfo, ...]:
-        """Write all results; the shards of the whole folder."""
         writer: ShardWriter | None = None
         try:
-            for result in results:
+            for result, before in results:
                 if isinstance(result, Skipped):
                     self._leave_out(result)
                 else:
@@ -246,6 +267,7 @@ class _Run:
                     writer.add(result)
                     self._seen.add(result.key)
                 self._items += 1
+                self._media.append(before)
                 if self._progress is not None:
                     self._progress(self._items)
             if writer is not None:
@@ -276,6 +298,12 @@ class _Run:
 
     def _finish(self, writer: ShardWriter) -> None:
         info = writer.finish()
-        self._work.mark(len(self._shards), info, self._items, self._since)
+        self._work.mark(
+            len(self._shards),
+            info=info,
+            items=self._items,
+            skipped=self._since,
+            media=self._media,
+        )
         self._shards.append(info)
-        self._since = []
+        self._since, self._media = [], []

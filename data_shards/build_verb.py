@@ -11,10 +11,12 @@ import importlib.metadata
 import json
 import platform
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -107,6 +109,7 @@ def run_build(args: argparse.Namespace) -> dict[str, Any]:
                     amend=amendments if amendments else None,
                     fresh=args.fresh,
                     progress=Progress(source.total, "clips"),
+                    notice=partial(print, "build:", file=sys.stderr, flush=True),
                 )
         except KeyboardInterrupt:
             kept = "finished shards are kept" if work_folder(args.out).exists() else "nothing kept"

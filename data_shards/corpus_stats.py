@@ -5,7 +5,7 @@ Flow: sources -> here; `emoverse stats --meld DIR --ecf DIR [--mosei DIR]`.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Final
@@ -24,6 +24,7 @@ from data_shards.table_one import (
     table_text,
 )
 
+_TOP: Final = 8  # labels of one line for people
 _LIMITS_S: Final = (2.0, 18.0, 20.0)  # lengths at which a clip might have been thrown away
 
 
@@ -150,8 +151,10 @@ def mosei_counts(corpus: MoseiCorpus) -> dict[str, Any]:
                 (f"above {limit:g} s", sum(v > limit for v in seconds.get("train", ()))),
             )
         },
+        # Of the segments whose words are known: the per-segment table has none.
         "words": {
-            split: summary([len(s.text.split()) for s in part]) for split, part in of.items()
+            split: summary([len(s.text.split()) for s in part if s.text])
+            for split, part in of.items()
         },
         "files": [hash_file(path) for path in corpus.files],
     }
@@ -220,7 +223,43 @@ def report_text(report: Mapping[str, Any]) -> str:
         lines.append(f"  {row['name']}: {', '.join(numbers)}: {row['note']}")
     if "overlap" in report:
         lines += ["", *overlap_text(report["overlap"])]
+    lines += ["", "labels", *_label_lines(report)]
+    lines += ["", f"{'lengths':<28}" + "".join(f"{name:>9}" for name in _COLUMNS)]
+    for corpus, split, name, numbers in _parts(report, _LENGTHS):
+        if numbers:
+            row = "".join(f"{numbers[column]:>9g}" for column in _COLUMNS)
+            lines.append(f"  {f'{corpus} {split} {name}':<26}{row}")
     return "\n".join(lines)
+
+
+_COLUMNS: Final = ("min", "mean", "median", "p95", "max")
+_LENGTHS: Final = ("seconds", "words", "turns")
+_LABELS: Final = {
+    "emotions": "emotions",
+    "sentiments": "sentiment",
+    "signs": "sentiment",
+    "pair_emotions": "pairs by emotion",
+    "causes_per_target": "targets by causes",
+    "cause_place": "place of the cause",
+}
+
+
+def _parts(report: Mapping[str, Any], names: Iterable[str]) -> Iterator[tuple[str, str, str, Any]]:
+    """(corpus, split, name, value) of the values with these names, in this order per corpus."""
+    for corpus in ("meld", "mosei", "ecf"):
+        found = report.get(corpus, {})
+        for name in names:
+            by_split = {split: part.get(name) for split, part in found.get("splits", {}).items()}
+            for split, value in (by_split or found.get(name, {})).items():
+                if value is not None:
+                    yield corpus, split, name, value
+
+
+def _label_lines(report: Mapping[str, Any]) -> Iterator[str]:
+    for corpus, split, name, counts in _parts(report, _LABELS):
+        listed = [f"{label} {number:,}" for label, number in counts.items()]
+        more = f", and {len(listed) - _TOP} more" if len(listed) > _TOP else ""
+        yield f"  {corpus} {split}, {_LABELS[name]}: {', '.join(listed[:_TOP])}{more}"
 
 
 def overlap_text(report: Mapping[str, Any]) -> list[str]:

@@ -87,7 +87,9 @@ class Amendments:
         return {
             **counts,
             "reasons": len(self.reasons.keys() & given),
-            "unknown_keys": sorted((self.decisions.keys() | self.reasons.keys()) - given),
+            # One file of reasons serves all splits, so its other clips are no mistake.
+            "reasons_of_other_clips": len(self.reasons.keys() - given),
+            "unknown_keys": sorted(self.decisions.keys() - given),
         }
 
 

@@ -1,14 +1,15 @@
 """What a source gives the build per clip: a recipe for the record, or why there is none.
 
 A recipe is a function of nothing that a worker process can call (so it is picklable) and that gives
-the same every time. Clips that do not become records are counted and listed in `skipped.jsonl`
-beside the shards.
+the same every time, as long as the file that it reads (`FileRecipe`) stays the same. Clips that do
+not become records are counted and listed in `skipped.jsonl` beside the shards.
 """
 
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from data_shards.record import Record
@@ -32,6 +33,33 @@ class Skipped:
 
 
 Recipe = Callable[[], Record | Skipped]
+Stamp = tuple[int, int]  # bytes of a file, and when it was last changed, in ns
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileRecipe:
+    """A recipe that reads a file."""
+
+    make: Recipe
+    path: Path | None  # None: the file was not found when the recipe was made
+
+    def __call__(self) -> Record | Skipped:
+        return self.make()
+
+
+def stamp(item: object) -> Stamp | None:
+    """How the file that an item reads looks now; None: it reads none, or the file is not there.
+
+    Size and time of change, as make and git look at files: a look of microseconds, where hashing
+    the contents of a corpus takes as long as copying it.
+    """
+    if not isinstance(item, FileRecipe) or item.path is None:
+        return None
+    try:
+        found = item.path.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
 
 
 def count_skipped(rows: Iterable[Skipped]) -> dict[str, dict[str, int]]:

@@ -3,20 +3,22 @@
 `.NAME.building/` beside the output folder NAME holds `build.json` (what is built: another build may
 not go on here), `shards/` (the future NAME) and `done/`, with one mark per finished shard. A mark
 is written by rename after the shard is on the disk, so a shard without a mark is of no account and
-is removed. The end is one rename of `shards/` to NAME.
+is removed. A mark also says how the shard's media files looked before they were read: where one has
+changed, that shard and all behind it are made again. The end is one rename of `shards/` to NAME.
 """
 
 import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Final, Self
 
 from data_shards.index import ENTRY_DTYPE, ShardInfo
-from data_shards.recipe import Skipped, skipped_from_json
+from data_shards.recipe import FileRecipe, Skipped, Stamp, skipped_from_json, stamp
 from data_shards.shard_writer import flush_to_disk, shard_files
 
 _IDENTITY: Final = "build.json"
@@ -30,6 +32,7 @@ class FinishedShard:
     items: int  # source items before the next shard, counted from the first
     skipped: tuple[Skipped, ...]  # clips passed over since the shard before
     keys: tuple[str, ...]  # of its records
+    media: tuple[Stamp | None, ...]  # per item since the shard before
 
 
 class Unfinished:
@@ -81,10 +84,47 @@ class Unfinished:
             lock.close()
             raise
 
-    def mark(self, number: int, info: ShardInfo, items: int, skipped: Sequence[Skipped]) -> None:
+    def drop_outdated(
+        self, source: Iterator[Any], notice: Callable[[str], None] | None = None
+    ) -> list[Any]:
+        """Read the items of the finished shards; drop the shards from the first changed file on.
+
+        Returns the items that were read and must be made again: those of one shard, or none.
+        `notice` is told what has changed.
+        """
+        read = 0
+        for number, shard in enumerate(self.finished):
+            items = list(islice(source, shard.items - read))
+            read = shard.items
+            stamps = [stamp(item) for item in items]
+            if stamps == list(shard.media):
+                continue
+            changed = [a != b for a, b in zip(stamps, shard.media, strict=False)]
+            item = items[changed.index(True)] if True in changed else None
+            what = item.path if isinstance(item, FileRecipe) else None
+            again = len(self.finished) - number
+            if notice is not None:
+                shards = "1 finished shard is" if again == 1 else f"{again} finished shards are"
+                notice(
+                    f"{what or 'a media file'} has changed since it was read: {shards} made again"
+                )
+            self.finished = self.finished[:number]
+            _remove_all_but(self._folder, self.finished)
+            return items
+        return []
+
+    def mark(
+        self,
+        number: int,
+        *,
+        info: ShardInfo,
+        items: int,
+        skipped: Sequence[Skipped],
+        media: Sequence[Stamp | None],
+    ) -> None:
         """Say that a shard is finished (see FinishedShard); its files are on the disk already."""
         rows = [asdict(row) for row in skipped]
-        document = {"info": info.to_json(), "items": items, "skipped": rows}
+        document = {"info": info.to_json(), "items": items, "skipped": rows, "media": media}
         write_durably(_mark(self._folder, number), json.dumps(document) + "\n")
 
     def publish(self, out_dir: Path) -> None:
@@ -163,20 +203,25 @@ def _mark(folder: Path, number: int) -> Path:
 
 
 def _finished_shards(folder: Path) -> tuple[FinishedShard, ...]:
-    """The marked shards in order; every other file of shards/ is removed."""
+    """The marked shards in order; everything else is removed."""
     finished: list[FinishedShard] = []
     while (mark := _mark(folder, len(finished))).exists():
         shard = _read_mark(mark, folder / "shards")
         if shard is None:
             break
         finished.append(shard)
+    _remove_all_but(folder, finished)
+    return tuple(finished)
+
+
+def _remove_all_but(folder: Path, finished: Sequence[FinishedShard]) -> None:
+    """Remove the marks behind the finished shards, then every file that is not theirs."""
     for later in sorted((folder / "done").iterdir())[len(finished) :]:
         later.unlink()
     kept = {path for shard in finished for path in shard_files(folder / "shards" / shard.info.name)}
     for path in (folder / "shards").iterdir():
         if path not in kept:
             path.unlink()
-    return tuple(finished)
 
 
 def _read_mark(mark: Path, shards: Path) -> FinishedShard | None:
@@ -198,4 +243,5 @@ def _read_mark(mark: Path, shards: Path) -> FinishedShard | None:
         items=document["items"],
         skipped=tuple(skipped_from_json(row) for row in document["skipped"]),
         keys=names,
+        media=tuple(None if at is None else (at[0], at[1]) for at in document.get("media", ())),
     )

@@ -16,6 +16,7 @@ from typing import Any, Final, get_args
 
 from data_shards.draft import Clip, Draft, MediaOptions, hash_file, make_record
 from data_shards.jsonl import read_rows
+from data_shards.recipe import FileRecipe
 from data_shards.sources import Source
 from data_shards.sources.ecf import (
     SPLITS_OF,
@@ -104,7 +105,10 @@ def open_source(args: argparse.Namespace) -> Source:
     drafts.sort(key=lambda draft: hashlib.sha256(draft.key.encode()).digest())
     media = MediaOptions(cut=args.cut, crf=args.crf, check=args.check)
     return Source(
-        items=[partial(make_record, draft, media) for draft in drafts],
+        items=[
+            FileRecipe(make=partial(make_record, draft, media), path=draft.clip.path)
+            for draft in drafts
+        ],
         total=len(drafts),
         provenance={
             "source": args.source,

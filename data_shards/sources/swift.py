@@ -20,7 +20,7 @@ from PIL import Image
 
 from data_shards.draft import hash_file
 from data_shards.jsonl import read_rows
-from data_shards.recipe import Recipe, Skipped
+from data_shards.recipe import FileRecipe, Recipe, Skipped
 from data_shards.record import Record, Turn, Video
 from data_shards.sources import Source
 from data_shards.tasks import IDENTIFIER, TASKS, Task, parse_answer
@@ -169,7 +169,9 @@ def swift_items(
             detail = f"{row.place}: {asked.task} was {clip.labels[asked.task]!r}, now {label!r}"
             yield Skipped(**about, reason="label-conflict", detail=detail)
     for clip in clips.values():
-        yield partial(_make, clip, media_root, source, split)
+        yield FileRecipe(
+            make=partial(_make, clip, media_root, source, split), path=media_root / clip.media[0]
+        )
 
 
 def _label(asked: Asked, response: str) -> Any:

@@ -85,9 +85,66 @@ def test_text_and_page_show_the_numbers(report: dict[str, Any]) -> None:
     ):
         assert re.search(expected, text), expected
     html = page(report)
-    for expected in ("25,859", "26,316", "16,326", "9,989", "7,081", "2,535", "5,729", "4,839"):
+    numbers = ("25,859", "26,316", "16,326", "9,989", "7,081", "2,535", "5,729", "4,839")
+    labels = ("4,710", "2,945", "8,050", "5,929", "2,814")  # of MELD, MOSEI, ECF and its pairs
+    for expected in (*numbers, *labels):
         assert f">{expected}<" in html, expected
     assert html.count("<section") == html.count("</section>") >= 6
+
+
+def test_labels_and_lengths_of_the_real_files(report: dict[str, Any]) -> None:
+    meld, mosei, ecf = report["meld"], report["mosei"], report["ecf"]["splits"]
+    assert list(meld["emotions"]["train"].items())[:3] == [
+        ("neutral", 4710),
+        ("joy", 1743),
+        ("surprise", 1205),
+    ]
+    assert meld["sentiments"]["test"] == {"neutral": 1256, "negative": 833, "positive": 521}
+    assert meld["repeated_moments"] == {"train": 11, "train+test": 1}
+    assert mosei["signs"]["train"] == {"positive": 8050, "negative": 4739, "zero": 3538}
+    assert ecf["train"]["emotions"]["joy"] == 2301
+    assert ecf["train"]["cause_place"]["self"] == 4892
+    assert ecf["test"]["causes_per_target"] == {"1": 1163, "2": 471, "3": 93, "4": 17, "5": 2}
+    assert (meld["seconds"]["train"]["median"], meld["seconds"]["test"]["max"]) == (2.46, 304.94)
+    assert (mosei["seconds"]["train"]["median"], mosei["seconds"]["train"]["min"]) == (6.398, 0.12)
+    assert (ecf["train"]["turns"]["max"], ecf["test"]["turns"]["max"]) == (33, 27)
+    assert meld["words"]["train"]["median"] == 6
+    assert mosei["words"]["train"] == {}  # the table has no words: unknown, not zero
+    text = report_text(report)
+    for expected in (
+        r"meld train, emotions: neutral 4,710, joy 1,743, surprise 1,205, anger 1,109, sadness 683",
+        r"meld test, sentiment: neutral 1,256, negative 833, positive 521",
+        r"mosei train, sentiment: positive 8,050, negative 4,739, zero 3,538",
+        r"ecf train, place of the cause: self 4,892, 1 before 2,945, .*, and 16 more",
+        r"ecf test, targets by causes: 1 1,163, 2 471, 3 93, 4 17, 5 2",
+        r"lengths +min +mean +median +p95 +max",
+        r"meld test seconds +0 +3.31 +2.46 +7.76 +304.94",
+        r"meld train words +1 +7.95 +6 +20 +69",
+        r"ecf train turns +1 +9.91 +9 +20 +33",
+    ):
+        assert re.search(expected, text), expected
+    assert "mosei train words" not in text
+
+
+@pytest.mark.parametrize("mosei", [True, False])
+def test_command_on_annotation_folders_alone(
+    real_data: Path, capsys: pytest.CaptureFixture[str], mosei: bool
+) -> None:
+    words = ["stats", "--meld", real_data / "MELD", "--ecf", real_data / "ECF2", real_data / "ECF1"]
+    words += ["--mosei", real_data / "MOSEI"] if mosei else []
+    assert cli.main([str(word) for word in [*words, "--json"]]) == 0
+    found = json.loads(capsys.readouterr().out)
+    rows = {row["name"]: row for row in found["table_one"]}
+    assert rows["msa"]["parts"].get("mosei") == (16_327 if mosei else None)
+    assert rows["msa"]["found"] == (26_316 if mosei else 9989)
+    assert (rows["ecpe"]["found"], rows["ecpe"]["difference"]) == (7081, 0)
+    assert rows["msa"]["decomposition"].startswith("15,870 of MOSEI + 9,989 of MELD")
+    segments, reasons = found["unexplained"]
+    assert (segments["mmsa"], segments["paper"], segments["difference"]) == (16_326, 15_870, 456)
+    assert segments["found"] == (16_327 if mosei else None)
+    assert (reasons["paper"], reasons["found"]) == (4839, None)
+    assert found["overlap"]["rules"]["no_meld_test"]["targets"] == 5729
+    assert found["overlap"]["utterances"]["test"] == 2535
 
 
 def test_command_on_the_real_files(

@@ -170,7 +170,9 @@ def test_build_reads_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[s
             Decision(key="syn-train-999999", action="drop"),
         ],
     )
-    (tmp_path / "r.jsonl").write_text('{"key": "syn-train-000000", "reason": "So it is."}')
+    (tmp_path / "r.jsonl").write_text(
+        '{"key": "syn-train-000000", "reason": "So it is."}\n{"key": "syn-test-0", "reason": "No."}'
+    )
     words = ["build", "synthetic", "--clips", "4", "--out", str(tmp_path / "s"), "--json"]
     words += ["--curation", str(tmp_path / "c.jsonl"), "--reasons", str(tmp_path / "r.jsonl")]
     assert cli.main(words) == 0
@@ -181,6 +183,7 @@ def test_build_reads_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[s
         "drop": 1,
         "correct": 1,
         "reasons": 1,
+        "reasons_of_other_clips": 1,
         "unknown_keys": ["syn-train-999999"],
     }
     index = ShardIndex.load(tmp_path / "s")

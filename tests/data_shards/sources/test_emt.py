@@ -1,5 +1,6 @@
 """The corpora joined: which records come out, with which tasks, and what is left out and why."""
 
+import argparse
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -10,7 +11,9 @@ import pytest
 
 from data_shards.index import ShardIndex
 from data_shards.reader import ShardReader
+from data_shards.recipe import FileRecipe
 from data_shards.record import Record
+from data_shards.sources import emt
 from launch import cli
 
 HEADER = (
@@ -254,6 +257,28 @@ def test_folders_must_fit_the_source(build: Build, source: str, names: str, mess
 def test_emt_needs_a_corpus(build: Build, tmp_path: Path, capsys: Any) -> None:
     assert cli.main(["build", "emt", "--out", str(tmp_path / "o")]) == 2
     assert "needs one or more of --meld, --mosei and --ecf" in capsys.readouterr().err
+
+
+def test_every_item_names_the_file_that_it_reads(corpora: Path) -> None:
+    """So that the next start of a killed build sees a file that has changed."""
+    (corpora / "films").mkdir()
+    film = corpora / "films" / "friends.S01E01.mp4"
+    film.write_bytes(next((corpora / "meld").rglob("*.mp4")).read_bytes())
+    parser = argparse.ArgumentParser()
+    emt.add_arguments(parser)
+    folders = [f"--{name}={corpora / name}" for name in ALL.split()]
+    args = parser.parse_args([*folders, "--leakage", "paper", "--episodes", str(film.parent)])
+    args.source = "emt"
+    items = list(emt.open_source(args).items)
+    assert all(isinstance(item, FileRecipe) for item in items)
+    paths = {item.path for item in items if isinstance(item, FileRecipe)}
+    clips = {
+        path
+        for path in corpora.rglob("*.mp4")
+        if path.name != "dia309_utt0.mp4" and path.stem != "2" and "films" not in path.parts
+    }
+    # The clip without a file, and the film that utterance 3 of conversation 4 is cut from.
+    assert paths == {*clips, film, None}
 
 
 def test_strict_stops_at_a_missing_clip(build: Build) -> None:
