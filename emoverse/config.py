@@ -267,7 +267,9 @@ class TrainSection(Section):
     )
     tensorboard: bool = Field(True, description="Also write event files for tensorboard.")
     detect_anomaly: bool = Field(
-        False, description="Name the operation whose gradient is not a number; slow, for debugging."
+        False,
+        description="Stop at the first output or gradient that is not finite and name the module "
+        "and the operation; slow, for debugging.",
     )
 
 

@@ -162,7 +162,9 @@ def plain_run() -> tuple[list[float], dict[str, Tensor]]:
 
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("stage", ENGINES)
-def test_every_engine_is_plain_adamw(run_ranks: Ranks, stage: int | str, world_size: int) -> None:
+def test_every_zero_stage_is_plain_adamw(
+    run_ranks: Ranks, stage: int | str, world_size: int
+) -> None:
     losses, params = plain_run()
     results = run_ranks(whole_run(stage, pack_size=2), world_size)
     for rows, _ in results:

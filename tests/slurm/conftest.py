@@ -108,6 +108,7 @@ class Cluster:
             **{key: value for key, value in os.environ.items() if not key.startswith("SLURM_")},
             "SLURM_CONF": str(folder / "etc/slurm.conf"),
             "EMOVERSE_PYTHON": sys.executable,
+            "EMOVERSE_CPU": "1",  # the GPUs of these nodes are pretended
             "PYTHONPATH": str(ROOT),
         }
         for name in ("etc", "munge", "state", "spool", "log", "dev"):
