@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(480)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGE1, STAGE2, EVALUATE = (f"slurm/{name}.sh" for name in ("stage1", "stage2", "evaluate"))
@@ -36,7 +36,7 @@ def said(tmp_path: Path, run: Any, job: str, part: str = "stage1") -> str:
     return "\n".join(f"== {file}\n{file.read_text()}" for file in files if file.exists())
 
 
-def wait_for_step(run: Any, step: int, limit_s: float = 120) -> None:
+def wait_for_step(run: Any, step: int, limit_s: float = 300) -> None:
     deadline = time.monotonic() + limit_s
     while step not in run.steps():
         assert time.monotonic() < deadline, f"step {step} did not come: {run.steps()}"
