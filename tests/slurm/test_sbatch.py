@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from data_shards.remote import open_index
+
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -215,6 +217,18 @@ def test_a_node_without_network_cannot_touch_its_successor(
     assert run.weights() == reference
 
 
+def test_a_dead_rank_ends_the_job(cluster: Any, nano_run: Any, submit: Any, tmp_path: Path) -> None:
+    """Nobody waits for a rank that is gone while its node lives, and nothing is repeated."""
+    run = nano_run("train.save_every=1")
+    job = submit(STAGE1, run)
+    wait_for_step(run, 2)
+    (dead,) = [pid for pid in ranks_of(job) if b"SLURM_PROCID=1\0" in environ_of(pid)]
+    os.kill(dead, signal.SIGKILL)
+    assert cluster.wait(job) == "FAILED", said(tmp_path, run, job)
+    assert cluster.job(job)["Restarts"] == "0"
+    assert run.weights()
+
+
 def test_a_deterministic_failure_is_not_repeated(
     cluster: Any, nano_run: Any, submit: Any, nano_shards: Path, tmp_path: Path
 ) -> None:
@@ -231,6 +245,15 @@ def test_a_deterministic_failure_is_not_repeated(
     assert cluster.job(job)["Restarts"] == "0"
     assert cluster.wait(after, 20) == "CANCELLED"
     assert "is not requeued" in said(tmp_path, run, job)
+
+
+def test_shards_are_built_by_a_job(cluster: Any, tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    words = ("synthetic", f"--out={shards}", "--clips=8", "--identities=4", "--seed=1")
+    output = f"--output={tmp_path}/build.out"
+    job = cluster.sbatch("--cpus-per-task=1", output, "slurm/build_shards.sh", *words)
+    assert cluster.wait(job) == "COMPLETED", (tmp_path / "build.out").read_text()
+    assert open_index(shards).num_records == 8
 
 
 def test_a_wrong_config_ends_before_any_rank(
