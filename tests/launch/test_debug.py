@@ -1,4 +1,4 @@
-"""The debug config on CPU, as it stands: 20 steps through both stages, with checks and offloading."""
+"""The debug config on CPU as it stands: 20 steps through both stages, checked and offloaded."""
 
 import json
 import subprocess
@@ -48,4 +48,5 @@ def test_twenty_steps_on_cpu(
         assert {key for key in zero if key.startswith("offload")} == outside
         lines = (run / stage / "metrics.jsonl").read_text().splitlines()
         steps = [line for line in map(json.loads, lines) if line["kind"] == "step"]
-        assert len(steps) == 10 and steps[-1]["loss"] < steps[0]["loss"]
+        losses = [step["loss"] for step in steps]
+        assert len(losses) == 10 and sum(losses[-3:]) < sum(losses[:3])
