@@ -65,7 +65,9 @@ SchedulerParameters=sched_interval=2,sched_min_interval=0,batch_sched_delay=0,bf
 KillWait=2
 CompleteWait=0
 InactiveLimit=0
-SlurmdTimeout=6
+SlurmdTimeout=10
+# Daemons run before everything else here, or a busy machine looks like one whose nodes are gone.
+PropagatePrioProcess=1
 MessageTimeout=5
 BatchStartTimeout=10
 JobRequeue=1
@@ -181,7 +183,7 @@ class Cluster:
     def _daemon(self, name: str, *command: str | Path) -> subprocess.Popen[bytes]:
         with (self.folder / f"log/{name}.out").open("ab") as log:
             daemon = subprocess.Popen(
-                [str(word) for word in command],
+                ["nice", "-n", "-15", *(str(word) for word in command)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
