@@ -146,7 +146,11 @@ def _train_stage(
     if distributed.gather_rows(world, [flag.requested]).any():  # before minutes of building
         return EXIT_STOPPED
     limit_s = 60 * config.train.hang_minutes
-    with watching(folder / "heartbeat", world, limit_s=limit_s) as dog:
+
+    def lost() -> Exception | None:
+        return None if lease is None else lease.loss
+
+    with watching(folder / "heartbeat", world, limit_s=limit_s, lost=lost) as dog:
         with agree(world, f"{stage}: set-up"):
             parts = read_parts(
                 config, stage, world, resume=launch.resume, accept_changes=launch.accept_changes
