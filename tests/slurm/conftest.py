@@ -233,7 +233,7 @@ class Cluster:
                 ["idle"] * self.nodes
             )
 
-        wait_until(idle, 40, "idle nodes")
+        wait_until(idle, 90, "idle nodes")
 
     def run(self, *command: str | Path, check: bool = True, cwd: Path = ROOT, **more: str) -> str:
         """Runs a command as a user of the cluster would; its stdout (and stderr if not `check`)."""

@@ -128,7 +128,6 @@ def has_usr2(pid: int) -> bool:
     return False
 
 
-@pytest.mark.slow  # minutes: the scheduler looks at limits and nodes now and then
 def test_the_time_limit_is_no_end(
     cluster: Any, nano_run: Any, submit: Any, tmp_path: Path, reference: bytes
 ) -> None:
@@ -142,7 +141,7 @@ def test_the_time_limit_is_no_end(
         os.kill(pid, signal.SIGSTOP)
     minutes = int(cluster.job(job)["RunTime"].split(":")[1]) + 2
     cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 150
     while len(run.events(job)) < 2:
         assert time.monotonic() < deadline, "the signal before the time limit did not come"
         for pid in filter(has_usr2, ranks):  # SLURM 22.05 lets them go on by itself
@@ -172,7 +171,6 @@ def test_a_job_of_higher_priority_comes_first(
     assert run.weights() == reference
 
 
-@pytest.mark.slow  # minutes: the scheduler looks at limits and nodes now and then
 def test_a_lost_node_is_replaced(
     cluster: Any, nano_run: Any, submit: Any, tmp_path: Path, reference: bytes
 ) -> None:
@@ -190,7 +188,6 @@ def test_a_lost_node_is_replaced(
     assert run.weights() == reference
 
 
-@pytest.mark.slow  # minutes: the scheduler looks at limits and nodes now and then
 def test_a_node_without_network_cannot_touch_its_successor(
     cluster: Any, nano_run: Any, submit: Any, tmp_path: Path, reference: bytes
 ) -> None:
@@ -210,7 +207,7 @@ def test_a_node_without_network_cannot_touch_its_successor(
         first_steps = run.steps()
         os.kill(old[0], signal.SIGCONT)
         assert cluster.wait(job) == "COMPLETED", said(tmp_path, run, job)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 150
         while Path(f"/proc/{old[0]}").exists():
             assert time.monotonic() < deadline, "the cut-off rank did not end by itself"
             time.sleep(0.1)
