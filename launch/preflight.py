@@ -179,18 +179,21 @@ def check_ranks(config: Config, cluster: Cluster) -> list[str]:
 def check_memory(config: Config, cluster: Cluster) -> list[str]:
     """What a GPU must hold in any case fits: weights, and the states of what is trained.
 
-    Activations come on top, so passing is no promise.
+    Activations come on top; their estimate, which errs, is only told.
     """
     if cluster.gpu_memory_gib is None or not cluster.gpus_per_node:
         return []
-    need = memory_need(config, cluster.num_ranks).states / GIB
+    found = memory_need(config, cluster.num_ranks)
+    need, total = found.states / GIB, found.total / GIB
     if need > cluster.gpu_memory_gib:
         raise ValueError(
             f"cluster.gpu_memory_gib: found {cluster.gpu_memory_gib:g}, but weights and optimiser "
             f"states alone take {need:.1f} GiB per rank; use larger GPUs, train.zero_stage=3 with "
             "more ranks, or train.offload=all"
         )
+    fits = total <= cluster.gpu_memory_gib
     return [
-        f"weights and optimiser states: {need:.1f} of {cluster.gpu_memory_gib:g} GiB per GPU, "
-        "activations not counted"
+        f"memory per GPU, estimated: {total:.1f} of {cluster.gpu_memory_gib:g} GiB, {need:.1f} of "
+        "them weights and optimiser states"
+        + ("" if fits else "; it may run out, emoverse plan says what would fit")
     ]
