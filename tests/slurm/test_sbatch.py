@@ -12,7 +12,7 @@ import pytest
 
 from data_shards.remote import open_index
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGE1, STAGE2, EVALUATE = (f"slurm/{name}.sh" for name in ("stage1", "stage2", "evaluate"))
