@@ -1,6 +1,7 @@
 """The debug config on CPU as it stands: 20 steps through both stages, checked and offloaded."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from launch import cli
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.demo
+pytestmark = [pytest.mark.demo, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,7 @@ def test_twenty_steps_on_cpu(
         cwd=ROOT,
         capture_output=True,
         text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # other tests run beside this one
     )
     assert done.returncode == 0, done.stdout + done.stderr
     for stage in ("stage1", "stage2"):
