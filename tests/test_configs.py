@@ -72,21 +72,6 @@ def test_an_ablation_is_a_few_lines_and_plans(
         assert report["stages"][name]["samples"] == expected["stages"][name]["samples"]
 
 
-def test_debugging_is_the_same_on_a_card_and_on_cpu(
-    tmp_path: Path, make_index: Callable[..., ShardIndex]
-) -> None:
-    make_index(tmp_path / "shards", CORPUS["other"])
-    card, cpu = (
-        load_config([CONFIGS / f"{name}.yaml"], [f"data.shards={tmp_path / 'shards'}"])
-        for name in ("debug_3090", "debug_cpu")
-    )
-    assert card.train == cpu.train
-    assert card.train.detect_anomaly and card.train.offload == "optimizer"
-    for config in (card, cpu):
-        _, _, report = make_plan(config)
-        assert [stage["steps"] for stage in report["stages"].values()] == [10, 10]
-
-
 @pytest.mark.parametrize("path", PRETRAIN, ids=lambda path: path.stem)
 def test_a_pretraining_config_loads(path: Path) -> None:
     assert load_model(PretrainConfig, [path]).processes >= 1
@@ -112,3 +97,18 @@ def test_the_trainable_parameters_of_the_large_models(
     path = CONFIGS / f"{name}.yaml"
     _, _, report = make_plan(load_config([path], [f"data.shards={tmp_path / 'shards'}"]))
     assert report["parameters"]["trainable"] == trainable
+
+
+def test_debugging_is_the_same_on_a_card_and_on_cpu(
+    tmp_path: Path, make_index: Callable[..., ShardIndex]
+) -> None:
+    make_index(tmp_path / "shards", CORPUS["other"])
+    card, cpu = (
+        load_config([CONFIGS / f"{name}.yaml"], [f"data.shards={tmp_path / 'shards'}"])
+        for name in ("debug_3090", "debug_cpu")
+    )
+    assert card.train == cpu.train
+    assert card.train.detect_anomaly and card.train.offload == "optimizer"
+    for config in (card, cpu):
+        _, _, report = make_plan(config)
+        assert [stage["steps"] for stage in report["stages"].values()] == [10, 10]
