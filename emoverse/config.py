@@ -224,6 +224,11 @@ class TrainSection(Section):
         description="What counts equally in a step: samples, supervised tokens, or between both.",
     )
     zero_stage: int = Field(2, ge=0, le=3, description="ZeRO stage of DeepSpeed, 0 to 3.")
+    offload: Literal["off", "optimizer", "all"] = Field(
+        "off",
+        description="What waits in the host's memory: nothing, the optimiser's fp32 weights and "
+        "moments (ZeRO 2, 3), or all weights too (ZeRO 3). Less memory on the GPU, slower steps.",
+    )
     processes: int = Field(
         1, ge=1, description="Local processes that `emoverse train` starts, one rank each."
     )
@@ -262,7 +267,9 @@ class TrainSection(Section):
     )
     tensorboard: bool = Field(True, description="Also write event files for tensorboard.")
     detect_anomaly: bool = Field(
-        False, description="Name the operation whose gradient is not a number; slow, for debugging."
+        False,
+        description="Stop at the first output or gradient that is not finite and name the module "
+        "and the operation; slow, for debugging.",
     )
 
 

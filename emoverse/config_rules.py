@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from emoverse.config_errors import Problem, did_you_mean, show
 from emoverse.yaml_tree import Node
+from emoverse.zero_settings import offload_refusal
 
 # Folders beside the stages' own in the run directory, and the name of the untrained model.
 RESERVED = ("base", "plan", "eval")
@@ -122,6 +123,12 @@ def _train_rules(tree: Node) -> Iterator[Problem]:
     if _value(tree, "train", "zero_stage") == 0 and _text(tree, "model", "precision") == "bf16":
         rule = "with bf16 DeepSpeed's first steps are too small at stage 0; set it to 1, 2 or 3"
         yield _problem(tree, ("train", "zero_stage"), rule)
+    zero_stage = _number(tree, 2, "train", "zero_stage")
+    offload = _text(tree, "train", "offload")
+    if offload is not None and zero_stage is not None:
+        refusal = offload_refusal(offload, zero_stage)
+        if refusal is not None:
+            yield _problem(tree, ("train", "offload"), refusal)
 
 
 def _evaluation_rules(tree: Node) -> Iterator[Problem]:

@@ -7,6 +7,7 @@ until the time-out; therefore what may fail on one rank only runs inside `agree`
 
 import contextlib
 import os
+import platform
 import socket
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -86,9 +87,10 @@ def read_world(environ: Mapping[str, str] = os.environ) -> World:
             f"RANK={rank}, LOCAL_RANK={local_rank}, WORLD_SIZE={world_size}: "
             "the rule is 0 <= RANK < WORLD_SIZE and LOCAL_RANK >= 0; check the launcher"
         )
-    if cuda and local_rank >= torch.cuda.device_count():
+    gpus = torch.cuda.device_count() if cuda else 0
+    if cuda and local_rank >= gpus:
         raise ValueError(
-            f"LOCAL_RANK={local_rank} but this host shows {torch.cuda.device_count()} GPUs; "
+            f"LOCAL_RANK={local_rank} but {platform.node()} shows {gpus} GPUs; "
             "start at most one process per GPU"
         )
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")

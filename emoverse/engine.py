@@ -94,6 +94,7 @@ class Engine:
         self.world = world
         self.settings = dict(settings)
         self._stage: int = settings["zero_optimization"]["stage"]
+        self._offloads = "offload_optimizer" in settings["zero_optimization"]
         self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         grouped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         assert grouped == {id(p) for p in self._named.values()}, (
@@ -196,6 +197,14 @@ class Engine:
             self._engine.zero_grad()
             return
         # DeepSpeed's own way out of a step leads through a gradient that is not finite.
+        if self._offloads:  # the gradient is on the host; what is asked for is its norm
+            for norm in self._optimizer.norm_for_param_grads.values():
+                norm.fill_(math.inf)
+            self._engine.step()
+            assert not self._engine.was_step_applied()
+            sums = self._optimizer.averaged_gradients
+            sums.update(dict.fromkeys(sums))  # DeepSpeed 0.19 would add the next step to them
+            return
         groups = self._optimizer.averaged_gradients.values()
         gradients = [gradient for group in groups for gradient in group]
         for gradient in gradients:

@@ -15,6 +15,7 @@ from emoverse.config import Config
 from emoverse.models.architecture import (
     Architecture,
     LoraSettings,
+    load_architecture,
     lora_linears,
     parameter_counts,
 )
@@ -42,6 +43,7 @@ class Setup:
     frames: int  # in one pack
     rows: int  # supervised tokens in one pack
     dropout: float
+    offload: str = "off"  # what waits in the host's memory: off, optimizer, all
     lean: bool = False  # the project's own decoder layers, which keep less
     sample_tokens: int = 0  # of a full clip
 
@@ -62,11 +64,17 @@ class Need:
     logits: int
     vision: int  # the frozen tower's own, gone before the language model runs
     workspace: int
+    host: int  # in the memory of the host instead
+
+    @property
+    def states(self) -> int:
+        """What stands between steps and in every step: all but activations."""
+        return self.weights + self.gathered + self.gradients + self.optimizer
 
     @property
     def total(self) -> int:
         """At the worst moment: the tower has finished before logits and the backward pass exist."""
-        always = self.weights + self.gathered + self.gradients + self.optimizer + self.workspace
+        always = self.states + self.workspace
         return always + max(self.activations + self.logits, self.vision)
 
 
@@ -93,6 +101,12 @@ def need(
     gradients += e * trained if setup.zero_stage < 2 else e * bucket
     # Two moments, and under ZeRO fp32 masters.
     optimizer = 12 * trained // shards if setup.zero_stage else 8 * trained
+    host = 0
+    if setup.offload != "off":  # the fp32 gradient goes with them, and under ZeRO-3 stays there
+        host, optimizer = optimizer + 4 * trained // shards, 0
+        gradients = e * bucket if setup.zero_stage == 3 else gradients
+    if setup.offload == "all":  # but for adapters, too small to be sent to and fro
+        host, weights = host + weights, e * trained
     return Need(
         weights=weights,
         gathered=gathered,
@@ -103,6 +117,7 @@ def need(
         logits=_live_rows(architecture, setup) * architecture.llm.vocab * (2 * e + 12),
         vision=_vision(architecture, setup),
         workspace=workspace,
+        host=host,
     )
 
 
@@ -195,34 +210,53 @@ def setup_of(config: Config, architecture: Architecture) -> Setup:
         pack_tokens=data.pack_tokens,
         frames=samples * data.frames_per_clip,
         rows=round(samples * answers),
+        offload=config.train.offload,
         dropout=model.lora.dropout,
         lean=model.lean != "off",
         sample_tokens=sample,
     )
 
 
+def memory_need(config: Config, world_size: int) -> Need:
+    """What each of `world_size` GPUs will need for a config."""
+    architecture, model = load_architecture(config.model.base), config.model
+    setup = replace(setup_of(config, architecture), world_size=world_size)
+    return need(architecture, model.lora, model.projector, setup)
+
+
 def changes(config: Config, setup: Setup) -> Iterator[tuple[dict[str, Any], Setup]]:
     """Settings to try instead, from what costs least: overrides, and the setup that they give."""
     smaller = max(config.data.max_tokens, 1)
     packs = [setup.pack_tokens] + ([smaller] if smaller < setup.pack_tokens else [])
-    worlds = [setup.world_size] + [n for n in (2, 4, 8) if n > setup.world_size]
-    for world in worlds:
-        for stage in (setup.zero_stage, 3) if world > 1 else (setup.zero_stage,):
-            if world != setup.world_size and stage != 3:
-                continue  # more cards help only where they share the weights
-            for recompute in (False, True) if not setup.recompute else (True,):
-                for pack in packs:
-                    scale = pack / setup.pack_tokens
-                    other = replace(
-                        setup,
-                        world_size=world,
-                        zero_stage=stage,
-                        recompute=recompute,
-                        pack_tokens=pack,
-                        frames=max(config.data.frames_per_clip, round(setup.frames * scale)),
-                        rows=max(1, round(setup.rows * scale)),
-                    )
-                    yield _overrides(setup, other), other
+    for world, stage, offload in _divisions(setup):
+        for recompute in (False, True) if not setup.recompute else (True,):
+            for pack in packs:
+                scale = pack / setup.pack_tokens
+                other = replace(
+                    setup,
+                    world_size=world,
+                    zero_stage=stage,
+                    offload=offload,
+                    recompute=recompute,
+                    pack_tokens=pack,
+                    frames=max(config.data.frames_per_clip, round(setup.frames * scale)),
+                    rows=max(1, round(setup.rows * scale)),
+                )
+                yield _overrides(setup, other), other
+
+
+def _divisions(setup: Setup) -> Iterator[tuple[int, int, str]]:
+    """Cards, ZeRO stage and offloading to try: on the cards that are there, then on more."""
+    own, stage = setup.world_size, setup.zero_stage
+    yield own, stage, setup.offload
+    if setup.offload == "off" and stage >= 2:
+        yield own, stage, "optimizer"
+    if own > 1:
+        yield own, 3, setup.offload
+    yield own, 3, "all"
+    for more in (2, 4, 8):  # these help only where they share the weights
+        if more > own:
+            yield more, 3, setup.offload
 
 
 def _overrides(before: Setup, after: Setup) -> dict[str, Any]:
@@ -230,6 +264,7 @@ def _overrides(before: Setup, after: Setup) -> dict[str, Any]:
         "data.pack_tokens": "pack_tokens",
         "train.recompute": "recompute",
         "train.zero_stage": "zero_stage",
+        "train.offload": "offload",
         "train.processes": "world_size",
     }
     return {
@@ -261,13 +296,14 @@ def memory_report(config: Config, architecture: Architecture) -> dict[str, Any]:
         cards[card] = {"gib": size, "fits": fits, "change": change}
     grid = {
         f"zero{stage}{'_recompute' if recompute else ''}": total(
-            replace(setup, zero_stage=stage, recompute=recompute)
+            replace(setup, zero_stage=stage, recompute=recompute, offload="off")
         )
         for stage in (1, 2, 3)
         for recompute in (False, True)
     }
     parts = {field.name: getattr(found, field.name) for field in fields(found)}
-    return {"parts": parts, "total": found.total, "cards": cards, "totals": grid}
+    host = parts.pop("host")
+    return {"parts": parts, "total": found.total, "host": host, "cards": cards, "totals": grid}
 
 
 def memory_text(report: Mapping[str, Any]) -> list[str]:
@@ -276,6 +312,8 @@ def memory_text(report: Mapping[str, Any]) -> list[str]:
         f"{name} {_gib(size)}" for name, size in report["parts"].items() if size >= GIB // 100
     )
     lines = [f"memory per GPU, estimated: {_gib(report['total'])} GiB ({parts})"]
+    if report["host"]:
+        lines.append(f"  in the host's memory, per GPU: {_gib(report['host'])} GiB")
     grid = report["totals"].items()
     lines.append("  instead: " + ", ".join(f"{name} {_gib(size)}" for name, size in grid))
     for card, verdict in report["cards"].items():

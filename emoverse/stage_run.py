@@ -197,6 +197,7 @@ def build_run(parts: Parts, world: World, lease: Lease | None) -> Iterator[Run]:
             clip=optim.clip,
             world_size=world.world_size,
             num_trainable=num_trainable,
+            offload=config.train.offload,
         )
         wandb = None
         if world.is_main and config.train.wandb is not None:

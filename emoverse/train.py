@@ -17,6 +17,7 @@ import torch
 
 from data_shards.tasks import TASKS
 from emoverse import distributed, faults, stop
+from emoverse.anomaly import anomaly_checks
 from emoverse.collate import Batch
 from emoverse.config import Config
 from emoverse.distributed import RankError, Vote, World, agree, vote
@@ -144,15 +145,19 @@ def _train_stage(
         return EXIT_DONE
     if distributed.gather_rows(world, [flag.requested]).any():  # before minutes of building
         return EXIT_STOPPED
-    anomalies = torch.autograd.set_detect_anomaly(config.train.detect_anomaly)
     limit_s = 60 * config.train.hang_minutes
-    with watching(folder / "heartbeat", world, limit_s=limit_s) as dog, anomalies:
+
+    def lost() -> Exception | None:
+        return None if lease is None else lease.loss
+
+    with watching(folder / "heartbeat", world, limit_s=limit_s, lost=lost) as dog:
         with agree(world, f"{stage}: set-up"):
             parts = read_parts(
                 config, stage, world, resume=launch.resume, accept_changes=launch.accept_changes
             )
         _require_same_start(world, stage, parts.start_step)
-        with build_run(parts, world, lease) as run:
+        checks = anomaly_checks(parts.model, on=config.train.detect_anomaly)
+        with build_run(parts, world, lease) as run, checks:
             return _loop(run, flag, dog)
 
 

@@ -20,6 +20,9 @@ from emoverse.distributed import World
 
 EXIT_FAULT = 1
 BEAT_S = 5.0  # between two signs of life
+# A rank whose run directory has a successor ends with the next vote. If none comes in this time, as
+# when the network is cut and the others do not answer, it ends alone.
+LOST_S = 20.0
 # A thread that cannot get the interpreter's lock cannot report. The C watchdog behind it needs no
 # lock; it has its own end this much later.
 BACKSTOP_S = 10.0
@@ -35,9 +38,12 @@ class Watchdog:
         world: World,
         *,
         limit_s: float,
+        lost: Callable[[], Exception | None] = lambda: None,
         end: Callable[[int], Any] = os._exit,
     ) -> None:
+        """`lost`: why this rank has nothing to do any more, None while it has."""
         self._folder, self._world, self._limit_s, self._end = folder, world, limit_s, end
+        self._lost = lost
         self._closed = threading.Event()
         folder.mkdir(parents=True, exist_ok=True)
         self.beat("starting", 0)
@@ -61,6 +67,10 @@ class Watchdog:
             stuck_s = time.monotonic() - since
             with contextlib.suppress(OSError):  # a full disk is not what we watch for
                 self._write({"step": step, "doing": doing, "for_s": round(stuck_s, 1)})
+            loss = self._lost()
+            if loss is not None and stuck_s > LOST_S:
+                os.write(_STDERR, f"watchdog: {loss} ({doing}, step {step})\n".encode())
+                self._end(EXIT_FAULT)
             if stuck_s > self._limit_s:
                 self._report(doing, step, stuck_s)
                 self._end(EXIT_FAULT)
@@ -107,9 +117,15 @@ def describe_others(folder: Path, world: World) -> list[str]:
 
 
 @contextlib.contextmanager
-def watching(folder: Path, world: World, *, limit_s: float) -> Iterator[Watchdog]:
+def watching(
+    folder: Path,
+    world: World,
+    *,
+    limit_s: float,
+    lost: Callable[[], Exception | None] = lambda: None,
+) -> Iterator[Watchdog]:
     """A watchdog while the block runs."""
-    watchdog = Watchdog(folder, world, limit_s=limit_s)
+    watchdog = Watchdog(folder, world, limit_s=limit_s, lost=lost)
     try:
         yield watchdog
     finally:

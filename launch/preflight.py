@@ -15,6 +15,7 @@ from pathlib import Path
 
 from data_shards.remote import open_index
 from emoverse.config import Config
+from emoverse.memory import GIB, memory_need
 from emoverse.models.architecture import base_folder, load_architecture, parameter_counts
 from emoverse.stages import DONE, run_plan, stage_dir
 from launch.cluster import Cluster
@@ -181,30 +182,21 @@ def check_ranks(config: Config, cluster: Cluster) -> list[str]:
 def check_memory(config: Config, cluster: Cluster) -> list[str]:
     """What a GPU must hold in any case fits: weights, and the states of what is trained.
 
-    Activations come on top, so passing is no promise.
+    Activations come on top; their estimate, which errs, is only told.
     """
     if cluster.gpu_memory_gib is None or not cluster.gpus_per_node:
         return []
-    need = resident_bytes(config, cluster.num_ranks) / 2**30
+    found = memory_need(config, cluster.num_ranks)
+    need, total = found.states / GIB, found.total / GIB
     if need > cluster.gpu_memory_gib:
         raise ValueError(
             f"cluster.gpu_memory_gib: found {cluster.gpu_memory_gib:g}, but weights and optimiser "
-            f"states alone take {need:.1f} GiB per rank; use larger GPUs, train.zero_stage=3, or "
-            "more ranks"
+            f"states alone take {need:.1f} GiB per rank; use larger GPUs, train.zero_stage=3 with "
+            "more ranks, or train.offload=all"
         )
+    fits = total <= cluster.gpu_memory_gib
     return [
-        f"weights and optimiser states: {need:.1f} of {cluster.gpu_memory_gib:g} GiB per GPU, "
-        "activations not counted"
+        f"memory per GPU, estimated: {total:.1f} of {cluster.gpu_memory_gib:g} GiB, {need:.1f} of "
+        "them weights and optimiser states"
+        + ("" if fits else "; it may run out, emoverse plan says what would fit")
     ]
-
-
-def resident_bytes(config: Config, num_ranks: int) -> float:
-    """Weights, gradients, fp32 masters and moments per rank under ZeRO."""
-    counts = parameter_counts(
-        load_architecture(config.model.base), config.model.lora, config.model.projector
-    )
-    zero, width = config.train.zero_stage, 2 if config.model.precision == "bf16" else 4
-    weights = counts["total"] * width / (num_ranks if zero == 3 else 1)
-    gradients = counts["trainable"] * width / (num_ranks if zero >= 2 else 1)
-    states = counts["trainable"] * BYTES_PER_TRAINED / (num_ranks if zero >= 1 else 1)
-    return weights + gradients + states

@@ -266,6 +266,7 @@ class Job:
 def _work(job: Job, args: argparse.Namespace, flag: StopFlag) -> int:
     from emoverse.distributed import World, from_main
     from emoverse.health import check_nodes
+    from emoverse.memory import memory_need
     from emoverse.train import Launch, train_stages
 
     def requeue_together(world: World) -> int:
@@ -280,7 +281,7 @@ def _work(job: Job, args: argparse.Namespace, flag: StopFlag) -> int:
 
     def check(world: World) -> None:
         if job.door.job is not None:
-            for note in check_nodes(world):
+            for note in check_nodes(world, memory_need(job.config, world.world_size)):
                 if world.is_main:
                     jobs.say(note)
 

@@ -49,6 +49,21 @@ def test_a_config_plans(path: Path, tmp_path: Path, make_index: Callable[..., Sh
     assert report["plan_fingerprint"] in plan_text(report)
 
 
+def test_debugging_is_the_same_on_a_card_and_on_cpu(
+    tmp_path: Path, make_index: Callable[..., ShardIndex]
+) -> None:
+    make_index(tmp_path / "shards", CORPUS["other"])
+    card, cpu = (
+        load_config([CONFIGS / f"{name}.yaml"], [f"data.shards={tmp_path / 'shards'}"])
+        for name in ("debug_3090", "debug_cpu")
+    )
+    assert card.train == cpu.train
+    assert card.train.detect_anomaly and card.train.offload == "optimizer"
+    for config in (card, cpu):
+        _, _, report = make_plan(config)
+        assert [stage["steps"] for stage in report["stages"].values()] == [10, 10]
+
+
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_a_config_survives_being_resolved(path: Path, tmp_path: Path) -> None:
     config = load_config([path])

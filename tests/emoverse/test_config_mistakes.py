@@ -78,6 +78,8 @@ MISTAKES: list[tuple[str, tuple[str, str], list[str]]] = [
     ("pack below sample", ("max_tokens: 512", "max_tokens: 512\n  pack_tokens: 256"), []),
     ("more processes than samples", SAME, ["train.processes=9"]),
     ("ZeRO-0 in bf16", SAME, ["train.zero_stage=0", "model.precision=bf16"]),
+    ("offloading at the wrong stage", SAME, ["train.zero_stage=1", "train.offload=optimizer"]),
+    ("offloading weights that are whole", SAME, ["train.zero_stage=2", "train.offload=all"]),
     ("flash attention in fp32", ("precision: fp32", "precision: fp32\n  attention: flash"), []),
     ("custom adapters without targets", ("lora: {r: 4}", "lora: {preset: custom}"), []),
     ("targets without custom", ("lora: {r: 4}", "lora: {targets: o_proj}"), []),

@@ -86,11 +86,18 @@ def share(step: int, world: World, pack_size: int) -> list[Pack]:
     return [Pack(*chunk) for chunk in chunks]
 
 
-def build(world: World, stage: int, *, precision: str = "fp32", clip: float = 0.05) -> Engine:
+# ZeRO stages, and those that keep something in the host's memory.
+OFFLOADS = {"2 optimizer": (2, "optimizer"), "3 optimizer": (3, "optimizer"), "3 all": (3, "all")}
+ENGINES = (0, 1, 2, 3, *OFFLOADS)
+
+
+def build(world: World, kind: int | str, *, precision: str = "fp32", clip: float = 0.05) -> Engine:
     model = Toy()
     optimizer = build_optimizer(parameter_groups(model.groups(), OPTIM), OPTIM)
+    stage, offload = OFFLOADS.get(str(kind), (kind, "off"))
     settings = deepspeed_config(
-        zero_stage=stage,
+        zero_stage=int(stage),
+        offload=offload,
         precision=precision,
         clip=clip,
         world_size=world.world_size,
@@ -126,7 +133,7 @@ def train(engine: Engine, world: World, first: int, last: int, pack_size: int) -
     return rows
 
 
-def whole_run(stage: int, pack_size: int, precision: str = "fp32") -> Callable[[World], Any]:
+def whole_run(stage: int | str, pack_size: int, precision: str = "fp32") -> Callable[[World], Any]:
     def work(world: World) -> Any:
         engine = build(world, stage, precision=precision)
         rows = train(engine, world, 0, STEPS, pack_size)
@@ -154,8 +161,10 @@ def plain_run() -> tuple[list[float], dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_every_zero_stage_is_plain_adamw(run_ranks: Ranks, stage: int, world_size: int) -> None:
+@pytest.mark.parametrize("stage", ENGINES)
+def test_every_zero_stage_is_plain_adamw(
+    run_ranks: Ranks, stage: int | str, world_size: int
+) -> None:
     losses, params = plain_run()
     results = run_ranks(whole_run(stage, pack_size=2), world_size)
     for rows, _ in results:
@@ -171,12 +180,12 @@ def test_every_zero_stage_is_plain_adamw(run_ranks: Ranks, stage: int, world_siz
 
 
 def test_gradient_norms_agree_between_stages(run_ranks: Ranks) -> None:
-    runs = [run_ranks(whole_run(stage, pack_size=4), 2)[0][0] for stage in (0, 1, 2, 3)]
+    runs = [run_ranks(whole_run(stage, pack_size=4), 2)[0][0] for stage in ENGINES]
     for rows in runs[1:]:
         assert rows == [pytest.approx(row, rel=1e-5) for row in runs[0]]
 
 
-def resumed(stage: int, state: TrainedState) -> Callable[[World], Any]:
+def resumed(stage: int | str, state: TrainedState) -> Callable[[World], Any]:
     def work(world: World) -> Any:
         engine = build(world, stage)
         engine.import_state(state)
@@ -186,7 +195,7 @@ def resumed(stage: int, state: TrainedState) -> Callable[[World], Any]:
     return work
 
 
-def half_run(stage: int) -> Callable[[World], Any]:
+def half_run(stage: int | str) -> Callable[[World], Any]:
     def work(world: World) -> Any:
         engine = build(world, stage)
         train(engine, world, 0, 2, 2)
@@ -195,8 +204,8 @@ def half_run(stage: int) -> Callable[[World], Any]:
     return work
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_resume_is_bit_identical(run_ranks: Ranks, stage: int) -> None:
+@pytest.mark.parametrize("stage", ENGINES)
+def test_resume_is_bit_identical(run_ranks: Ranks, stage: int | str) -> None:
     rows, end = run_ranks(whole_run(stage, pack_size=2), 2)[0]
     state = run_ranks(half_run(stage), 2)[0]
     again, end_again = run_ranks(resumed(stage, state), 2)[0]
@@ -206,9 +215,12 @@ def test_resume_is_bit_identical(run_ranks: Ranks, stage: int) -> None:
             assert torch.equal(getattr(end_again, kind)[name], value), (kind, name)
 
 
-@pytest.mark.parametrize(("saved", "loaded", "ranks"), [(2, 3, 1), (3, 0, 2), (0, 2, 1), (1, 3, 2)])
+@pytest.mark.parametrize(
+    ("saved", "loaded", "ranks"),
+    [(2, 3, 1), (3, 0, 2), (0, 2, 1), (1, 3, 2), ("3 all", 2, 1), (2, "3 all", 2)],
+)
 def test_state_moves_to_another_stage_and_world(
-    run_ranks: Ranks, saved: int, loaded: int, ranks: int
+    run_ranks: Ranks, saved: int | str, loaded: int | str, ranks: int
 ) -> None:
     rows, _ = run_ranks(whole_run(saved, pack_size=2), 2)[0]
     state = run_ranks(half_run(saved), 2)[0]
@@ -216,8 +228,8 @@ def test_state_moves_to_another_stage_and_world(
     assert [row[0] for row in again] == pytest.approx([row[0] for row in rows[2:]], rel=1e-5)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_bf16_keeps_fp32_masters_and_resumes(run_ranks: Ranks, stage: int) -> None:
+@pytest.mark.parametrize("stage", ENGINES[1:])
+def test_bf16_keeps_fp32_masters_and_resumes(run_ranks: Ranks, stage: int | str) -> None:
     losses, _ = plain_run()
 
     def work(world: World) -> Any:
@@ -245,7 +257,23 @@ def test_bf16_without_sharding_is_refused() -> None:
         deepspeed_config(zero_stage=0, precision="bf16", clip=1.0, world_size=1, num_trainable=10)
 
 
+def test_offloading_needs_a_stage_that_divides_it() -> None:
+    for stage, offload, rule in ((1, "optimizer", "set it to 2 or 3"), (2, "all", "set it to 3")):
+        with pytest.raises(
+            ValueError, match=rf"train\.offload: .*train\.zero_stage is {stage}.*{rule}"
+        ):
+            deepspeed_config(
+                zero_stage=stage,
+                precision="fp32",
+                clip=1.0,
+                world_size=1,
+                num_trainable=10,
+                offload=offload,
+            )
+
+
 QUICK = {(0, "fp32", "spike"), (1, "fp32", "loss"), (3, "fp32", "gradient"), (2, "bf16", "loss")}
+QUICK |= {("2 optimizer", "bf16", "spike"), ("3 all", "fp32", "gradient")}
 
 
 @pytest.mark.parametrize(
@@ -253,11 +281,14 @@ QUICK = {(0, "fp32", "spike"), (1, "fp32", "loss"), (3, "fp32", "gradient"), (2,
     [
         pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
         for poison in ("loss", "gradient", "spike")
-        for case in [*((n, "fp32", poison) for n in range(4)), (2, "bf16", poison)]
+        for case in [
+            *((kind, "fp32", poison) for kind in ENGINES),
+            *((kind, "bf16", poison) for kind in (2, "2 optimizer", "3 all")),
+        ]
     ],
 )
 def test_a_bad_step_leaves_no_trace(
-    run_ranks: Ranks, stage: int, precision: str, poison: str
+    run_ranks: Ranks, stage: int | str, precision: str, poison: str
 ) -> None:
     """On one rank of two: all raise, and training goes on as if the step had not been."""
 

@@ -15,7 +15,7 @@ from data_shards.index import ShardIndex
 from data_shards.tasks import Task
 from emoverse.config import load_config
 from emoverse.distributed import World
-from emoverse.memory import CARDS, GIB, Setup, memory_report, memory_text, need, setup_of
+from emoverse.memory import CARDS, GIB, Need, Setup, memory_report, memory_text, need, setup_of
 from emoverse.models.architecture import REGISTRY, Architecture, load_architecture
 from emoverse.models.emoverse import compose
 from emoverse.models.internvl2 import build_native
@@ -272,6 +272,42 @@ def test_what_saves_memory_saves_memory() -> None:
     assert total(pack_tokens=4096, frames=8, rows=50) < total()
     assert total(zero_stage=3, world_size=8) < total(world_size=8) < total()
     assert total(lean=True) < total(dropout=0.0, lean=False) < total(dropout=0.05, lean=False)
+    assert total(offload="optimizer") < total()
+    assert total(zero_stage=3, offload="all") < total(zero_stage=3, offload="optimizer")
+
+
+def test_what_leaves_the_gpu_is_on_the_host() -> None:
+    config = load_config([CONFIGS / "emoverse_8b.yaml"])
+    architecture = load_architecture(config.model.base)
+    model, base = config.model, replace(setup_of(config, architecture), zero_stage=3, world_size=2)
+
+    def needs(offload: str) -> Need:
+        setup = replace(base, offload=offload)
+        return need(architecture, model.lora, model.projector, setup)
+
+    off, optimizer, everything = (needs(offload) for offload in ("off", "optimizer", "all"))
+    trained = 54_542_336
+    assert (off.host, optimizer.optimizer) == (0, 0)
+    assert optimizer.host == off.optimizer + 4 * trained // 2
+    assert everything.host == optimizer.host + off.weights
+    assert everything.weights == 2 * trained  # they are used so often that they stay
+
+
+def test_one_small_card_is_told_to_offload() -> None:
+    """An 8B model in fp32 is 30 GiB: too much for 24, unless it waits outside."""
+    fp32 = ["train.processes=1", "model.precision=fp32"]
+    config = load_config([CONFIGS / "emoverse_8b.yaml"], fp32)
+    report = memory_report(config, load_architecture(config.model.base))
+    change = report["cards"]["RTX 3090"]["change"]
+    assert change["train.offload"] == "all" and change["train.zero_stage"] == 3
+    assert "train.offload=all" in "\n".join(memory_text(report))
+    again = load_config(
+        [CONFIGS / "emoverse_8b.yaml"],
+        [*fp32, *(f"{knob}={str(v).lower()}" for knob, v in change.items())],
+    )
+    after = memory_report(again, load_architecture(config.model.base))
+    assert after["cards"]["RTX 3090"]["fits"] and after["host"] > 30 * GIB
+    assert "in the host's memory" in "\n".join(memory_text(after))
 
 
 def test_plan_tells_memory_and_work(tmp_path: Path, make_index: Callable[..., ShardIndex]) -> None:

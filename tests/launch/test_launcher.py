@@ -13,6 +13,7 @@ from data_shards.tasks import TASKS
 from emoverse.config import load_config
 from launch import cli, snapshot, submit
 from launch.cluster import load_cluster, split_overrides
+from launch.preflight import check_memory
 from launch.variants import make_runs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,6 +146,15 @@ def test_all_problems_are_told_at_once(
     assert lines[0] == "emoverse launch: preflight found 4 problems:"
     for number, word in enumerate(["account", "24 ranks", "/nowhere", "/elsewhere"], 1):
         assert word in lines[number]
+
+
+@pytest.mark.parametrize(("gib", "ending"), [(24, "optimiser states"), (1, "would fit")])
+def test_memory_is_compared_with_the_plan_s_estimate(gib: int, ending: str) -> None:
+    config = load_config([NANO])
+    cluster = load_cluster(ROOT / "configs/cluster/rtx3090.yaml", [f"gpu_memory_gib={gib}"])
+    (note,) = check_memory(config, cluster)
+    assert note.startswith("memory per GPU, estimated: ") and f" of {gib} GiB, " in note
+    assert note.endswith(ending)
 
 
 def test_an_account_from_the_environment_counts(

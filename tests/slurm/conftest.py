@@ -65,7 +65,9 @@ SchedulerParameters=sched_interval=2,sched_min_interval=0,batch_sched_delay=0,bf
 KillWait=2
 CompleteWait=0
 InactiveLimit=0
-SlurmdTimeout=6
+SlurmdTimeout=10
+# Daemons run before everything else here, or a busy machine looks like one whose nodes are gone.
+PropagatePrioProcess=1
 MessageTimeout=5
 BatchStartTimeout=10
 JobRequeue=1
@@ -108,6 +110,7 @@ class Cluster:
             **{key: value for key, value in os.environ.items() if not key.startswith("SLURM_")},
             "SLURM_CONF": str(folder / "etc/slurm.conf"),
             "EMOVERSE_PYTHON": sys.executable,
+            "EMOVERSE_CPU": "1",  # the GPUs of these nodes are pretended
             "PYTHONPATH": str(ROOT),
         }
         for name in ("etc", "munge", "state", "spool", "log", "dev"):
@@ -180,7 +183,7 @@ class Cluster:
     def _daemon(self, name: str, *command: str | Path) -> subprocess.Popen[bytes]:
         with (self.folder / f"log/{name}.out").open("ab") as log:
             daemon = subprocess.Popen(
-                [str(word) for word in command],
+                ["nice", "-n", "-15", *(str(word) for word in command)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -230,7 +233,7 @@ class Cluster:
                 ["idle"] * self.nodes
             )
 
-        wait_until(idle, 40, "idle nodes")
+        wait_until(idle, 90, "idle nodes")
 
     def run(self, *command: str | Path, check: bool = True, cwd: Path = ROOT, **more: str) -> str:
         """Runs a command as a user of the cluster would; its stdout (and stderr if not `check`)."""

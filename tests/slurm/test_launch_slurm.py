@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(480)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
 CLUSTER = """\
 executor: slurm
