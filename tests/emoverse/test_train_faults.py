@@ -6,6 +6,7 @@ import errno
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -102,6 +103,29 @@ def test_a_save_that_fails_is_tried_again(
     assert [record["step"] for record in records(config, "save")] == [2, 6]
     (note,) = [r["text"] for r in records(config, "note") if "could not be saved" in r["text"]]
     assert str(error) in note and "the checkpoint of step 2 is good, trying again" in note
+
+
+def test_a_training_survives_a_full_disk(
+    run_ranks: Ranks, tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing at all can be written for two steps and a save: heartbeats, metrics, the log."""
+    full, disturbed = tiny_config(run="full"), Parts.lr_factor
+    whole = tiny_config(run="whole")
+    assert train(run_ranks, whole, world_size=1) == [0]
+
+    def lr(self: Parts, step: int) -> float:
+        if step in (2, 4):  # no file grows beyond one byte, or beyond what it may
+            _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 if step == 2 else hard, hard))
+        return disturbed(self, step)
+
+    monkeypatch.setattr(Parts, "lr_factor", lr)
+    assert train(run_ranks, full, world_size=1) == [0]
+    assert [record["step"] for record in records(full, "step")] == [1, 2, 3, 4, 5, 6]
+    assert [record["step"] for record in records(full, "save")] == [2, 6]
+    (note,) = [r["text"] for r in records(full, "note") if "could not be saved" in r["text"]]
+    assert "File too large" in note and "the checkpoint of step 2 is good" in note
+    assert_same(whole, full)
 
 
 @pytest.mark.parametrize(
