@@ -164,16 +164,25 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         check=True,
         stdout=subprocess.DEVNULL,
     )
+    load = [os.getloadavg()[0]]
     cost = checkpoint_cost(args)
     steps = records(args.work / "often", "save")[-1]["step"]
+    restart_s = restart(args)
+    rows = []
+    for between_s in args.between:
+        load.append(os.getloadavg()[0])
+        rows.append(goodput(args, between_s, cost["step_s"]))
     return {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Linux {platform.release()}",
+        # Before anything runs, then by the time the kills begin: more than the processes means
+        # that others computed here too.
+        "load": [*load, os.getloadavg()[0]],
         "processes": args.processes,
         "steps": steps,
         "checkpoint": cost,
-        "restart_s": restart(args),
+        "restart_s": restart_s,
         "goodput_without_kills": steps * cost["step_s"] / cost["run_s"],
-        "goodput": [goodput(args, between_s, cost["step_s"]) for between_s in args.between],
+        "goodput": rows,
     }
 
 
@@ -182,6 +191,8 @@ def text(result: dict[str, Any]) -> str:
     cost = result["checkpoint"]
     lines = [
         f"{result['machine']}; nano, {result['processes']} processes, {result['steps']} steps",
+        f"load         {', '.join(f'{load:.1f}' for load in result['load'])} (of the machine, at "
+        "the beginning, before each row of kills, at the end)",
         f"checkpoint   {cost['save_s']:.3f} s median of {cost['saves']}, {cost['bytes']:,.0f} "
         f"bytes = {cost['bytes_per_trainable_state']:.2f} of the trainable state",
         f"overhead     {cost['overhead_at_default']:.2%} at save_every {DEFAULT_INTERVAL}, with "
