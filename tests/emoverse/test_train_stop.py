@@ -73,6 +73,16 @@ def test_a_signal_during_start_up_stops_before_the_first_step(
     assert checkpoints(tiny_config()) == []
 
 
+def test_fresh_refuses_a_stage_that_has_begun(
+    run_ranks: Ranks, tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        at_step(patch, 1, lambda parts: os.kill(os.getpid(), signal.SIGTERM))
+        assert train(run_ranks, tiny_config(), world_size=1) == [75]
+    ((reason, code),) = train(run_ranks, tiny_config(), world_size=1, resume=False)
+    assert code == 2 and "the stage was to start afresh; choose another run.run_dir" in reason
+
+
 def test_a_second_owner_is_refused_while_the_first_one_trains(
     run_ranks: Ranks, tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

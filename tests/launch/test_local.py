@@ -29,7 +29,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def wait_for(file: Path, limit_s: float = 20) -> str:
+def wait_for(file: Path, limit_s: float = 90) -> str:
     deadline = time.monotonic() + limit_s
     while not (file.exists() and file.read_text()):
         assert time.monotonic() < deadline, f"{file} did not appear"
@@ -97,7 +97,7 @@ def test_one_failing_rank_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     )
     begin = time.monotonic()
     assert run_ranks(command, num_ranks=3, logs=tmp_path) == FAULT
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 100  # far less than the others sleep
     for rank in (0, 2):
         pid = (tmp_path / f"pid{rank}").read_text() if (tmp_path / f"pid{rank}").exists() else "0"
         assert not is_alive(int(pid))
@@ -147,7 +147,7 @@ def test_ranks_do_not_outlive_their_launcher(tmp_path: Path) -> None:
     pids = [int(wait_for(tmp_path / f"pid{number}")) for number in range(2)]
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while any(is_alive(pid) for pid in pids):
         assert time.monotonic() < deadline, "a rank outlived its launcher"
         time.sleep(0.05)
