@@ -59,9 +59,10 @@ class Run:
         begin = time.monotonic()
         data = parts.ledger.close_account(step)
         state = self.engine.export_state()
+        self.telemetry.sync()
         failure: str | None = None
         size = 0
-        with agree(self.world, f"{parts.stage}: saving step {step}"), self._writing() as work:
+        with agree(self.world, f"{parts.stage}: saving step {step}"), _writing(self.lease) as work:
             if work is not None:
                 try:
                     newest = checkpoint.save_checkpoint(
@@ -116,7 +117,7 @@ class Run:
         if self.world.world_size > 1:
             dist.all_gather_object(everyone, mine)
         path = self._folder / "bad_steps" / f"{storage.step_name(step)}.json"
-        with agree(self.world, f"{parts.stage}: step {step}"), self._writing() as work:
+        with agree(self.world, f"{parts.stage}: step {step}"), _writing(self.lease) as work:
             if work is not None:
                 samples = [
                     (position, key, parts.ledger.place(position), rank, pack)
@@ -155,7 +156,7 @@ class Run:
     def finish(self, step: int) -> None:
         """Marks the stage as done; its last checkpoint is on the disk."""
         parts = self.parts
-        with agree(self.world, f"{parts.stage}: finishing"), self._writing() as work:
+        with agree(self.world, f"{parts.stage}: finishing"), _writing(self.lease) as work:
             if work is not None:
                 done = {
                     "step": step,
@@ -183,9 +184,10 @@ class Run:
     def _still_owner(self) -> bool:
         return self.lease is not None and self.lease.held()
 
-    def _writing(self) -> contextlib.AbstractContextManager[Path | None]:
-        """The folder to publish from, on the rank that owns the run directory."""
-        return contextlib.nullcontext() if self.lease is None else self.lease.writing()
+
+def _writing(lease: Lease | None) -> contextlib.AbstractContextManager[Path | None]:
+    """The folder to publish from, on the rank that owns the run directory."""
+    return contextlib.nullcontext() if lease is None else lease.writing()
 
 
 @contextlib.contextmanager
@@ -208,15 +210,16 @@ def build_run(parts: Parts, world: World, lease: Lease | None) -> Iterator[Run]:
         wandb = None
         if world.is_main and config.train.wandb is not None:
             wandb = begin_wandb(config.train.wandb, config.run.run_dir, stage)
-        if world.is_main:
-            write_run_files(config, stage, parts.index, parts.plan, settings)
+        with _writing(lease) as work:
+            if work is not None:
+                write_run_files(config, stage, parts.index, parts.plan, settings, work=work)
     engine = Engine(parts.model, optimizer, world, settings, parts.model.deferred)
     with agree(world, f"{stage}: loading trained weights"):
         if parts.resume_from is not None:
             engine.import_state(_trained_state(parts.resume_from))
         elif parts.parent is not None:
             _hand_over(parts, engine)
-    with agree(world, f"{stage}: telemetry"):
+    with agree(world, f"{stage}: telemetry"), _writing(lease) as work:
         telemetry = Telemetry(
             stage_dir=folder,
             stage=stage,
@@ -226,6 +229,7 @@ def build_run(parts: Parts, world: World, lease: Lease | None) -> Iterator[Run]:
             log_every=config.train.log_every,
             world=world,
             tensorboard=config.train.tensorboard,
+            work=work,
             wandb=wandb,
             skipped=len(parts.guard.skipped),
             flops=flops_per_token(architecture, counts),

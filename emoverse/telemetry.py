@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import importlib.util
 import json
+import os
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 
 from data_shards.tasks import TASKS, Task
+from emoverse import storage
 from emoverse.distributed import World
 from emoverse.engine_types import StepResult
 from emoverse.models.architecture import Architecture
@@ -91,6 +93,7 @@ class Telemetry:
         log_every: int,
         world: World,
         tensorboard: bool,
+        work: Path | None = None,
         wandb: Callable[[], Any] | None = None,
         skipped: int = 0,
         flops: float | None = None,
@@ -100,6 +103,7 @@ class Telemetry:
         """`flops`: FLOPs per packed token; with a known GPU it gives the MFU.
 
         `wandb`: begins a run of Weights & Biases. `skipped`: steps passed over before this launch.
+        `work`: of the lease; metrics.jsonl is renamed out of it, so a former owner cannot touch it.
         """
         self._stage, self._rates, self._num_steps = stage, dict(rates), num_steps
         self._log_every, self._world, self._flops = log_every, world, flops
@@ -114,8 +118,7 @@ class Telemetry:
             return
         stage_dir.mkdir(parents=True, exist_ok=True)
         path = stage_dir / "metrics.jsonl"
-        drop_after(path, start_step)
-        self._file = JsonLines(path)
+        self._file = JsonLines(path, kept_lines(path, start_step), work=work or stage_dir)
         if tensorboard:
             self._writer = _event_writer(stage_dir, start_step)
         if wandb is not None:
@@ -137,6 +140,11 @@ class Telemetry:
         """First record of a launch."""
         rates = {task.value: float(rate) for task, rate in self._rates.items()}
         self._write({"kind": "start", "step": step, "rates": rates, **facts})
+
+    def sync(self) -> None:
+        """Before a checkpoint: a resumed stage repeats no step whose line a power cut has taken."""
+        if self._file is not None:
+            self._file.sync()
 
     def saved(self, step: int, *, seconds: float, size: int) -> None:
         """A checkpoint of `step`, of `size` bytes, is on the disk; training stood for `seconds`."""
@@ -294,8 +302,13 @@ class JsonLines:
     full disk costs no line and never ends a training.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("ab", buffering=0)
+    def __init__(self, path: Path, content: str, *, work: Path) -> None:
+        """A new file at `path` that begins with `content`; made in `work`."""
+        temporary = work / f"{path.name}.tmp"
+        temporary.write_text(content)
+        storage.sync(temporary)
+        self._file = temporary.open("ab", buffering=0)
+        temporary.replace(path)
         self._waiting = b""
         self._told = False
 
@@ -310,6 +323,11 @@ class JsonLines:
             return None if told else error
         self._told = False
         return None
+
+    def sync(self) -> None:
+        """Forces the lines onto the disk."""
+        with contextlib.suppress(OSError):  # as above: no reason to end
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """What still waits is lost."""
@@ -360,10 +378,10 @@ def scalars(record: Mapping[str, Any]) -> list[tuple[str, float]]:
 KEPT = ("start", "end")
 
 
-def drop_after(path: Path, step: int) -> None:
-    """Removes records of steps after `step` and a torn last line; resuming repeats those steps."""
+def kept_lines(path: Path, step: int) -> str:
+    """The file without records of steps after `step`, which are repeated, and a torn last line."""
     if not path.exists():
-        return
+        return ""
     kept = []
     for line in path.read_text().splitlines():
         try:
@@ -372,6 +390,4 @@ def drop_after(path: Path, step: int) -> None:
             continue  # the line that a crash cut off
         if record["step"] <= step or record["kind"] in KEPT:
             kept.append(line + "\n")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)
+    return "".join(kept)

@@ -122,6 +122,27 @@ def test_a_cut_off_owner_saves_nothing_and_ends(
     assert not (config.run.run_dir / lease.FOLDER).exists()
 
 
+def test_an_owner_cut_off_while_it_starts_touches_nothing(
+    run_ranks: Ranks, tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would drop the lines of its successor, which is some steps ahead by then."""
+    config, original = tiny_config(), Parts.__init__
+    files = [config.run.run_dir / name for name in ("config.yaml", "stage1/metrics.jsonl")]
+
+    def build(self: Parts, **parts: Any) -> None:
+        original(self, **parts)
+        if self.sampler.rank == 0:
+            lease.acquire(config.run.run_dir, take_over=True)
+            files[1].parent.mkdir(exist_ok=True)
+            for file in files:
+                file.write_text("the successor's")
+
+    monkeypatch.setattr(Parts, "__init__", build)
+    (reason, code), other = train(run_ranks, config)
+    assert code == 1 and "LostLease" in reason and other == (reason, code)
+    assert [file.read_text() for file in files] == ["the successor's"] * 2
+
+
 def test_a_cut_off_owner_learns_it_at_the_next_step(
     run_ranks: Ranks, tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
