@@ -155,6 +155,11 @@ def goodput(args: argparse.Namespace, between_s: float, step_s: float) -> dict[s
     }
 
 
+def tell(name: str, figure: Any) -> None:
+    """A figure as soon as it is known: a call that is cut short has measured something too."""
+    print(f"{time.strftime('%H:%M:%S')} {name}: {json.dumps(figure)}", file=sys.stderr, flush=True)
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """All figures as JSON values."""
     build = ("build", "synthetic", "--out", str(args.work / "shards"), "--clips", str(CLIPS))
@@ -166,12 +171,15 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     )
     load = [os.getloadavg()[0]]
     cost = checkpoint_cost(args)
+    tell("checkpoint", cost)
     steps = records(args.work / "often", "save")[-1]["step"]
     restart_s = restart(args)
+    tell("restart_s", restart_s)
     rows = []
     for between_s in args.between:
         load.append(os.getloadavg()[0])
         rows.append(goodput(args, between_s, cost["step_s"]))
+        tell("goodput", rows[-1])
     return {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Linux {platform.release()}",
         # Before anything runs, then by the time the kills begin: more than the processes means
