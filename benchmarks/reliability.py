@@ -227,6 +227,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--limit", type=float, default=900.0, help="most seconds of one run")
     args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the training that runs as well
     with tempfile.TemporaryDirectory() as folder:
         args.work = Path(folder)
         result = measure(args)
