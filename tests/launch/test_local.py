@@ -1,5 +1,6 @@
 """The local launcher: one exit code for all ranks; none outlives a failure or the launcher."""
 
+import io
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from launch import local, worker
 from launch.local import exit_code, rank_environment, run_ranks
+from launch.progress import Screen
 from launch.worker import FAULT, STOPPED, WRONG_INPUT
 
 ROOT = Path(worker.__file__).parents[1]
@@ -82,6 +84,14 @@ def test_rank_0_is_shown_and_every_rank_is_logged(
     assert capfd.readouterr().out == "rank 0 of 2\n" * 2
     assert (tmp_path / "rank_0.log").read_text() == "rank 0 of 2\n" * 2
     assert (tmp_path / "rank_1.log").read_text() == "rank 1 of 2\n" * 2
+
+
+def test_a_full_disk_does_not_silence_rank_0() -> None:
+    """Nobody would read its pipe any more, and it would wait for ever in the middle of a print."""
+    shown = io.StringIO()
+    with open("/dev/full", "wb", buffering=0) as log:
+        local._copy(io.BytesIO(b"one\ntwo\n"), log, Screen(shown))
+    assert shown.getvalue() == "one\ntwo\n"
 
 
 def test_one_failing_rank_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
