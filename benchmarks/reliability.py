@@ -155,6 +155,11 @@ def goodput(args: argparse.Namespace, between_s: float, step_s: float) -> dict[s
     }
 
 
+def tell(name: str, figure: Any) -> None:
+    """A figure as soon as it is known: a call that is cut short has measured something too."""
+    print(f"{time.strftime('%H:%M:%S')} {name}: {json.dumps(figure)}", file=sys.stderr, flush=True)
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """All figures as JSON values."""
     build = ("build", "synthetic", "--out", str(args.work / "shards"), "--clips", str(CLIPS))
@@ -164,16 +169,28 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         check=True,
         stdout=subprocess.DEVNULL,
     )
+    load = [os.getloadavg()[0]]
     cost = checkpoint_cost(args)
+    tell("checkpoint", cost)
     steps = records(args.work / "often", "save")[-1]["step"]
+    restart_s = restart(args)
+    tell("restart_s", restart_s)
+    rows = []
+    for between_s in args.between:
+        load.append(os.getloadavg()[0])
+        rows.append(goodput(args, between_s, cost["step_s"]))
+        tell("goodput", rows[-1])
     return {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Linux {platform.release()}",
+        # Before anything runs, then by the time the kills begin: more than the processes means
+        # that others computed here too.
+        "load": [*load, os.getloadavg()[0]],
         "processes": args.processes,
         "steps": steps,
         "checkpoint": cost,
-        "restart_s": restart(args),
+        "restart_s": restart_s,
         "goodput_without_kills": steps * cost["step_s"] / cost["run_s"],
-        "goodput": [goodput(args, between_s, cost["step_s"]) for between_s in args.between],
+        "goodput": rows,
     }
 
 
@@ -182,6 +199,8 @@ def text(result: dict[str, Any]) -> str:
     cost = result["checkpoint"]
     lines = [
         f"{result['machine']}; nano, {result['processes']} processes, {result['steps']} steps",
+        f"load         {', '.join(f'{load:.1f}' for load in result['load'])} (of the machine, at "
+        "the beginning, before each row of kills, at the end)",
         f"checkpoint   {cost['save_s']:.3f} s median of {cost['saves']}, {cost['bytes']:,.0f} "
         f"bytes = {cost['bytes_per_trainable_state']:.2f} of the trainable state",
         f"overhead     {cost['overhead_at_default']:.2%} at save_every {DEFAULT_INTERVAL}, with "
@@ -208,6 +227,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--limit", type=float, default=900.0, help="most seconds of one run")
     args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the training that runs as well
     with tempfile.TemporaryDirectory() as folder:
         args.work = Path(folder)
         result = measure(args)

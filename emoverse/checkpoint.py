@@ -26,7 +26,7 @@ TRAINED = "trained.safetensors"  # master weights, fp32, by parameter name
 OPTIMIZER = "optimizer.safetensors"  # "exp_avg.<parameter>" and "exp_avg_sq.<parameter>", fp32
 STATE = "state.json"
 LATEST = "latest"
-_PREFIX, _TEMPORARY, _DISCARDED = "step_", "saving-", "discarded-"
+_TEMPORARY, _DISCARDED = "saving-", "discarded-"
 
 
 class DamagedCheckpoint(ValueError):
@@ -53,11 +53,6 @@ class Checkpoint:
         return int(self.state["step"])
 
 
-def step_name(step: int) -> str:
-    """Folder name of the checkpoint after `step` optimiser steps."""
-    return f"{_PREFIX}{step:06d}"
-
-
 # Writing ---------------------------------------------------------------------------------------
 
 
@@ -81,9 +76,11 @@ def save_checkpoint(
     Raises:
         OSError: the disk is full or not writable; nothing that existed is lost.
     """
-    name = step_name(int(state["step"]))
+    name = storage.step_name(int(state["step"]))
     final, temporary = root / name, work / f"{_TEMPORARY}{name}"
-    root.mkdir(parents=True, exist_ok=True)
+    if not root.exists():
+        root.mkdir(parents=True)
+        storage.sync(root.parent)
     _remove_leftovers(work)
     storage.make_folder(temporary)
     storage.write_tensors(temporary / TRAINED, params)
@@ -101,9 +98,11 @@ def save_checkpoint(
     storage.rename(temporary, final)
     storage.sync(root)
     storage.publish_text(root / LATEST, name + "\n", work=work)
-    for old in _folders(root)[keep:]:
-        if old != final:
-            storage.rename(old, work / f"{_DISCARDED}{old.name}")
+    # Later ones than this were damaged when the run fell back; they do not count as kept.
+    kept = storage.step_of(final)
+    reached = [folder for folder in storage.published(root) if storage.step_of(folder) <= kept]
+    for old in reached[keep:]:
+        storage.rename(old, work / f"{_DISCARDED}{old.name}")
     _remove_leftovers(work)
     return final
 
@@ -124,12 +123,6 @@ def _describe(file: Path) -> dict[str, Any]:
 
 
 # Reading ---------------------------------------------------------------------------------------
-
-
-def _folders(root: Path) -> list[Path]:
-    """Published checkpoints, newest first."""
-    folders = [path for path in root.glob(f"{_PREFIX}*") if path.is_dir()]
-    return sorted(folders, key=lambda path: (len(path.name), path.name), reverse=True)
 
 
 def verify_checkpoint(folder: Path) -> None:
@@ -166,7 +159,7 @@ def find_checkpoint(root: Path, warn: Callable[[str], None]) -> Path | None:
     Raises:
         DamagedCheckpoint: there are checkpoints and none is intact.
     """
-    folders = _folders(root)
+    folders = storage.published(root)
     for folder in folders:
         try:
             verify_checkpoint(folder)

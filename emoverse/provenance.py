@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from emoverse import storage
+
 PACKAGES = (
     *("emoverse", "torch", "deepspeed", "transformers", "peft"),
     *("numpy", "safetensors", "av", "sentencepiece"),
@@ -73,21 +75,20 @@ def _git(folder: Path, *arguments: str) -> str:
     return done.stdout.strip()
 
 
-def append_launch(run_dir: Path, launch: dict[str, Any]) -> None:
-    """Adds a launch to RUN/provenance.json, a JSON list; written beside and renamed.
+def append_launch(run_dir: Path, launch: dict[str, Any], *, work: Path) -> None:
+    """Adds a launch to RUN/provenance.json, a JSON list; made in `work` and renamed.
 
     Code that differs from its commit is kept as RUN/code-HASH.diff, and named in the entry.
     """
     changes = uncommitted_changes(Path(__file__).parent)
     if changes:
         name = f"code-{hashlib.sha256(changes.encode()).hexdigest()[:12]}.diff"
-        (run_dir / name).write_text(changes + "\n", encoding="utf-8")
+        storage.publish_text(run_dir / name, changes + "\n", work=work)
         launch = {**launch, "changes": name}
     path = run_dir / "provenance.json"
     launches = json.loads(path.read_text()) if path.exists() else []
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps([*launches, launch], indent=1) + "\n")
-    temporary.replace(path)
+    text = json.dumps([*launches, launch], indent=1)
+    storage.publish_text(path, text + "\n", work=work)
 
 
 def base_fingerprint(folder: Path) -> str:

@@ -14,6 +14,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from emoverse import storage
 from emoverse.config import Config
 from emoverse.report_curves import read_records
 
@@ -69,13 +70,14 @@ def _at(stage: str, record: Mapping[str, Any], kind: str, text: str) -> Incident
 
 def _replaced(stage: str, folder: Path) -> list[Incident]:
     """Damaged records that the stage replaced, as its newest checkpoint lists them."""
-    states = sorted(folder.glob("checkpoints/step_*/state.json"))
-    if not states:
+    newest = next(iter(storage.published(folder / "checkpoints")), None)
+    if newest is None:
         return []
+    path = newest / "state.json"
     try:
-        state = json.loads(states[-1].read_text(encoding="utf-8"))
-    except ValueError:
-        return [Incident(stage=stage, step=None, kind="damage", text=f"{states[-1]} is no JSON")]
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return [Incident(stage=stage, step=None, kind="damage", text=f"{path} cannot be read")]
     return [
         Incident(
             stage=stage,

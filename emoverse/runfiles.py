@@ -11,6 +11,7 @@ from typing import Any
 
 from data_shards.index import ShardIndex
 from data_shards.plan import Plan
+from emoverse import storage
 from emoverse.checkpoint import OtherRun, read_state
 from emoverse.config import Config, to_yaml
 from emoverse.handover import handed_over, label_of
@@ -109,14 +110,21 @@ def run_identity(
 
 
 def write_run_files(
-    config: Config, stage: str, index: ShardIndex, plan: Plan, settings: Mapping[str, Any]
+    config: Config,
+    stage: str,
+    index: ShardIndex,
+    plan: Plan,
+    settings: Mapping[str, Any],
+    *,
+    work: Path,
 ) -> None:
-    """Writes what describes the run; called by one rank when everything has been checked."""
+    """Publishes what describes the run, out of `work`; by one rank when all has been checked."""
     run_dir, folder = config.run.run_dir, stage_dir(config, stage)
     folder.mkdir(parents=True, exist_ok=True)
     (run_dir / "plan").mkdir(exist_ok=True)
-    (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    (folder / "deepspeed.json").write_text(json.dumps(settings, indent=1) + "\n")
+    storage.publish_text(run_dir / "config.yaml", to_yaml(config), work=work)
+    text = json.dumps(settings, indent=1)
+    storage.publish_text(folder / "deepspeed.json", text + "\n", work=work)
     plan_json = {
         "fingerprint": plan.fingerprint,
         "index": index.fingerprint,
@@ -138,7 +146,8 @@ def write_run_files(
             for name, part in plan.stages.items()
         },
     }
-    (run_dir / "plan" / "plan.json").write_text(json.dumps(plan_json, indent=1) + "\n")
+    text = json.dumps(plan_json, indent=1)
+    storage.publish_text(run_dir / "plan" / "plan.json", text + "\n", work=work)
     launch = describe_launch(
         stage=stage,
         shards=str(config.data.shards),
@@ -146,4 +155,4 @@ def write_run_files(
         plan=plan.fingerprint,
         base=base_fingerprint(base_folder(config.model.base)),
     )
-    append_launch(run_dir, launch)
+    append_launch(run_dir, launch, work=work)

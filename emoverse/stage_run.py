@@ -59,11 +59,13 @@ class Run:
         begin = time.monotonic()
         data = parts.ledger.close_account(step)
         state = self.engine.export_state()
+        self.telemetry.sync()
         failure: str | None = None
-        with agree(self.world, f"{parts.stage}: saving step {step}"), self._writing() as work:
+        size = 0
+        with agree(self.world, f"{parts.stage}: saving step {step}"), _writing(self.lease) as work:
             if work is not None:
                 try:
-                    checkpoint.save_checkpoint(
+                    newest = checkpoint.save_checkpoint(
                         self._folder / "checkpoints",
                         params=state.params,
                         exp_avg=state.exp_avg,
@@ -82,6 +84,7 @@ class Run:
                         keep=train.keep_checkpoints,
                         work=work,
                     )
+                    size = sum(file.stat().st_size for file in newest.iterdir())
                 except OSError as error:
                     if must or train.on_save_error == "stop" or not self._still_owner():
                         raise
@@ -96,7 +99,7 @@ class Run:
             )
             return
         self.saved_step = step
-        self.telemetry.saved(step, seconds=self._saved_at - begin, folder=self._folder)
+        self.telemetry.saved(step, seconds=self._saved_at - begin, size=size)
 
     def skip(self, step: int, bad: BadNumbers, packs: Sequence[Batch]) -> None:
         """Writes down what was in a step that was not used; `step` counts it.
@@ -113,8 +116,8 @@ class Run:
         everyone = [mine] * self.world.world_size
         if self.world.world_size > 1:
             dist.all_gather_object(everyone, mine)
-        path = self._folder / "bad_steps" / f"{checkpoint.step_name(step)}.json"
-        with agree(self.world, f"{parts.stage}: step {step}"), self._writing() as work:
+        path = self._folder / "bad_steps" / f"{storage.step_name(step)}.json"
+        with agree(self.world, f"{parts.stage}: step {step}"), _writing(self.lease) as work:
             if work is not None:
                 samples = [
                     (position, key, parts.ledger.place(position), rank, pack)
@@ -129,7 +132,12 @@ class Run:
                     "rank_loss": bad.rank_loss,
                     "samples": describe_samples(parts.index, samples),
                 }
-                write_dump(path, facts, work=work)
+                try:
+                    write_dump(path, facts, work=work)
+                except OSError as error:
+                    if train.on_save_error == "stop" or not self._still_owner():
+                        raise
+                    self.telemetry.say(f"{path} could not be written: {error}", step)
         parts.guard.skipped.append(step)
         count = len(parts.guard.skipped)
         self.telemetry.skipped(step, reason=str(bad), dump=str(path), count=count)
@@ -148,11 +156,11 @@ class Run:
     def finish(self, step: int) -> None:
         """Marks the stage as done; its last checkpoint is on the disk."""
         parts = self.parts
-        with agree(self.world, f"{parts.stage}: finishing"), self._writing() as work:
+        with agree(self.world, f"{parts.stage}: finishing"), _writing(self.lease) as work:
             if work is not None:
                 done = {
                     "step": step,
-                    "checkpoint": checkpoint.step_name(step),
+                    "checkpoint": storage.step_name(step),
                     "audit": parts.ledger.audit,
                     "skipped": parts.guard.skipped,
                     "knobs": decisive_knobs(parts.config, parts.stage),
@@ -176,9 +184,10 @@ class Run:
     def _still_owner(self) -> bool:
         return self.lease is not None and self.lease.held()
 
-    def _writing(self) -> contextlib.AbstractContextManager[Path | None]:
-        """The folder to publish from, on the rank that owns the run directory."""
-        return contextlib.nullcontext() if self.lease is None else self.lease.writing()
+
+def _writing(lease: Lease | None) -> contextlib.AbstractContextManager[Path | None]:
+    """The folder to publish from, on the rank that owns the run directory."""
+    return contextlib.nullcontext() if lease is None else lease.writing()
 
 
 @contextlib.contextmanager
@@ -202,27 +211,30 @@ def build_run(parts: Parts, world: World, lease: Lease | None) -> Iterator[Run]:
         wandb = None
         if world.is_main and config.train.wandb is not None:
             wandb = begin_wandb(config.train.wandb, config.run.run_dir, stage)
-        if world.is_main:
-            write_run_files(config, stage, parts.index, parts.plan, settings)
+        with _writing(lease) as work:
+            if work is not None:
+                write_run_files(config, stage, parts.index, parts.plan, settings, work=work)
     engine = Engine(parts.model, optimizer, world, settings, parts.model.deferred)
     with agree(world, f"{stage}: loading trained weights"):
         if parts.resume_from is not None:
             engine.import_state(_trained_state(parts.resume_from))
         elif parts.parent is not None:
             _hand_over(parts, engine)
-    telemetry = Telemetry(
-        stage_dir=folder,
-        stage=stage,
-        rates=config.stages[stage].rates,
-        num_steps=parts.num_steps,
-        start_step=parts.start_step,
-        log_every=config.train.log_every,
-        world=world,
-        tensorboard=config.train.tensorboard,
-        wandb=wandb,
-        skipped=len(parts.guard.skipped),
-        flops=flops_per_token(architecture, counts),
-    )
+    with agree(world, f"{stage}: telemetry"), _writing(lease) as work:
+        telemetry = Telemetry(
+            stage_dir=folder,
+            stage=stage,
+            rates=config.stages[stage].rates,
+            num_steps=parts.num_steps,
+            start_step=parts.start_step,
+            log_every=config.train.log_every,
+            world=world,
+            tensorboard=config.train.tensorboard,
+            work=work,
+            wandb=wandb,
+            skipped=len(parts.guard.skipped),
+            flops=flops_per_token(architecture, counts),
+        )
     try:
         _say_hello(parts, world, telemetry, num_trainable)
         yield Run(

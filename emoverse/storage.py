@@ -1,10 +1,13 @@
 """The file operations that make a checkpoint, one function each, so that tests can fail every one.
 
 In: paths below the run directory. Out: files that are on the disk when they appear under their
-name. What is published is written elsewhere, forced to the disk, and renamed. No torch at import.
+name. What is published is written elsewhere, forced to the disk, and renamed. Also the names of
+checkpoints, for readers too. No torch at import.
 """
 
+import errno
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +15,26 @@ from typing import Any
 
 # What a save is made of; tests replace these by functions that fail.
 OPERATIONS = ("make_folder", "write_tensors", "write_text", "sync", "rename", "remove")
+
+_STEP = re.compile(r"step_(\d{6,})")
+
+
+def step_name(step: int) -> str:
+    """Folder name of the checkpoint after `step` optimiser steps."""
+    return f"step_{step:06d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that the name of a published checkpoint says."""
+    found = _STEP.fullmatch(checkpoint.name)
+    assert found is not None
+    return int(found[1])
+
+
+def published(root: Path) -> list[Path]:
+    """Checkpoints in `root`, newest first; a copy such as step_000500.bak is none of ours."""
+    folders = [path for path in root.glob("step_*") if _STEP.fullmatch(path.name) and path.is_dir()]
+    return sorted(folders, key=step_of, reverse=True)
 
 
 def make_folder(path: Path) -> None:
@@ -44,6 +67,11 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some network and user-space file systems have no such call for folders: they keep names
+        # in order by themselves, or not at all.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 

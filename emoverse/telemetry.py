@@ -6,21 +6,23 @@ one JSON object per line, told apart by "kind"; every key is explained in docs/t
 every step stands in the file once.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import json
+import os
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
 from data_shards.tasks import TASKS, Task
-from emoverse.checkpoint import step_name
+from emoverse import storage
 from emoverse.distributed import World
 from emoverse.engine_types import StepResult
 from emoverse.models.architecture import Architecture
@@ -91,6 +93,7 @@ class Telemetry:
         log_every: int,
         world: World,
         tensorboard: bool,
+        work: Path | None = None,
         wandb: Callable[[], Any] | None = None,
         skipped: int = 0,
         flops: float | None = None,
@@ -100,13 +103,14 @@ class Telemetry:
         """`flops`: FLOPs per packed token; with a known GPU it gives the MFU.
 
         `wandb`: begins a run of Weights & Biases. `skipped`: steps passed over before this launch.
+        `work`: of the lease; metrics.jsonl is renamed out of it, so a former owner cannot touch it.
         """
         self._stage, self._rates, self._num_steps = stage, dict(rates), num_steps
         self._log_every, self._world, self._flops = log_every, world, flops
         self._print, self._clock = print_line, clock
         self._checkpoint_step, self._skipped = start_step, skipped
         self._started = self._clock()
-        self._file: TextIO | None = None
+        self._file: JsonLines | None = None
         self._writer: Any = None
         self._wandb: Any = None
         self._reset()
@@ -114,8 +118,7 @@ class Telemetry:
             return
         stage_dir.mkdir(parents=True, exist_ok=True)
         path = stage_dir / "metrics.jsonl"
-        drop_after(path, start_step)
-        self._file = path.open("a", buffering=1)  # a line reaches the file when it is written
+        self._file = JsonLines(path, kept_lines(path, start_step), work=work or stage_dir)
         if tensorboard:
             self._writer = _event_writer(stage_dir, start_step)
         if wandb is not None:
@@ -130,7 +133,7 @@ class Telemetry:
     def say(self, text: str, step: int) -> None:
         """One line for the user, kept in the file as a note."""
         if self._world.is_main:
-            self._print(f"{self._stage} {text}")
+            self._show(f"{self._stage} {text}")
             self._write({"kind": "note", "step": step, "text": text})
 
     def start(self, step: int, **facts: Any) -> None:
@@ -138,14 +141,16 @@ class Telemetry:
         rates = {task.value: float(rate) for task, rate in self._rates.items()}
         self._write({"kind": "start", "step": step, "rates": rates, **facts})
 
-    def saved(self, step: int, *, seconds: float, folder: Path) -> None:
-        """A checkpoint of `step` is on the disk; the step after it had to wait for `seconds`."""
+    def sync(self) -> None:
+        """Before a checkpoint: a resumed stage repeats no step whose line a power cut has taken."""
+        if self._file is not None:
+            self._file.sync()
+
+    def saved(self, step: int, *, seconds: float, size: int) -> None:
+        """A checkpoint of `step`, of `size` bytes, is on the disk; training stood for `seconds`."""
         self._checkpoint_step = step
         self._pause_s += seconds
-        if self._file is not None:
-            newest = folder / "checkpoints" / step_name(step)
-            size = sum(file.stat().st_size for file in newest.iterdir())
-            self._write({"kind": "save", "step": step, "seconds": seconds, "bytes": size})
+        self._write({"kind": "save", "step": step, "seconds": seconds, "bytes": size})
 
     def skipped(self, step: int, *, reason: str, dump: str, count: int) -> None:
         """`step` was passed over: what is in it stands in the file `dump`; `count` so far."""
@@ -178,7 +183,8 @@ class Telemetry:
         if self._file is not None:
             self._file.close()
         if self._writer is not None:
-            self._writer.close()
+            with contextlib.suppress(OSError):  # it flushes, and the disk may be full
+                self._writer.close()
         if self._wandb is not None:
             self._wandb.finish()
         self._file = self._writer = self._wandb = None
@@ -211,15 +217,11 @@ class Telemetry:
             "skipped": self._skipped,
         }
         self._write(record)
-        self._print(format_line(self._stage, self._num_steps, record))
+        self._show(format_line(self._stage, self._num_steps, record))
         slow = straggler(record["ranks"], seconds)
         if slow is not None:
             self.say(slow, step)
-        if self._writer is not None:
-            for tag, value in scalars(record):
-                self._writer.add_scalar(tag, value, step)
-        if self._wandb is not None:
-            self._wandb.log({f"{self._stage}/{tag}": value for tag, value in scalars(record)})
+        self._draw(scalars(record), step)
 
     def _balance(self, tokens: int) -> dict[str, float]:
         """How evenly the ranks shared the interval, and how full their packs were.
@@ -266,9 +268,70 @@ class Telemetry:
             for rank in range(self._world.world_size)
         ]
 
+    def _draw(self, curves: Sequence[tuple[str, float]], step: int) -> None:
+        """For tensorboard and W&B, without which a training goes on whatever befalls them."""
+        try:
+            for tag, value in curves if self._writer is not None else ():
+                self._writer.add_scalar(tag, value, step)
+        except OSError as error:
+            self._writer = None  # its thread has ended and cannot be started again
+            self.say(f"goes on without tensorboard, which cannot write: {error}", step)
+        try:
+            if self._wandb is not None:
+                self._wandb.log({f"{self._stage}/{tag}": value for tag, value in curves})
+        except Exception as error:
+            self._wandb = None
+            self.say(f"goes on without Weights & Biases: {type(error).__name__}: {error}", step)
+
+    def _show(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # the log may be on the disk that is full
+            self._print(text)
+
     def _write(self, record: dict[str, Any]) -> None:
-        if self._file is not None:
-            self._file.write(json.dumps(record) + "\n")
+        if self._file is None:
+            return
+        error = self._file.write(record)
+        if error is not None:
+            self._show(f"{self._stage} metrics.jsonl cannot be written: {error}; trying again")
+
+
+class JsonLines:
+    """A file that gets one JSON object per line, each as soon as it is written.
+
+    What does not fit on the disk waits here and is written first when there is room again, so a
+    full disk costs no line and never ends a training.
+    """
+
+    def __init__(self, path: Path, content: str, *, work: Path) -> None:
+        """A new file at `path` that begins with `content`; made in `work`."""
+        temporary = work / f"{path.name}.tmp"
+        temporary.write_text(content)
+        storage.sync(temporary)
+        self._file = temporary.open("ab", buffering=0)
+        temporary.replace(path)
+        self._waiting = b""
+        self._told = False
+
+    def write(self, record: Mapping[str, Any]) -> OSError | None:
+        """Adds a line; the error that keeps it waiting, the first time that it does."""
+        self._waiting += (json.dumps(record) + "\n").encode()
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            told, self._told = self._told, True
+            return None if told else error
+        self._told = False
+        return None
+
+    def sync(self) -> None:
+        """Forces the lines onto the disk."""
+        with contextlib.suppress(OSError):  # as above: no reason to end
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """What still waits is lost."""
+        self._file.close()
 
 
 def _event_writer(stage_dir: Path, start_step: int) -> Any:
@@ -315,10 +378,10 @@ def scalars(record: Mapping[str, Any]) -> list[tuple[str, float]]:
 KEPT = ("start", "end")
 
 
-def drop_after(path: Path, step: int) -> None:
-    """Removes records of steps after `step` and a torn last line; resuming repeats those steps."""
+def kept_lines(path: Path, step: int) -> str:
+    """The file without records of steps after `step`, which are repeated, and a torn last line."""
     if not path.exists():
-        return
+        return ""
     kept = []
     for line in path.read_text().splitlines():
         try:
@@ -327,6 +390,4 @@ def drop_after(path: Path, step: int) -> None:
             continue  # the line that a crash cut off
         if record["step"] <= step or record["kind"] in KEPT:
             kept.append(line + "\n")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)
+    return "".join(kept)

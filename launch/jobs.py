@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from emoverse import storage
 from emoverse.config import Config, load_config
 from emoverse.stages import stage_dir, stages_to_train
 from launch.rendezvous import Door, scheduler_job
@@ -159,8 +160,8 @@ def saved_steps(config: Config, parts: Sequence[str]) -> int:
     """Steps in the newest checkpoints of these stages together; what a start may add to."""
     total = 0
     for part in parts:
-        names = (stage_dir(config, part) / "checkpoints").glob("step_*")
-        total += max((int(path.name.partition("_")[2]) for path in names), default=0)
+        for newest in storage.published(stage_dir(config, part) / "checkpoints")[:1]:
+            total += storage.step_of(newest)
     return total
 
 

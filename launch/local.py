@@ -140,11 +140,16 @@ def _start_rank(
 
 
 def _copy(source: IO[bytes], log: IO[bytes], screen: Screen) -> None:
-    """Rank 0's lines to the user and to its log."""
+    """Rank 0's lines to the user and to its log.
+
+    A disk that is full may lose lines here, but nobody stops reading: rank 0 would wait for ever.
+    """
     with source:
         for line in source:
-            log.write(line)
-            screen.line(line.decode(errors="replace"))
+            with contextlib.suppress(OSError):
+                log.write(line)
+            with contextlib.suppress(OSError):
+                screen.line(line.decode(errors="replace"))
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

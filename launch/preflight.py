@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from data_shards.remote import open_index
+from emoverse import storage
 from emoverse.config import Config
 from emoverse.memory import GIB, memory_need
 from emoverse.models.architecture import base_folder, load_architecture, parameter_counts
@@ -127,7 +128,7 @@ def _trained_with(folder: Path) -> tuple[Path, dict[str, object]] | None:
     marker = folder / DONE
     if marker.is_file():
         return marker, json.loads(marker.read_text())["knobs"]
-    for checkpoint in sorted((folder / "checkpoints").glob("step_*"), reverse=True):
+    for checkpoint in storage.published(folder / "checkpoints"):
         with contextlib.suppress(OSError, ValueError, KeyError):  # resuming says what is damaged
             return checkpoint, json.loads((checkpoint / "state.json").read_text())["identity"]
     return None

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from emoverse import storage
 from emoverse.config import Config, load_config
 from emoverse.stages import DONE
 from launch.jobs import EVAL, JOBS, JobRecord, read_jobs
@@ -83,7 +84,7 @@ def stage_status(folder: Path) -> dict[str, Any]:
     """Progress of a stage out of metrics.jsonl, its checkpoints and DONE."""
     lines = _last_lines(folder / "metrics.jsonl")
     interval, start = lines.get("interval", {}), lines.get("start", {})
-    steps = [int(path.name.partition("_")[2]) for path in folder.glob("checkpoints/step_*")]
+    steps = [storage.step_of(path) for path in storage.published(folder / "checkpoints")]
     done = (folder / DONE).is_file()
     return {
         "state": "done" if done else "begun" if lines else "not begun",

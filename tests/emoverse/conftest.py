@@ -56,14 +56,14 @@ def _rank_main(
 
 @pytest.fixture
 def run_ranks(tmp_path: Path) -> Callable[..., list[Any]]:
-    """`run_ranks(work, world_size, limit_s=60)` -> what `work(world)` returned on each rank."""
+    """`run_ranks(work, world_size, limit_s=150)` -> what `work(world)` returned on each rank."""
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  (imported once, not per rank)
 
     import emoverse.engine  # noqa: F401
 
     meetings = iter(range(1000))
 
-    def run(work: Callable[[World], Any], world_size: int, *, limit_s: float = 60) -> list[Any]:
+    def run(work: Callable[[World], Any], world_size: int, *, limit_s: float = 150) -> list[Any]:
         context = multiprocessing.get_context("fork")
         meeting = tmp_path / f"meeting-{next(meetings)}"
         ranks = []

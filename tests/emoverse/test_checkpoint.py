@@ -1,7 +1,9 @@
 """Checkpoints: what is saved comes back, a damaged one never does, another run's is refused."""
 
+import errno
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,47 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     for step in (2, 4, 6, 8):
         save(tmp_path, step, keep=2)
     assert names(tmp_path) == ["latest", "step_000006", "step_000008"]
+
+
+def test_a_damaged_later_one_does_not_count_as_kept(tmp_path: Path) -> None:
+    """A run that fell back from step 9 keeps two it can load, and replaces the damaged one."""
+    for step in (2, 4, 9):
+        save(tmp_path, step, keep=3)
+    (tmp_path / "step_000009" / "state.json").write_text("{}")
+    save(tmp_path, 6, keep=2)
+    save(tmp_path, 7, keep=2)
+    assert names(tmp_path) == ["latest", "step_000006", "step_000007", "step_000009"]
+    save(tmp_path, 9, keep=2)
+    assert names(tmp_path) == ["latest", "step_000007", "step_000009"]
+    assert find_checkpoint(tmp_path, silent) == tmp_path / "step_000009"
+
+
+def test_a_copy_beside_them_is_none_of_ours(tmp_path: Path) -> None:
+    shutil.copytree(save(tmp_path, 2), tmp_path / "step_000002.bak")
+    (tmp_path / "step_best").mkdir()
+    newest = save(tmp_path, 4, keep=1)
+    assert find_checkpoint(tmp_path, silent) == newest
+    assert names(tmp_path) == ["latest", "step_000002.bak", "step_000004", "step_best"]
+
+
+def test_steps_beyond_six_digits_are_in_order(tmp_path: Path) -> None:
+    for step in (999_999, 1_000_000):
+        newest = save(tmp_path, step, keep=1)
+    assert find_checkpoint(tmp_path, silent) == newest
+    assert names(tmp_path) == ["latest", "step_1000000"]
+
+
+def test_a_file_system_without_sync_of_folders_will_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsync(descriptor: int) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setattr(os, "fsync", fsync)
+    storage.sync(tmp_path)
+    with pytest.raises(OSError, match="Invalid argument"):
+        storage.sync(tmp_path / "file")
 
 
 def test_nothing_saved_is_none(tmp_path: Path) -> None:

@@ -133,6 +133,6 @@ def test_a_rank_that_never_comes_ends_in_bounded_time(run_ranks: Ranks) -> None:
         begin = time.monotonic()
         with pytest.raises(RuntimeError):
             distributed.gather_rows(world, [1.0, 2.0])
-        return time.monotonic() - begin < 8
+        return time.monotonic() - begin < 40
 
-    assert run_ranks(work, 2, limit_s=10) == [True, "left"]
+    assert run_ranks(work, 2, limit_s=60) == [True, "left"]

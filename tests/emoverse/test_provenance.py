@@ -26,7 +26,7 @@ def base(folder: Path, weights: bytes) -> Path:
 def test_every_launch_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(provenance, "__file__", str(tmp_path / "installed" / "provenance.py"))
     for stage in ("stage1", "stage2"):
-        append_launch(tmp_path, describe_launch(stage=stage))
+        append_launch(tmp_path, describe_launch(stage=stage), work=tmp_path)
     launches = json.loads((tmp_path / "provenance.json").read_text())
     assert [launch["stage"] for launch in launches] == ["stage1", "stage2"]
     assert launches[0]["versions"]["torch"] and launches[0]["host"]
@@ -49,10 +49,10 @@ def test_uncommitted_changes_are_kept(tmp_path: Path, monkeypatch: pytest.Monkey
     run.mkdir()
     commit(code)
     monkeypatch.setattr(provenance, "__file__", str(code / "a.py"))
-    append_launch(run, describe_launch(stage="stage1"))
+    append_launch(run, describe_launch(stage="stage1"), work=run)
     (code / "a.py").write_text("x = 2\n")
-    append_launch(run, describe_launch(stage="stage1"))
-    append_launch(run, describe_launch(stage="stage2"))
+    append_launch(run, describe_launch(stage="stage1"), work=run)
+    append_launch(run, describe_launch(stage="stage2"), work=run)
     first, second, third = json.loads((run / "provenance.json").read_text())
     assert "changes" not in first and first["git"]["changed_files"] == 0
     assert second["changes"] == third["changes"] and second["git"]["changed_files"] == 1

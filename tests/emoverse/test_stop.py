@@ -42,10 +42,11 @@ def test_the_time_limit_is_a_wish_to_stop() -> None:
     assert flag.requested  # never false again
 
 
-def listener(body: str) -> subprocess.Popen[str]:
+def listener(body: str, before: str = "") -> subprocess.Popen[str]:
     """A process that listens, in a main thread that never runs Python code again."""
     code = f"""
     import ctypes, os, signal, sys, time
+    {before}
     from emoverse.stop import listen
     with listen() as flag:
         print("up", flush=True)
@@ -69,26 +70,29 @@ def test_a_second_signal_ends_a_process_that_is_blocked() -> None:
     process.send_signal(signal.SIGUSR2)
     time.sleep(stop.ONE_WISH_S + 0.2)
     assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=10)
+    deadline = time.monotonic() + 60
+    while process.poll() is None:  # a busy machine may have told it late of the first one
+        assert time.monotonic() < deadline
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+    out, err = process.communicate()
     assert process.returncode == 75
     assert out == "" and "second signal: leaving at once" in err
 
 
 def test_signals_close_together_are_one_wish() -> None:
     process = listener("time.sleep(0.6); time.sleep(0.6)")
-    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGTERM):
+    # Halted meanwhile, or a busy machine might let a second pass between two of them.
+    for number in (signal.SIGSTOP, signal.SIGTERM, signal.SIGUSR2, signal.SIGCONT):
         process.send_signal(number)
-        time.sleep(0.05)
-    out, _ = process.communicate(timeout=10)
-    assert (process.returncode, out) == (0, "end SIGTERM\n")
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and out in ("end SIGTERM\n", "end SIGUSR2\n")
 
 
 def test_other_signals_are_no_wish() -> None:
-    body = "signal.signal(signal.SIGUSR1, lambda *_: None); time.sleep(1.8)"
-    process = listener(body)
+    process = listener("time.sleep(1.8)", "signal.signal(signal.SIGUSR1, lambda *_: None)")
     for _ in range(2):
         time.sleep(0.5)
         process.send_signal(signal.SIGUSR1)
-    out, _ = process.communicate(timeout=10)
+    out, _ = process.communicate(timeout=60)
     assert (process.returncode, out) == (0, "end None\n")

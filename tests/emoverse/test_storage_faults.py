@@ -1,5 +1,6 @@
 """A save in which every file operation fails in turn: nothing that was good is lost."""
 
+import contextlib
 import errno
 import json
 import os
@@ -18,13 +19,15 @@ from emoverse.checkpoint import (
     save_checkpoint,
     verify_checkpoint,
 )
+from emoverse.lease import Lease, LostLease, acquire
 
 Operation = Callable[..., None]
 
 
-def save(run: Path, step: int, *, keep: int = 2) -> None:
-    work = run / "work"
-    work.mkdir(parents=True, exist_ok=True)
+def save(run: Path, step: int, *, keep: int = 2, work: Path | None = None) -> None:
+    if work is None:
+        work = run / "work"
+        work.mkdir(parents=True, exist_ok=True)
     tensors = {"a": torch.full((50, 3), float(step)), "b": torch.arange(7.0)}
     state = {"step": step}
     moments = {key: {k: v.clone() for k, v in tensors.items()} for key in ("exp_avg", "exp_avg_sq")}
@@ -158,6 +161,46 @@ def test_a_kill_at_each_file_operation(
         assert loadable(run) in (2, 3)
         save(run, 4)
         assert loadable(run) == 4
+
+
+def test_an_owner_cut_off_at_any_file_operation_of_a_save(
+    runs: Iterator[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a successor finds when it has the run directory stays as it is."""
+
+    def publish(lease: Lease, step: int) -> None:
+        with lease.writing() as work:
+            save(lease.run_dir, step, work=work)
+
+    def found(run: Path) -> list[str]:
+        root = run / "checkpoints"
+        return [*sorted(path.name for path in root.iterdir()), (root / "latest").read_text()]
+
+    total = operations_of_a_save(monkeypatch, next(runs), 2)
+    for number in range(1, total + 1):
+        run = next(runs)
+        former = acquire(run)
+        publish(former, 1)
+        publish(former, 2)
+        seen: list[Any] = []
+
+        def cut_off(*_: Any, run: Path = run, seen: list[Any] = seen) -> None:
+            seen.extend([acquire(run, take_over=True), found(run)])
+
+        with monkeypatch.context() as patch:
+            Faults(patch, cut_off).fail_at = number
+            with contextlib.suppress(LostLease):  # none if all was published before
+                publish(former, 3)
+            assert found(run) == seen[1]
+            with pytest.raises(LostLease):
+                publish(former, 4)
+            assert found(run) == seen[1]
+        before = loadable(run)
+        assert before == (3 if "step_000003" in seen[1] else 2)
+        publish(seen[0], 5)
+        assert loadable(run) == 5
+        for lease in (former, seen[0]):
+            lease.release()
 
 
 WITHOUT_ROOM = """

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Iterator
 from fractions import Fraction
@@ -21,8 +22,8 @@ from emoverse.telemetry import (
     StepCounts,
     Telemetry,
     begin_wandb,
-    drop_after,
     flops_per_token,
+    kept_lines,
     peak_flops,
 )
 from emoverse.telemetry_line import format_duration, straggler
@@ -30,6 +31,7 @@ from emoverse.telemetry_line import format_duration, straggler
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
 RATES = {Task.MSA: Fraction(2, 5), Task.ER: Fraction(1, 5), Task.FER: Fraction(2, 5)}
+WHY = "division by zero"
 INTERVAL_KEYS = {
     "kind",
     "step",
@@ -99,13 +101,6 @@ def step(telemetry: Telemetry, number: int) -> None:
     telemetry.record(number, result, counts, {"lora": 1e-5, "projector": 2e-5})
 
 
-def save(telemetry: Telemetry, folder: Path, number: int) -> None:
-    checkpoint = folder / "checkpoints" / f"step_{number:06d}"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "state.json").write_bytes(b"x" * 70)
-    telemetry.saved(number, seconds=0.5, folder=folder)
-
-
 def read(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -117,7 +112,7 @@ def test_line_and_records_of_a_stage(tmp_path: Path) -> None:
     for number in range(1, 6):
         step(telemetry, number)
         if number == 2:
-            save(telemetry, tmp_path, 2)
+            telemetry.saved(2, seconds=0.5, size=70)
     telemetry.end(5, reason="done", audit="00ff", skipped=0)
     assert len(lines) == 3  # steps 2, 4 and the last one
     assert lines[1].startswith(
@@ -193,7 +188,7 @@ def test_the_documented_keys_are_the_ones_written(tmp_path: Path) -> None:
     telemetry = make(tmp_path, [])
     telemetry.say("x", 0)
     step(telemetry, 1)
-    save(telemetry, tmp_path, 1)
+    telemetry.saved(1, seconds=0.5, size=70)
     telemetry.skipped(2, reason="", dump="", count=1)
     telemetry.end(2, reason="stopped", audit="", skipped=1)
     for record in read(tmp_path):
@@ -202,7 +197,7 @@ def test_the_documented_keys_are_the_ones_written(tmp_path: Path) -> None:
 
 
 def test_nothing_to_drop_without_a_file(tmp_path: Path) -> None:
-    drop_after(tmp_path / "metrics.jsonl", 3)
+    assert kept_lines(tmp_path / "metrics.jsonl", 3) == ""
     assert not list(tmp_path.iterdir())
 
 
@@ -230,6 +225,45 @@ def test_notes_are_printed_and_kept(tmp_path: Path) -> None:
     telemetry.close()
     assert lines == ["stage1 resumes"]
     assert read(tmp_path) == [{"kind": "note", "step": 3, "text": "resumes"}]
+
+
+def test_a_full_disk_costs_no_line_and_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    nowhere = os.open("/dev/full", os.O_WRONLY)
+    telemetry = make(tmp_path, lines, tensorboard=True)
+    step(telemetry, 1)
+    assert telemetry._file is not None
+    good = telemetry._file._file
+    monkeypatch.setattr(telemetry._writer, "add_scalar", lambda *_: os.write(nowhere, b"x"))
+    with open("/dev/full", "ab", buffering=0) as full:
+        telemetry._file._file = full
+        step(telemetry, 2)
+        telemetry.saved(2, seconds=0.5, size=70)
+        step(telemetry, 3)
+    assert [line for line in lines if "No space left on device; trying again" in line] == [
+        "stage1 metrics.jsonl cannot be written: [Errno 28] No space left on device; trying again"
+    ]
+    telemetry._file._file = SimpleNamespace(write=lambda data: good.write(data[:7]))  # in pieces
+    step(telemetry, 4)
+    telemetry._file._file = good
+    telemetry.end(4, reason="stopped", audit="", skipped=0)
+    os.close(nowhere)
+    assert sum("goes on without tensorboard, which cannot write" in line for line in lines) == 1
+    found = [(record["kind"], record["step"]) for record in read(tmp_path)]
+    assert [step for kind, step in found if kind == "step"] == [1, 2, 3, 4]
+    assert [kind for kind, _ in found if kind != "note"] == [
+        *("step", "step", "interval", "save", "step", "step", "interval", "end")
+    ]
+
+
+def test_a_service_that_fails_is_done_without(tmp_path: Path) -> None:
+    lines: list[str] = []
+    telemetry = make(tmp_path, lines, wandb=lambda: SimpleNamespace(log=lambda values: 1 / 0))
+    step(telemetry, 2)
+    telemetry.close()
+    assert lines[1:] == ["stage1 goes on without Weights & Biases: ZeroDivisionError: " + WHY]
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,16 @@ def test_a_signal_during_start_up_stops_before_the_first_step(
     assert checkpoints(tiny_config()) == []
 
 
+def test_fresh_refuses_a_stage_that_has_begun(
+    run_ranks: Ranks, tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        at_step(patch, 1, lambda parts: os.kill(os.getpid(), signal.SIGTERM))
+        assert train(run_ranks, tiny_config(), world_size=1) == [75]
+    ((reason, code),) = train(run_ranks, tiny_config(), world_size=1, resume=False)
+    assert code == 2 and "the stage was to start afresh; choose another run.run_dir" in reason
+
+
 def test_a_second_owner_is_refused_while_the_first_one_trains(
     run_ranks: Ranks, tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,6 +120,27 @@ def test_a_cut_off_owner_saves_nothing_and_ends(
     assert not (config.run.run_dir / "stage1" / "DONE").exists()
     assert train(run_ranks, config) == [0, 0]
     assert not (config.run.run_dir / lease.FOLDER).exists()
+
+
+def test_an_owner_cut_off_while_it_starts_touches_nothing(
+    run_ranks: Ranks, tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would drop the lines of its successor, which is some steps ahead by then."""
+    config, original = tiny_config(), Parts.__init__
+    files = [config.run.run_dir / name for name in ("config.yaml", "stage1/metrics.jsonl")]
+
+    def build(self: Parts, **parts: Any) -> None:
+        original(self, **parts)
+        if self.sampler.rank == 0:
+            lease.acquire(config.run.run_dir, take_over=True)
+            files[1].parent.mkdir(exist_ok=True)
+            for file in files:
+                file.write_text("the successor's")
+
+    monkeypatch.setattr(Parts, "__init__", build)
+    (reason, code), other = train(run_ranks, config)
+    assert code == 1 and "LostLease" in reason and other == (reason, code)
+    assert [file.read_text() for file in files] == ["the successor's"] * 2
 
 
 def test_a_cut_off_owner_learns_it_at_the_next_step(

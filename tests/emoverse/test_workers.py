@@ -184,15 +184,15 @@ def test_a_worker_that_hangs_is_an_error_that_names_the_record() -> None:
             time.sleep(60)
         return frames(step, desk)
 
-    results = iter(pool_of(9, 2, make, timeout_s=0.5))
+    results = iter(pool_of(9, 2, make, timeout_s=2))
     check(next(results), 3)
     began = time.monotonic()
     with pytest.raises(
         WorkerDied,
-        match=r"1 has not finished step 4 in 0.5 s, it is at: record clip_7 in shard-000001.tar",
+        match=r"1 has not finished step 4 in 2 s, it is at: record clip_7 in shard-000001.tar",
     ):
         next(results)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 50  # not the sixty seconds that it sleeps
     assert not multiprocessing.active_children()
 
 
@@ -224,7 +224,7 @@ def test_workers_do_not_outlive_a_killed_trainer() -> None:
         workers = [int(pid) for pid in trainer.stdout.readline().split()]
         assert len(workers) == 2
         trainer.kill()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline and any(alive(pid) for pid in workers):
         time.sleep(0.05)
     assert not any(alive(pid) for pid in workers)

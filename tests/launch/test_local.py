@@ -1,5 +1,6 @@
 """The local launcher: one exit code for all ranks; none outlives a failure or the launcher."""
 
+import io
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from launch import local, worker
 from launch.local import exit_code, rank_environment, run_ranks
+from launch.progress import Screen
 from launch.worker import FAULT, STOPPED, WRONG_INPUT
 
 ROOT = Path(worker.__file__).parents[1]
@@ -29,7 +31,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def wait_for(file: Path, limit_s: float = 20) -> str:
+def wait_for(file: Path, limit_s: float = 90) -> str:
     deadline = time.monotonic() + limit_s
     while not (file.exists() and file.read_text()):
         assert time.monotonic() < deadline, f"{file} did not appear"
@@ -84,6 +86,14 @@ def test_rank_0_is_shown_and_every_rank_is_logged(
     assert (tmp_path / "rank_1.log").read_text() == "rank 1 of 2\n" * 2
 
 
+def test_a_full_disk_does_not_silence_rank_0() -> None:
+    """Nobody would read its pipe any more, and it would wait for ever in the middle of a print."""
+    shown = io.StringIO()
+    with open("/dev/full", "wb", buffering=0) as log:
+        local._copy(io.BytesIO(b"one\ntwo\n"), log, Screen(shown))
+    assert shown.getvalue() == "one\ntwo\n"
+
+
 def test_one_failing_rank_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "GRACE_AFTER_FAILURE_S", 0.3)
     command = script(
@@ -97,7 +107,7 @@ def test_one_failing_rank_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     )
     begin = time.monotonic()
     assert run_ranks(command, num_ranks=3, logs=tmp_path) == FAULT
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 100  # far less than the others sleep
     for rank in (0, 2):
         pid = (tmp_path / f"pid{rank}").read_text() if (tmp_path / f"pid{rank}").exists() else "0"
         assert not is_alive(int(pid))
@@ -147,7 +157,7 @@ def test_ranks_do_not_outlive_their_launcher(tmp_path: Path) -> None:
     pids = [int(wait_for(tmp_path / f"pid{number}")) for number in range(2)]
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while any(is_alive(pid) for pid in pids):
         assert time.monotonic() < deadline, "a rank outlived its launcher"
         time.sleep(0.05)

@@ -71,7 +71,7 @@ def test_no_bar_in_a_log(tmp_path: Path) -> None:
     assert stream.getvalue() == "text\n"
 
 
-@pytest.mark.timeout(30)  # a bar that is not drawn, or not removed, never ends the reading
+@pytest.mark.timeout(120)  # a bar that is not drawn, or not removed, never ends the reading
 def test_a_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "PERIOD_S", 0.01)
     monkeypatch.setenv("TERM", "xterm")
