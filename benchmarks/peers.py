@@ -30,6 +30,7 @@ BASE = (
     "av==18.1.0",
     "pillow==13.0.0",
     "simplejpeg==1.9.0",
+    "isal==1.9.1",
     "fsspec==2026.9.0",
 )
 PEERS = {

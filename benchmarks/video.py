@@ -9,7 +9,6 @@ import argparse
 import io
 import sys
 import tempfile
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -101,6 +100,7 @@ def decoders(problems: dict[str, str]) -> dict[str, Callable[[bytes], object]]:
     """Name -> clip bytes to frames."""
     import av
 
+    from data_shards.checksum import crc32
     from data_shards.pixels import jpeg_decode_into, jpeg_encode, resize_frame
     from data_shards.video import clip_indices, decode_frames
 
@@ -153,7 +153,7 @@ def decoders(problems: dict[str, str]) -> dict[str, Callable[[bytes], object]]:
         "ours + Pillow (exact)": lambda clip: ours(clip, scale=exact),
         "ours, resize: fast": lambda clip: ours(clip, size=SIZE),
         "extracted frames (simplejpeg)": extracted,
-        "checksum (crc32)": zlib.crc32,
+        "checksum (crc32)": crc32,
     }
     if cv2 is not None:
         cubic = lambda rgb: cv2.resize(rgb, (SIZE, SIZE), interpolation=cv2.INTER_CUBIC)  # noqa: E731
