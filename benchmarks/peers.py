@@ -47,6 +47,7 @@ def reexecute(environment: Path) -> None:
     """Run the script in the peers' environment; returns there, never here."""
     python = environment / "bin" / "python"
     if Path(sys.prefix).resolve() == environment.resolve():
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
         return
     if not (environment / ".installed").exists():
         if not python.exists():
