@@ -4,6 +4,7 @@ Ours, and the peers that are here: webdataset, mosaicml-streaming, Megatron-Ener
 records. In: a shard folder. Out: functions for `peers.measure` and `stream.py`.
 """
 
+import copy
 import itertools
 import os
 import random
@@ -155,7 +156,7 @@ class Peers:
             number = int(share * (count - 1))
             loader = open_energon(energon, folder)
             if number:
-                loader.restore_state_rank(states[number])
+                loader.restore_state_rank(copy.deepcopy(states[number]))  # it is worked in
             return next(iter(loader))
 
         for share in (0.01, 0.99):  # the states are taken beforehand, as a checkpoint would
