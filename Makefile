@@ -26,7 +26,7 @@ $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt \
 		$(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) torch
-	$(BIN)/python -m pip install -c constraints.txt -e '.[test,demo,kernels]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[test,demo,fast,kernels]'
 	touch $@
 
 demo: setup

@@ -51,6 +51,8 @@ setup(
     ],
     extras_require={
         "demo": ["simplejpeg>=1.8"],
+        # Checksums at many times zlib's speed.
+        "fast": ["isal>=1.7"],
         # CUDA builds of torch bring their own; elsewhere it interprets and compiles for the tests.
         "kernels": ["triton>=3.6"],
         # Needs the CUDA toolkit and: pip install --no-build-isolation -e .[flash-attn]

@@ -22,8 +22,17 @@ from statistics import median
 from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
-# What both sides stand on, as in constraints.txt, then the peers; torch first, as a CPU build.
-BASE = ("torch==2.13.0", "av==18.1.0", "pillow==13.0.0", "simplejpeg==1.9.0", "fsspec==2026.9.0")
+# What both sides stand on, then the peers. torch and torchvision come as a pair (streaming loads
+# torchvision), and on x86_64 as builds for CUDA, which bring the libraries that torchcodec loads.
+BASE = (
+    "torch==2.14.1",
+    "torchvision==0.29.1",
+    "av==18.1.0",
+    "pillow==13.0.0",
+    "simplejpeg==1.9.0",
+    "isal==1.9.1",
+    "fsspec==2026.9.0",
+)
 PEERS = {
     "webdataset": "webdataset==1.0.2",
     "cv2": "opencv-python-headless",
@@ -38,6 +47,7 @@ def reexecute(environment: Path) -> None:
     """Run the script in the peers' environment; returns there, never here."""
     python = environment / "bin" / "python"
     if Path(sys.prefix).resolve() == environment.resolve():
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
         return
     if not (environment / ".installed").exists():
         if not python.exists():

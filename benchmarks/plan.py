@@ -98,8 +98,8 @@ def timed(call: object, argument: object) -> float:
     return time.process_time() - began
 
 
-def opens(stage: StagePlan, block_shards: int, samples: int, per_shard: int) -> float:
-    """Shard fetches per shard used, through a cache of two blocks; 1 is the least.
+def opens(stage: StagePlan, block_shards: int, samples: int) -> tuple[float, float]:
+    """Shard opens per shard used (1 is the least) and per sample, through a cache of two blocks.
 
     Counted from the middle of the epoch, so the blocks at both ends are only partly used.
     """
@@ -113,7 +113,7 @@ def opens(stage: StagePlan, block_shards: int, samples: int, per_shard: int) -> 
         cache.move_to_end(shard)
         if len(cache) > 2 * block_shards:
             cache.popitem(last=False)
-    return sum(used.values()) / len(used)
+    return sum(used.values()) / len(used), sum(used.values()) / samples
 
 
 def mixing(block_shards: int, *, random_labels: bool) -> float:
@@ -145,14 +145,14 @@ def main() -> None:
     print(f"{args.records:,} records, {args.shards:,} shards, {args.ranks:,} ranks")
     for name, value in scale(args.records, args.shards, args.ranks, args.batch).items():
         print(f"| {name} | {value:,.3g} |")
-    print("| block_shards | fetches per shard | mixing, random labels | mixing, sorted labels |")
-    print("|---|---|---|---|")
+    print("| block_shards | opens per shard | opens per sample | mixing, random | mixing, sorted |")
+    print("|---|---|---|---|---|")
     table = Arithmetic(330 * 100, 330)
     for block in (4, 16, 64):
         stage = plan_stages(table, [spec()], seed=1, block_shards=block).stages["stage"]
-        fetched = opens(stage, block, 15_000, 100)
+        per_shard, per_sample = opens(stage, block, 15_000)
         mixed = [mixing(block, random_labels=random) for random in (True, False)]
-        print(f"| {block} | {fetched:.2f} | {mixed[0]:.2f} | {mixed[1]:.2f} |")
+        print(f"| {block} | {per_shard:.2f} | {per_sample:.4f} | {mixed[0]:.2f} | {mixed[1]:.2f} |")
 
 
 if __name__ == "__main__":

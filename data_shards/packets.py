@@ -8,6 +8,7 @@ Flow: video (opens the file) -> here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
@@ -85,12 +86,15 @@ class Decoder:
         context: av.video.codeccontext.VideoCodecContext,
         wanted: set[int],
         size: int | None,
+        scale: Callable[[Frame], Frame] | None,
     ) -> None:
         self.found: dict[int, Frame] = {}
         self.fault = ""  # first sign that the frames are not what the video shows
         self._context = context
         self._wanted = wanted
         self._size = size
+        self._scale = scale
+        self._shape: tuple[int, int] | None = None  # of the wanted frames so far
         self._pixels_left = MAX_DECODED_PIXELS
         self._last_pts: int | None = None
         self._reformatter = av.video.reformatter.VideoReformatter()  # one scaler for all frames
@@ -100,6 +104,9 @@ class Decoder:
         for frame in self._context.decode(packet):
             self._check(frame)
             if frame.pts in self._wanted:
+                if (frame.height, frame.width) != self._shape and self.found:
+                    self.fault = self.fault or "the picture size changes inside the clip"
+                self._shape = frame.height, frame.width
                 rgb = self._reformatter.reformat(
                     frame,
                     width=self._size,
@@ -108,7 +115,8 @@ class Decoder:
                     interpolation=av.video.reformatter.Interpolation.BICUBIC,
                     threads=1,
                 )
-                self.found[frame.pts] = rgb.to_ndarray().astype(np.uint8, copy=False)
+                rgb_HW3 = rgb.to_ndarray().astype(np.uint8, copy=False)  # a view of `rgb`
+                self.found[frame.pts] = self._scale(rgb_HW3) if self._scale else rgb_HW3
         if packet is None:
             self._context.flush_buffers()
 
@@ -128,9 +136,14 @@ class Decoder:
         self._last_pts = frame.pts
 
 
-def decode_linear(packets: Packets, wanted: set[int], size: int | None) -> dict[int, Frame]:
+def decode_linear(
+    packets: Packets,
+    wanted: set[int],
+    size: int | None,
+    scale: Callable[[Frame], Frame] | None,
+) -> dict[int, Frame]:
     """Time stamp -> frame from decoding every packet; the truth that skipping must meet."""
-    decoder = Decoder(packets.context, wanted, size)
+    decoder = Decoder(packets.context, wanted, size, scale)
     for packet in packets.packets:
         decoder.feed(packet)
     decoder.feed(None)
@@ -140,7 +153,10 @@ def decode_linear(packets: Packets, wanted: set[int], size: int | None) -> dict[
 
 
 def decode_skipping(
-    packets: Packets, wanted: set[int], size: int | None
+    packets: Packets,
+    wanted: set[int],
+    size: int | None,
+    scale: Callable[[Frame], Frame] | None,
 ) -> dict[int, Frame] | None:
     """Decode only the packets that wanted frames need; None if that cannot be done exactly.
 
@@ -159,7 +175,7 @@ def decode_skipping(
     for start, end in gops:
         if min(packets.pts[start:end]) < packets.pts[start]:  # open GOP
             return None
-    decoder = Decoder(packets.context, wanted, size)
+    decoder = Decoder(packets.context, wanted, size, scale)
     for start, end in gops:
         targets = [i for i in range(start, end) if packets.pts[i] in wanted]
         if not targets:

@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import tarfile
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import BinaryIO, Final
 
 import numpy as np
 
+from data_shards.checksum import crc32
 from data_shards.index import (
     ENTRY_DTYPE,
     INDEX_FILE,
@@ -117,7 +117,7 @@ def _write_index_of(tars: Sequence[Path], out: Path) -> None:
                     (
                         offset,
                         len(blocks),
-                        zlib.crc32(blocks),
+                        crc32(blocks),
                         record.mask,
                         min(record.num_frames, LENGTH_MAX),
                         min(text_chars(record), LENGTH_MAX),

@@ -8,7 +8,6 @@ Flow: build -> here -> index.
 import hashlib
 import os
 import tarfile
-import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Final
 
 import numpy as np
 
+from data_shards.checksum import crc32
 from data_shards.index import (
     ENTRY_DTYPE,
     LENGTH_MAX,
@@ -102,7 +102,7 @@ class ShardWriter:
             (
                 self._file.tell(),
                 len(packed.blocks),
-                zlib.crc32(packed.blocks),
+                crc32(packed.blocks),
                 packed.mask,
                 min(packed.num_frames, LENGTH_MAX),
                 min(packed.text_chars, LENGTH_MAX),

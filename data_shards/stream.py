@@ -128,17 +128,15 @@ def decode_view(record: Record, view: View, options: ViewOptions) -> NDArray[np.
         indices = (record.peak_frame,)
     size = options.image_size
     try:
-        frames = decode_frames(
+        return decode_frames(
             record.media.mp4,
             indices,
             num_frames=record.num_frames,
             size=size if options.resize == "fast" else None,
+            scale=None if options.resize == "fast" else lambda frame: resize_frame(frame, size),
         )
     except ValueError as error:
         raise ValueError(f"mp4: {error}") from error
-    if frames.shape[1:3] == (size, size):
-        return frames
-    return np.stack([resize_frame(frame, size) for frame in frames])
 
 
 def _decode_jpegs(jpegs: Sequence[bytes], view: View, size: int) -> NDArray[np.uint8]:

@@ -58,7 +58,14 @@ def test_every_import_is_declared() -> None:
                     imported.add((node.module or "").partition(".")[0])
     declared = {
         IMPORT_NAME.get(name, name)
-        for name in [*CORE, *EXTRAS["demo"], *EXTRAS["mosei"], "flash-attn", "wandb"]
+        for name in [
+            *CORE,
+            *EXTRAS["demo"],
+            *EXTRAS["fast"],
+            *EXTRAS["mosei"],
+            "flash-attn",
+            "wandb",
+        ]
     }
     third_party = imported - set(sys.stdlib_module_names) - set(PACKAGES)
     assert third_party - set(COMES_WITH) <= declared

@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_shards.build import build_shards
+from data_shards.checksum import crc32
 from data_shards.index import ShardIndex
 from data_shards.reader import DamagedRecord, ShardReader, iter_plain, read_header, untar
 from data_shards.record import Record, Video, to_members
@@ -75,6 +76,30 @@ def test_records_come_back_equal(built: Path, records: list[Record]) -> None:
     assert reader.read(1, 0) == records[3]  # in any order
     reader.close()
     assert reader.read(0, 2) == records[2]  # and after closing
+
+
+def test_a_clip_is_read_in_parts_and_anything_else_in_one_piece(
+    built: Path, records: list[Record], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardReader, "blocks", None)  # calling it would fail
+        in_parts = [open_reader(built).members(0, slot) for slot in range(3)]
+    monkeypatch.setattr(ShardReader, "_clip", lambda *_: None)
+    assert in_parts == [open_reader(built).members(0, slot) for slot in range(3)]
+    assert in_parts == [to_members(record) for record in records[:3]]
+
+
+def test_a_text_of_many_kilobytes_is_read_in_one_piece(
+    records: list[Record], tmp_path: Path
+) -> None:
+    record = replace(records[0], utterance="Hello. " * 5000)
+    build_shards([record], tmp_path / "shards", provenance={})
+    assert read_all(open_reader(tmp_path / "shards")) == [record]
+
+
+@given(content=st.binary(max_size=3000), before=st.integers(0, 2**32 - 1))
+def test_the_quick_checksum_is_zlibs(content: bytes, before: int) -> None:
+    assert crc32(content, before) == zlib.crc32(content, before)
 
 
 def test_only_some_tars_are_open(built: Path, records: list[Record]) -> None:

@@ -124,6 +124,40 @@ def test_decoding_equals_linear_decoding(data: st.DataObject) -> None:
     np.testing.assert_array_equal(decode_frames(mp4, indices), linear[indices])
 
 
+def test_scaling_on_the_way_out_changes_nothing() -> None:
+    mp4 = encode_mp4(moving_frames(30), 25, b_frames=3)
+    native = decode_frames(mp4, [28, 3, 3])
+    scaled = decode_frames(mp4, [28, 3, 3], scale=lambda frame: resize_frame(frame, 28))
+    np.testing.assert_array_equal(scaled, [resize_frame(frame, 28) for frame in native])
+
+
+def test_headers_that_say_less_change_nothing() -> None:
+    """Opening a clip here looks at no picture in advance, so headers are all that is known then.
+
+    Every bit of the parameter set is flipped once, those that announce how far pictures are put
+    in another order among them: what leaves the plain loop's frames as they are, leaves ours.
+    """
+    options = {"bf": "3", "x264-params": "b-pyramid=normal", "threads": "1", "preset": "medium"}
+    mp4 = encode_with_times(list(range(0, 800, 40)), options, moving_frames(20, 32, 32))
+    linear = decode_linear(mp4)
+    start = mp4.index(b"avcC") + 4 + 8  # behind version, profile, number and length of the set
+    parameters = mp4[start : start + int.from_bytes(mp4[start - 2 : start], "big")]
+    assert parameters[0] & 31 == 7, "a sequence parameter set"
+    harmless = 0
+    for bit in range(8 * len(parameters)):
+        spoiled = bytearray(parameters)
+        spoiled[bit // 8] ^= 128 >> bit % 8
+        other = mp4.replace(parameters, spoiled)
+        try:
+            same = np.array_equal(decode_linear(other), linear)
+        except (av.error.FFmpegError, ValueError):
+            continue
+        if same:
+            harmless += 1
+            np.testing.assert_array_equal(decode_frames(other, [1, 6, 17]), linear[[1, 6, 17]])
+    assert harmless > 50
+
+
 def test_skipping_drops_packets(monkeypatch: pytest.MonkeyPatch) -> None:
     mp4 = encode_mp4(moving_frames(60), 25, gop=20, b_frames=3)
     fed = []
