@@ -8,12 +8,14 @@ import pytest
 from data_shards.index import ShardIndex
 from data_shards.tasks import Task
 from emoverse.config import load_config, load_model, to_yaml
+from emoverse.paper_tables import variants
 from emoverse.pretrain_config import PretrainConfig
 from launch.plan_report import make_plan, plan_text
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 PRETRAIN = [path for path in sorted(CONFIGS.glob("*.yaml")) if "pretrain" in path.name]
-OVERLAYS = sorted((CONFIGS / "ablations").glob("*.yaml"))
+OVERLAYS = [CONFIGS / "ablations" / f"{name}.yaml" for name in variants()]
+SMALL = CONFIGS / "ablations" / "small.yaml"  # the size of all variants, not one of them
 RUNS = [path for path in sorted(CONFIGS.glob("*.yaml")) if path not in PRETRAIN]
 
 # As the corpora are: MSA and ER nearly everywhere, FER where a face is seen, few ERI entries.
@@ -70,6 +72,14 @@ def test_an_ablation_is_a_few_lines_and_plans(
     _, _, expected = make_plan(plain)
     for name in ("stage1", "stage2"):  # the same data volume, so that rows compare
         assert report["stages"][name]["samples"] == expected["stages"][name]["samples"]
+
+
+def test_the_small_set_is_the_same_experiment_with_fewer_epochs() -> None:
+    plain, small = load_config([CONFIGS / "nano.yaml"]), load_config([CONFIGS / "nano.yaml", SMALL])
+    for name, stage in small.stages.items():
+        assert stage.epochs < plain.stages[name].epochs
+        assert stage.model_copy(update={"epochs": plain.stages[name].epochs}) == plain.stages[name]
+    assert small.model_copy(update={"stages": plain.stages}) == plain
 
 
 @pytest.mark.parametrize("path", PRETRAIN, ids=lambda path: path.stem)
