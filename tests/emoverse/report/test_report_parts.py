@@ -116,7 +116,8 @@ def test_the_hardest_clips_are_wrong_and_show_every_system(text: str) -> None:
 def test_throughput_is_charted_with_values_for_who_cannot_see(text: str) -> None:
     shown = section(text, "throughput")
     assert shown.count("<svg") == 8 and shown.count('<details class="values">') == 8
-    assert "packed tokens per second" in shown
+    assert "Packed tokens<span>per second</span>" in shown
+    assert "Peak memory so far<span>GiB</span>" in shown and "000000" not in shown
 
 
 def test_a_system_needs_name_and_file(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
