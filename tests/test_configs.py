@@ -76,9 +76,14 @@ def test_an_ablation_is_a_few_lines_and_plans(
 
 def test_the_small_set_changes_the_size_alone() -> None:
     plain, small = load_config([CONFIGS / "nano.yaml"]), load_config([CONFIGS / "nano.yaml", SMALL])
-    assert all(stage.epochs < plain.stages[name].epochs for name, stage in small.stages.items())
-    size = [f"stages.{name}.epochs={stage.epochs}" for name, stage in small.stages.items()]
-    size += [f"evaluation.max_records={small.evaluation.max_records}", "train.processes=1"]
+    size = ["stages.stage2.pool.rest_of=null", "train.processes=1"]
+    for name, stage in small.stages.items():
+        assert stage.epochs < plain.stages[name].epochs
+        size += [
+            f"stages.{name}.pool.take={stage.pool.take}",
+            f"stages.{name}.epochs={stage.epochs}",
+        ]
+    size.append(f"evaluation.max_records={small.evaluation.max_records}")
     assert load_config([CONFIGS / "nano.yaml"], size) == small
 
 
