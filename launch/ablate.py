@@ -224,10 +224,11 @@ def _share(plan: Variant, home: Path) -> None:
     """
     config, folder = plan.config, plan.config.run.run_dir
     cache = folder / "cache"
-    if config.model.cache_features and not cache.exists():  # files in it are named by their content
+    if config.model.cache_features:  # files in it are named by their content
         (home / cache.name).mkdir(parents=True, exist_ok=True)
         folder.mkdir(exist_ok=True)
-        cache.symlink_to(Path("..", cache.name))
+        if not (cache.exists() or cache.is_symlink()):
+            cache.symlink_to(Path("..", cache.name))
     from emoverse.adopt import adopt_stage  # torch, which a dry run does not need
 
     for stage in plan.stages:
