@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from data_shards.index import ShardIndex
-from data_shards.plan import Placement
+from data_shards.plan import Placement, StagePlan
 from data_shards.sampler import WeightedTaskSampler, audit_hash
 from data_shards.stream import Damage
 from emoverse.collate import Batch
@@ -122,3 +122,12 @@ class Ledger:
             key = self._index.key(place.shard, place.slot)
             total += audit_hash(position, key, place.task)
         return total % MODULUS
+
+
+def planned_audit(plan: StagePlan, index: ShardIndex) -> str:
+    """`Ledger.audit` at the end of a stage in which no record was replaced."""
+    total = 0
+    for position in range(plan.num_samples):
+        place = plan.at(position)
+        total += audit_hash(position, index.key(place.shard, place.slot), place.task)
+    return f"{total % MODULUS:016x}"

@@ -51,20 +51,18 @@ def _block(task: Task, state: str, found: Calibration) -> str:
         ),
         Series(name="as sure as right", color="majority", xs=[0.0, 1.0], ys=[0.0, 1.0]),
     ]
-    chart = line_chart(
-        f"{task.upper()}, {state}: ECE {found.error:.3f}",
-        series,
-        x_label="probability of the answer",
-        y_label="share of right answers",
-    )
     body = "".join(
         f'<tr><th scope="row">{one.low:.1f} to {one.high:.1f}</th><td class="num">{one.n}</td>'
         f'<td class="num">{one.confidence:.3f}</td><td class="num">{one.right:.3f}</td></tr>'
         for one in filled
     )
-    return (
-        f'<div class="card calibration">{chart}<details><summary>As a table</summary>'
-        '<table><thead><tr><th scope="col">probability</th><th scope="col" class="num">answers</th>'
-        '<th scope="col" class="num">mean</th><th scope="col" class="num">right</th></tr></thead>'
-        f"<tbody>{body}</tbody></table></details></div>"
+    chart = line_chart(
+        f"{task.upper()}, {state}: ECE {found.error:.3f}",
+        series,
+        x_label="probability of the answer",
+        y_label="share of right answers",
+        table='<table><thead><tr><th scope="col">probability</th>'
+        '<th scope="col" class="num">answers</th><th scope="col" class="num">mean</th>'
+        f'<th scope="col" class="num">right</th></tr></thead><tbody>{body}</tbody></table>',
     )
+    return f'<div class="card calibration">{chart}</div>'

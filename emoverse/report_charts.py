@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 560, 250
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 34
+LEFT, RIGHT, TOP, BOTTOM = 54, 16, 10, 34
 MAX_POINTS = 240
 TABLE_POINTS = 8  # of a curve, in the table beneath it
 
@@ -88,8 +88,13 @@ class _Frame:
         return "L".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in points)
 
 
-def line_chart(title: str, series: Sequence[Series], *, x_label: str, y_label: str) -> str:
-    """A line chart with grid, axis labels, and its data as JSON for the page's pointer read-out."""
+def line_chart(
+    title: str, series: Sequence[Series], *, x_label: str, y_label: str, table: str = ""
+) -> str:
+    """A line chart with grid, axis labels, and its data as JSON for the page's pointer read-out.
+
+    table: the values in words, instead of some points of every line.
+    """
     shown = [thin_out(one) for one in series if len(one.xs)]
     ys = [y for one in shown for y in one.ys if math.isfinite(y)]
     if not ys:
@@ -101,7 +106,8 @@ def line_chart(title: str, series: Sequence[Series], *, x_label: str, y_label: s
         f'<path class="line s-{one.color}" d="M{frame.path(one.xs, one.ys)}"/>' for one in shown
     ]
     grid = _grid(frame, y_ticks, x_label, percent=False)
-    return _figure(title, y_label, grid + "".join(lines), shown, frame, x_label, percent=False)
+    inner = grid + "".join(lines)
+    return _figure(title, y_label, inner, shown, frame, x_label, percent=False, table=table)
 
 
 def share_chart(
@@ -169,19 +175,22 @@ def _figure(
     x_label: str,
     *,
     percent: bool,
+    table: str = "",
 ) -> str:
     data = _chart_data(series, frame.x0, frame.x1, x_label, percent)
     dashed = '<li><i class="swatch dash"></i>asked for</li>' if percent else ""
     names = "".join(
         f'<li><i class="swatch b-{one.color}"></i>{escape(one.name)}</li>' for one in series
     )
+    legend = f'<ul class="legend">{names}{dashed}</ul>' if len(series) > 1 or percent else ""
+    table = table or _values(series, x_label, percent)
     return (
         f'<figure class="plot" data-chart="{data}">'
         f"<figcaption>{escape(title)}<span>{escape(y_label)}</span></figcaption>"
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="{escape(title)}">{inner}'
         f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" hidden=""/></svg>'
-        f'<ul class="legend">{names}{dashed}</ul>{_values(series, x_label, percent)}</figure>'
+        f'{legend}<details class="values"><summary>Values</summary>{table}</details></figure>'
     )
 
 
@@ -201,8 +210,8 @@ def _values(series: Sequence[Series], x_label: str, percent: bool) -> str:
             cells += f'<td class="num">{text}</td>'
         body += f'<tr><th scope="row">{tidy(x)}</th>{cells}</tr>'
     return (
-        f'<details class="values"><summary>Values</summary><table><thead><tr><th scope="col">'
-        f"{escape(x_label)}</th>{head}</tr></thead><tbody>{body}</tbody></table></details>"
+        f'<table><thead><tr><th scope="col">{escape(x_label)}</th>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table>"
     )
 
 

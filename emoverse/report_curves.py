@@ -12,18 +12,27 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from data_shards.tasks import Task
 from emoverse.config import Config
 
 Curve = tuple[Sequence[float], Sequence[float]]
-# Keys of an interval that tell of throughput, with what they measure.
+
+
+class Speed(NamedTuple):
+    """What a key of an interval tells of throughput: title and unit, the value being divided."""
+
+    title: str
+    unit: str
+    divisor: float = 1.0
+
+
 SPEEDS = {
-    "samples_per_s": "samples per second",
-    "tokens_per_s": "packed tokens per second",
-    "data_wait": "share of time spent waiting for data",
-    "memory_bytes": "bytes of memory at the peak so far",
+    "samples_per_s": Speed("Samples", "per second"),
+    "tokens_per_s": Speed("Packed tokens", "per second"),
+    "data_wait": Speed("Waiting for data", "share of the time"),
+    "memory_bytes": Speed("Peak memory so far", "GiB", 2.0**30),
 }
 
 
@@ -97,11 +106,11 @@ def _stage_curves(
         share=share,
         asked=asked,
         speed={
-            name: (
-                [float(one["step"]) for one in intervals if one.get(name) is not None],
-                [float(one[name]) for one in intervals if one.get(name) is not None],
+            key: (
+                [float(one["step"]) for one in intervals if one.get(key) is not None],
+                [float(one[key]) / speed.divisor for one in intervals if one.get(key) is not None],
             )
-            for name in SPEEDS
+            for key, speed in SPEEDS.items()
         },
         facts=_facts(records, intervals),
     )

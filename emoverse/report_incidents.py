@@ -1,8 +1,8 @@
-"""What went otherwise than planned in a run: restarts, stops, skipped steps, replaced records.
+"""What went otherwise than planned: requeues, restarts, stops, skipped steps, replaced records.
 
-In: RUN/STAGE/metrics.jsonl (records by kind, see `telemetry.py`) and the newest checkpoint's
-state.json (damaged records that were replaced). Out: `Incident`s in order, and their table.
-Torch-free.
+In: RUN/STAGE/metrics.jsonl (records by kind, see `telemetry.py`), the newest checkpoint's
+state.json (damaged records that were replaced), and RUN/jobs/JOB.jsonl (starts and ends of a
+scheduler's jobs, docs/cluster.md). Out: `Incident`s in order, and their table. Torch-free.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ def read_incidents(run_dir: Path, config: Config) -> list[Incident]:
         if path.is_file():
             found += _logged(stage, read_records(path))
         found += _replaced(stage, folder)
+    for path in sorted((run_dir / "jobs").glob("*.jsonl")):
+        found += _of_job(path.stem, read_records(path))
     return found
 
 
@@ -60,6 +62,25 @@ def _logged(stage: str, records: Sequence[Mapping[str, Any]]) -> list[Incident]:
             found.append(_at(stage, record, "skipped step", f"{text}; {dump}" if dump else text))
         elif kind == "note":
             found.append(_at(stage, record, "note", str(record.get("text", ""))))
+    return found
+
+
+def _of_job(job: str, events: Sequence[Mapping[str, Any]]) -> list[Incident]:
+    """Every start of a scheduler's job but its first, and ends that it did not recover from."""
+    found, starts, parts = [], 0, ""
+    for event in events:
+        kind, text = "", ""
+        if event.get("event") == "start":
+            starts, parts = starts + 1, ", ".join(map(str, event.get("parts", ())))
+            if starts > 1:
+                where = f"{event.get('ranks', '?')} ranks on {event.get('nodes', '?')}"
+                kind, text = "requeue", f"job {job} began for the {starts}. time, {where}"
+        elif event.get("code") and not event.get("requeued"):
+            why = event.get("reason") or f"exit code {event['code']}"
+            kind, text = "job ended", f"job {job} was not requeued: {why}"
+        if kind:
+            when = f", {event['time']}" if event.get("time") else ""
+            found.append(Incident(stage=parts, step=None, kind=kind, text=text + when))
     return found
 
 

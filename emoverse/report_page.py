@@ -206,9 +206,13 @@ def _stage_block(curve: StageCurves) -> str:
     facts = [("steps", f"{curve.steps:,}"), ("samples", f"{curve.samples:,}"), *curve.facts]
     listed = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts)
     return (
-        f'<div class="card"><h3>{escape(curve.name.replace("stage", "Stage "))}</h3>'
+        f'<div class="card"><h3>{_stage_title(curve)}</h3>'
         f'<dl class="facts">{listed}</dl><div class="pair">{"".join(charts)}</div></div>'
     )
+
+
+def _stage_title(curve: StageCurves) -> str:
+    return escape(curve.name.replace("stage", "Stage "))
 
 
 def _throughput(page: PageData) -> str:
@@ -216,15 +220,18 @@ def _throughput(page: PageData) -> str:
     for curve in page.curves:
         charts = "".join(
             line_chart(
-                f"{curve.name}: {title}",
-                [Series(name=title, color="stage1", xs=xs, ys=ys)],
+                speed.title,
+                [Series(name=speed.title, color="stage1", xs=xs, ys=ys)],
                 x_label="step",
-                y_label=title,
+                y_label=speed.unit,
             )
-            for name, title in SPEEDS.items()
-            for xs, ys in [curve.speed[name]]
+            for key, speed in SPEEDS.items()
+            for xs, ys in [curve.speed[key]]
             if len(xs)
         )
         if charts:
-            blocks.append(f'<div class="card"><div class="pair">{charts}</div></div>')
+            blocks.append(
+                f'<div class="card"><h3>{_stage_title(curve)}</h3><div class="pair">{charts}</div>'
+                "</div>"
+            )
     return "".join(blocks) or '<p class="empty">No interval has been logged yet.</p>'

@@ -29,10 +29,11 @@ NUMBERS = tuple(table.number for table in TABLES)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Variant:
-    """One run: the words of `train` and `evaluate` behind the verb."""
+    """One run: its config, and the words of `train` and `evaluate` behind the verb."""
 
     name: str
-    folder: Path
+    config: Config
+    stages: tuple[str, ...]  # that it trains
     train: tuple[str, ...]
     evaluate: tuple[str, ...]
 
@@ -163,15 +164,17 @@ def plan_variants(
         words = [*map(str, paths), str(overlay), *overrides, *own]
         words.append(f"run.name={config.run.name}-{name}")
         needed = _stages_needed(config, states)
+        ranks = str(config.train.processes)
         if len(needed) < len(config.stages):
             words += [word for stage in needed for word in ("--stage", stage)]
         which = [word for state in states for word in ("--which", state)]
         plans.append(
             Variant(
                 name=name,
-                folder=home / name,
+                config=config,
+                stages=tuple(needed),
                 train=("train", *words),
-                evaluate=("evaluate", str(home / name), *which),
+                evaluate=("evaluate", str(home / name), *which, "--processes", ranks),
             )
         )
     return plans
@@ -207,8 +210,38 @@ def _run_all(plans: Sequence[Variant], parallel: int) -> dict[str, str]:
 
 
 def _run_variant(plan: Variant) -> None:
+    folder = plan.config.run.run_dir
+    _share(plan, folder.parent)
     for words in (plan.train, plan.evaluate):
-        run_step(words, quiet_log=plan.folder / f"ablate-{words[0]}.log", said_to=sys.stderr)
+        run_step(words, quiet_log=folder / f"ablate-{words[0]}.log", said_to=sys.stderr)
+
+
+def _share(plan: Variant, home: Path) -> None:
+    """What variants have in common is computed once: frozen features, and stages that are equal.
+
+    A stage is taken from any variant that has finished the very same training; t1 and t3 often
+    begin with the first stage of m2se. Where none has, the variant trains it itself.
+    """
+    config, folder = plan.config, plan.config.run.run_dir
+    cache = folder / "cache"
+    if config.model.cache_features:  # files in it are named by their content
+        (home / cache.name).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
+        if not (cache.exists() or cache.is_symlink()):
+            cache.symlink_to(Path("..", cache.name))
+    from emoverse.adopt import adopt_stage  # torch, which a dry run does not need
+
+    for stage in plan.stages:
+        for donor in (home / name for name in variants() if name != plan.name):
+            try:
+                adopted = adopt_stage(config, stage, donor)
+            except ValueError as error:  # a damaged donor costs time, no more
+                print(f"{plan.name}: {stage} is not taken from {donor}: {error}", file=sys.stderr)
+                continue
+            if adopted:
+                print(
+                    f"{plan.name}: {stage} is that of {donor}, not trained again", file=sys.stderr
+                )
 
 
 def report_text(result: Mapping[str, Any]) -> str:

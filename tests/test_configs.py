@@ -10,12 +10,14 @@ from data_shards.index import ShardIndex
 from data_shards.tasks import Task
 from emoverse.config import load_config, load_model, to_yaml
 from emoverse.paper_tables import TABLES as PAPER_TABLES
+from emoverse.paper_tables import variants
 from emoverse.pretrain_config import PretrainConfig
 from launch.plan_report import make_plan, plan_text
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 PRETRAIN = [path for path in sorted(CONFIGS.glob("*.yaml")) if "pretrain" in path.name]
-OVERLAYS = sorted((CONFIGS / "ablations").glob("*.yaml"))
+OVERLAYS = [CONFIGS / "ablations" / f"{name}.yaml" for name in variants()]
+SMALL = CONFIGS / "ablations" / "small.yaml"  # the size of all variants, not one of them
 RUNS = [path for path in sorted(CONFIGS.glob("*.yaml")) if path not in PRETRAIN]
 
 # As the corpora are: MSA and ER nearly everywhere, FER where a face is seen, few ERI entries.
@@ -87,6 +89,19 @@ def test_an_ablation_is_a_few_lines_and_plans(
     _, _, expected = make_plan(plain)
     for name in ("stage1", "stage2"):  # the same data volume, so that rows compare
         assert report["stages"][name]["samples"] == expected["stages"][name]["samples"]
+
+
+def test_the_small_set_changes_the_size_alone() -> None:
+    plain, small = load_config([CONFIGS / "nano.yaml"]), load_config([CONFIGS / "nano.yaml", SMALL])
+    size = ["stages.stage2.pool.rest_of=null", "train.processes=1"]
+    for name, stage in small.stages.items():
+        assert stage.epochs < plain.stages[name].epochs
+        size += [
+            f"stages.{name}.pool.take={stage.pool.take}",
+            f"stages.{name}.epochs={stage.epochs}",
+        ]
+    size.append(f"evaluation.max_records={small.evaluation.max_records}")
+    assert load_config([CONFIGS / "nano.yaml"], size) == small
 
 
 @pytest.mark.parametrize("path", PRETRAIN, ids=lambda path: path.stem)

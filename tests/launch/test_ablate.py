@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from emoverse.config import load_config
+from emoverse.config import Config, load_config
 from launch import ablate
 from launch.cli import main
 from launch.steps import StepError
@@ -108,6 +108,34 @@ def test_a_failed_variant_leaves_the_others_alone_and_a_stop_ends_resumable(
     with pytest.raises(SystemExit) as stopped:
         main(words)
     assert stopped.value.code == 75
+
+
+def test_what_variants_share_is_looked_for_before_each_is_trained(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[str] = []
+    asked: list[tuple[str, str, str]] = []  # whose, which stage, of whom
+
+    def adopt(config: Config, stage: str, donor: Path) -> bool:
+        asked.append((config.run.run_dir.name, stage, donor.name))
+        if donor.name == "er_only":
+            raise ValueError("its checkpoint is damaged")
+        return (config.run.run_dir.name, donor.name) == ("t1", "m2se")
+
+    monkeypatch.setattr("emoverse.adopt.adopt_stage", adopt)
+    monkeypatch.setattr(ablate, "run_step", lambda words, **options: ran.append(words[0]))
+    words = ["ablate", NANO, f"run.run_dir={tmp_path}", "--variant", "t1", "--variant", "ecpe_only"]
+    assert main(words) == 2  # nothing really ran, so there is nothing to collect
+    assert ran == ["train", "evaluate"] * 2
+    assert {one[:2] for one in asked} == {
+        *(("t1", "stage1"), ("t1", "stage2"), ("ecpe_only", "stage2"))
+    }
+    assert all(who != donor for who, _, donor in asked)
+    said = capsys.readouterr().err
+    assert f"t1: stage1 is that of {tmp_path / 'm2se'}, not trained again" in said
+    assert "stage2 is not taken from" in said and "its checkpoint is damaged" in said
+    for name in ("t1", "ecpe_only"):  # frozen features, in files named by their content
+        assert (tmp_path / name / "cache").resolve() == (tmp_path / "cache").resolve()
 
 
 def test_a_cluster_gets_one_job_array_of_the_overlays(

@@ -39,8 +39,19 @@ def run(make_run: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"kind": "note", "step": 302, "text": "rank 1 is <slow>"},
         {"kind": "end", "step": 303, "reason": "done", "seconds": 9.0},
     )
+    jobs = run / "jobs"
+    jobs.mkdir()
+    (jobs / "41.jsonl").touch()
     folder = run / "stage2" / "checkpoints" / "step_000300"
     folder.mkdir(parents=True)
+    add_lines(
+        jobs / "41.jsonl",
+        {"event": "start", "time": "10:00", "parts": ["stage1"], "ranks": 4, "nodes": "gpu[1-2]"},
+        {"event": "end", "code": 75, "requeued": True, "reason": None},
+        {"event": "start", "time": "11:00", "parts": ["stage1"], "ranks": 4, "nodes": "gpu[3-4]"},
+        {"event": "end", "code": 0, "requeued": False},
+        {"event": "end", "code": 75, "requeued": False, "reason": "max_requeues is <2>"},
+    )
     damage = {"key": "clip-1", "shard": 0, "task": "er", "position": 7, "cause": "checksum"}
     (folder / "state.json").write_text(json.dumps({"data": {"quarantine": [damage]}}))
     return run
@@ -72,13 +83,15 @@ def test_incidents_come_from_the_files_of_the_run(run: Path) -> None:
         ("stage1", "skipped step", 301, "loss is not finite: nan; bad/301.json"),
         ("stage1", "note", 302, "rank 1 is <slow>"),
         ("stage2", "replaced record", None, "clip-1 of 0 (er, position 7): checksum"),
+        ("stage1", "requeue", None, "job 41 began for the 2. time, 4 ranks on gpu[3-4], 11:00"),
+        ("stage1", "job ended", None, "job 41 was not requeued: max_requeues is <2>"),
     ]
 
 
 def test_incidents_are_shown_as_text(text: str) -> None:
     shown = section(text, "incidents")
     assert "rank 1 is &lt;slow&gt;" in shown and "bad/301.json" in shown
-    assert shown.count("<tr>") == 6
+    assert shown.count("<tr>") == 8
 
 
 def test_a_calm_run_says_so(make_run: MakeRun, tmp_path: Path) -> None:
@@ -116,7 +129,8 @@ def test_the_hardest_clips_are_wrong_and_show_every_system(text: str) -> None:
 def test_throughput_is_charted_with_values_for_who_cannot_see(text: str) -> None:
     shown = section(text, "throughput")
     assert shown.count("<svg") == 8 and shown.count('<details class="values">') == 8
-    assert "packed tokens per second" in shown
+    assert "Packed tokens<span>per second</span>" in shown
+    assert "Peak memory so far<span>GiB</span>" in shown and "000000" not in shown
 
 
 def test_a_system_needs_name_and_file(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
