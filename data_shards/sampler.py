@@ -46,8 +46,8 @@ class WeightedTaskSampler:
         index: text lengths of the records.
         global_batch_size: samples per step, over all ranks.
         rank, world_size: this rank, of how many.
-        frames_per_clip, tokens_per_frame: size of a clip in the model, to estimate lengths; the
-            same on all ranks.
+        frames_per_clip, frames_per_peak, tokens_per_frame: size of a clip and of a peak view in the
+            model, to estimate lengths; the same on all ranks.
 
     Raises:
         ValueError: a number outside its rule.
@@ -62,6 +62,7 @@ class WeightedTaskSampler:
         rank: int,
         world_size: int,
         frames_per_clip: int = 8,
+        frames_per_peak: int = 1,
         tokens_per_frame: int = 256,
     ) -> None:
         if global_batch_size < 1:
@@ -84,7 +85,7 @@ class WeightedTaskSampler:
         self.quarantine: list[Any] = []  # damaged records met so far, as JSON values
         self._index = index
         self._clip_tokens = frames_per_clip * tokens_per_frame
-        self._frame_tokens = tokens_per_frame
+        self._peak_tokens = frames_per_peak * tokens_per_frame
 
     def positions(self, step: int) -> range:
         """The positions of a step: global_batch_size of them, fewer only in the last step.
@@ -147,7 +148,7 @@ class WeightedTaskSampler:
         """Estimated tokens of a sample: the same on every machine, right enough to balance."""
         chars = int(self._index.entries(placement.shard)["text_chars"][placement.slot])
         is_image = placement.task is Task.FER  # it sees the peak frame only
-        visual = self._frame_tokens if is_image else self._clip_tokens
+        visual = self._peak_tokens if is_image else self._clip_tokens
         return visual + chars // _CHARS_PER_TOKEN
 
 

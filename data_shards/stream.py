@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_shards.index import ShardIndex
-from data_shards.pixels import jpeg_decode_into, resize_frame
+from data_shards.pixels import jpeg_decode_into, resize_frame, tile_image
 from data_shards.plan import Placement
 from data_shards.reader import DamagedRecord, ShardReader
 from data_shards.record import Frames, Record
@@ -39,7 +39,8 @@ class ViewOptions:
     num_frames: int  # frames of a clip view
     image_size: int  # height and width of a frame in pixels
     visual: Literal["video", "peak_frame"] = "video"  # peak_frame: one frame where a record has it
-    resize: Literal["exact", "fast"] = "exact"  # of videos: Pillow's pixels, or libswscale's
+    resize: Literal["exact", "fast"] = "exact"  # of clip views: Pillow's pixels, or libswscale's
+    peak_tiles: int = 1  # of a peak view, at most, and a thumbnail; 1: one resize
 
     def __post_init__(self) -> None:
         if self.num_frames < 1 or self.image_size < 1:
@@ -47,6 +48,8 @@ class ViewOptions:
                 "num_frames and image_size must be at least 1, found "
                 f"{self.num_frames} and {self.image_size}"
             )
+        if self.peak_tiles < 1:
+            raise ValueError(f"peak_tiles must be at least 1, found {self.peak_tiles}")
         if self.visual not in ("video", "peak_frame"):
             raise ValueError(f"visual must be 'video' or 'peak_frame', found {self.visual!r}")
         if self.resize not in ("exact", "fast"):
@@ -73,7 +76,7 @@ class Sample:
     task: Task
     record: Record
     view: View
-    frames: NDArray[np.uint8] | None  # F H W 3, peak view: F = 1; None if they were not wanted
+    frames: NDArray[np.uint8] | None  # F H W 3, of a peak its tiles; None if they were not wanted
     quarantine: tuple[Damage, ...] = ()  # damaged records that stood here before
 
     @property
@@ -99,17 +102,20 @@ class DamagedSample(ValueError):
 
 
 def view_of(record: Record, task: Task, options: ViewOptions) -> View:
-    """FER looks at the peak frame, the other tasks at the clip; `peak_frame` prefers the peak."""
+    """FER looks at the peak frame, the other tasks at the clip; `peak_frame` prefers the peak.
+
+    A record of a single frame is a still image for every task, never a clip of equal frames.
+    """
     if isinstance(record.media, Frames):
         has_peak = record.media.peak_jpeg is not None
     else:
         has_peak = record.peak_frame is not None
-    prefers_peak = task is Task.FER or options.visual == "peak_frame"
+    prefers_peak = task is Task.FER or options.visual == "peak_frame" or record.num_frames == 1
     return "peak" if prefers_peak and has_peak else "clip"
 
 
 def decode_view(record: Record, view: View, options: ViewOptions) -> NDArray[np.uint8]:
-    """Frames of a view, uint8 [F, size, size, 3].
+    """Frames of a clip view or tiles of a peak view, uint8 [F, size, size, 3].
 
     Raises:
         ValueError: the media are damaged, or hold another number of frames than the view has.
@@ -128,6 +134,9 @@ def decode_view(record: Record, view: View, options: ViewOptions) -> NDArray[np.
         indices = (record.peak_frame,)
     size = options.image_size
     try:
+        if view == "peak" and options.peak_tiles > 1:
+            peak_1HW3 = decode_frames(record.media.mp4, indices, num_frames=record.num_frames)
+            return tile_image(peak_1HW3[0], max_tiles=options.peak_tiles, size=size)
         return decode_frames(
             record.media.mp4,
             indices,
@@ -159,6 +168,12 @@ def require_view(index: ShardIndex, options: ViewOptions) -> None:
             f"frames_per_clip: shard folder {index.source} stores {stored['frames_per_clip']} "
             f"extracted frames per clip, found {options.num_frames}; set it to "
             f"{stored['frames_per_clip']} or build the folder again"
+        )
+    if stored.get("frames") == "extracted" and options.peak_tiles > 1:
+        raise ValueError(
+            f"peak_tiles: shard folder {index.source} stores extracted frames of the model's size, "
+            f"which have no more detail for tiles, found {options.peak_tiles}; set it to 1 or "
+            "build the folder with frames: video"
         )
 
 

@@ -61,10 +61,10 @@ class FeatureStream:
         return samples
 
 
-def _step_bytes(sampler: WeightedTaskSampler, view: ViewOptions) -> int:
-    """Most bytes of frames that one step of a rank holds."""
+def _step_bytes(sampler: WeightedTaskSampler, frames: int, image_size: int) -> int:
+    """Most bytes of frames that one step of a rank holds; `frames` of a sample, at most."""
     samples = -(-sampler.global_batch_size // sampler.world_size)
-    return samples * view.num_frames * view.image_size**2 * 3
+    return samples * frames * image_size**2 * 3
 
 
 def build_loader(
@@ -83,6 +83,7 @@ def build_loader(
         image_size=architecture.vision.image_size,
         visual=data.visual,
         resize=data.resize,
+        peak_tiles=data.peak_tiles,
     )
     features: KeyedFeatures | None = None
     if cached and not blank:
@@ -125,7 +126,7 @@ def build_loader(
             loss_mode=config.train.loss,
             pool=PoolOptions(
                 workers=data.workers,
-                step_bytes=_step_bytes(sampler, view),
+                step_bytes=_step_bytes(sampler, data.most_frames, view.image_size),
                 pin=torch.cuda.is_available(),
                 timeout_s=data.batch_timeout_s,
             ),

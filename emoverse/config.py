@@ -133,6 +133,13 @@ class DataSection(Section):
         description="How video frames get the model's size: Pillow's bicubic filter as InternVL "
         "used it (exact), or libswscale's, other pixels at a lower cost (fast).",
     )
+    peak_tiles: int = Field(
+        1,
+        ge=1,
+        le=12,
+        description="Most tiles of a peak frame, by InternVL's rule for still images, plus a "
+        "thumbnail; 1: one resize.",
+    )
     history_frames: int = Field(
         0, ge=0, le=0, description="Frames of earlier turns that ECPE sees; only 0 so far."
     )
@@ -161,6 +168,16 @@ class DataSection(Section):
     def cache(self) -> CacheOptions:
         """Where copies of remote shards go."""
         return CacheOptions(folder=self.cache_dir, max_bytes=int(self.cache_gib * 2**30))
+
+    @property
+    def frames_per_peak(self) -> int:
+        """Tiles of a peak frame at most, its thumbnail included."""
+        return self.peak_tiles + (self.peak_tiles > 1)
+
+    @property
+    def most_frames(self) -> int:
+        """Frames or tiles of the largest sample."""
+        return max(self.frames_per_clip, self.frames_per_peak)
 
 
 class PoolSection(Section):

@@ -50,6 +50,10 @@ def _data_rules(tree: Node) -> Iterator[Problem]:
     if _value(tree, "model", "cache_features") is True and workers:
         rule = f"features are cached where the model is: set data.workers ({workers}) to 0"
         yield _problem(tree, ("model", "cache_features"), rule)
+    tiles = _number(tree, 1, "data", "peak_tiles")
+    if _value(tree, "model", "cache_features") is True and tiles is not None and tiles > 1:
+        rule = f"cached features have one frame per peak: set data.peak_tiles ({tiles}) to 1"
+        yield _problem(tree, ("model", "cache_features"), rule)
     most = _number(tree, 4096, "data", "max_tokens")
     pack = _number(tree, 4096, "data", "pack_tokens")
     if most is not None and pack is not None and pack < most:

@@ -180,6 +180,7 @@ class Answerer:
             image_size=architecture.vision.image_size,
             visual=self.config.data.visual,
             resize=self.config.data.resize,
+            peak_tiles=self.config.data.peak_tiles,
         )
         require_view(self.index, view)
         features = None

@@ -191,10 +191,10 @@ def _largest_module(architecture: Architecture) -> int:
 
 
 def setup_of(config: Config, architecture: Architecture) -> Setup:
-    """The memory settings of a config; samples are taken as full clips with the longest answers."""
+    """The memory settings of a config, for the largest samples with the longest answers."""
     data, model = config.data, config.model
     visual = architecture.visual_tokens_per_frame
-    sample = data.frames_per_clip * (visual + TAG_TOKENS) + TEXT_TOKENS
+    sample = data.most_frames * (visual + TAG_TOKENS) + TEXT_TOKENS
     answers = max(
         float(
             sum(rate * config.evaluation.max_new_tokens[task] for task, rate in stage.rates.items())
@@ -208,7 +208,7 @@ def setup_of(config: Config, architecture: Architecture) -> Setup:
         world_size=config.train.processes,
         recompute=config.train.recompute,
         pack_tokens=data.pack_tokens,
-        frames=samples * data.frames_per_clip,
+        frames=samples * data.most_frames,
         rows=round(samples * answers),
         offload=config.train.offload,
         dropout=model.lora.dropout,
@@ -239,7 +239,7 @@ def changes(config: Config, setup: Setup) -> Iterator[tuple[dict[str, Any], Setu
                     offload=offload,
                     recompute=recompute,
                     pack_tokens=pack,
-                    frames=max(config.data.frames_per_clip, round(setup.frames * scale)),
+                    frames=max(config.data.most_frames, round(setup.frames * scale)),
                     rows=max(1, round(setup.rows * scale)),
                 )
                 yield _overrides(setup, other), other

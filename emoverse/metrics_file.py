@@ -137,6 +137,7 @@ def protocol_of(config: Config, index: ShardIndex) -> dict[str, Any]:
         "frames_per_clip": config.data.frames_per_clip,
         "visual": config.data.visual,
         "resize": config.data.resize,
+        "peak_tiles": config.data.peak_tiles,
         "history_frames": config.data.history_frames,
         "decoding": "greedy",
         "max_new_tokens": {str(k): v for k, v in config.evaluation.max_new_tokens.items()},

@@ -91,6 +91,7 @@ def read_parts(
         rank=world.rank,
         world_size=world.world_size,
         frames_per_clip=config.data.frames_per_clip,
+        frames_per_peak=config.data.frames_per_peak,
         tokens_per_frame=load_architecture(config.model.base).visual_tokens_per_frame,
     )
     changes: list[str] = []

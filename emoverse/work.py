@@ -58,14 +58,14 @@ def work_of(
 
 
 def work_report(config: Config, architecture: Architecture, num_samples: int) -> dict[str, Any]:
-    """The section `work` of plan's report: full clips, all stages, one card of each kind."""
+    """The section `work` of plan's report: largest views, all stages, one card of each kind."""
     setup = setup_of(config, architecture)
-    samples = max(1, setup.frames // config.data.frames_per_clip)
+    samples = max(1, setup.frames // config.data.most_frames)
     counts = parameter_counts(architecture, config.model.lora, config.model.projector)
     found = work_of(
         architecture,
         tokens=min(setup.sample_tokens, config.data.max_tokens),
-        tiles=config.data.frames_per_clip,
+        tiles=config.data.most_frames,
         rows=setup.rows // samples,
         lora_parameters=counts["lora_llm"],
     )

@@ -16,7 +16,7 @@ import pytest
 from data_shards import stream as stream_module
 from data_shards.build import BuildOptions, build_shards
 from data_shards.index import ShardIndex
-from data_shards.pixels import resize_frame
+from data_shards.pixels import resize_frame, tile_image
 from data_shards.plan import StageSpec, plan_stages
 from data_shards.reader import ShardReader
 from data_shards.record import Record, Video
@@ -169,6 +169,30 @@ def test_peak_frame_for_all_tasks_where_there_is_one(built: Path) -> None:
         assert (sample.view, len(sample.frames)) == (("peak", 1) if has_peak else ("clip", 4))
 
 
+def test_a_peak_frame_may_be_tiled_like_a_still_image(built: Path, tmp_path: Path) -> None:
+    small = replace(VIEW, image_size=14)
+    plain = {sample.position: sample for sample in all_samples(open_stream(built, view=small))}
+    for sample in all_samples(open_stream(built, view=replace(small, peak_tiles=4))):
+        record, expected = sample.record, plain[sample.position].frames
+        assert isinstance(record.media, Video) and sample.frames is not None
+        if sample.view == "peak":
+            assert record.peak_frame is not None
+            frame = decode_frames(record.media.mp4, [record.peak_frame])[0]
+            expected = tile_image(frame, max_tiles=4, size=14)
+            assert len(expected) > 2  # with its thumbnail
+        np.testing.assert_array_equal(sample.frames, expected)
+    options = BuildOptions(frames="extracted", frames_per_clip=4, frame_size=28)
+    build_shards(make_records(), tmp_path / "extracted", options=options, provenance={})
+    with pytest.raises(ValueError, match=r"peak_tiles: .* stores extracted frames .* found 4"):
+        open_stream(tmp_path / "extracted", view=replace(VIEW, peak_tiles=4))
+
+
+def test_a_record_of_one_frame_is_a_still_image(built: Path) -> None:
+    record = all_samples(open_stream(built))[0].record
+    assert view_of(replace(record, num_frames=1, peak_frame=0), Task.ER, VIEW) == "peak"
+    assert view_of(replace(record, num_frames=1, peak_frame=None), Task.ER, VIEW) == "clip"
+
+
 def test_extracted_frames_serve_the_same_views(built: Path, tmp_path: Path) -> None:
     options = BuildOptions(frames="extracted", frames_per_clip=4, frame_size=28, jpeg_quality=95)
     folder = tmp_path / "extracted"
@@ -279,6 +303,8 @@ def test_options_are_checked(built: Path) -> None:
         open_stream(built, on_damage="skip")
     with pytest.raises(ValueError, match="must be at least 1, found 0 and 28"):
         ViewOptions(num_frames=0, image_size=28)
+    with pytest.raises(ValueError, match="peak_tiles must be at least 1, found 0"):
+        ViewOptions(num_frames=1, image_size=28, peak_tiles=0)
     with pytest.raises(ValueError, match="visual must be 'video' or 'peak_frame', found 'x'"):
         ViewOptions(num_frames=1, image_size=28, visual="x")  # type: ignore[arg-type]
 

@@ -74,6 +74,11 @@ MISTAKES: list[tuple[str, tuple[str, str], list[str]]] = [
         ("base: nano", "base: nano\n  cache_features: true"),
         [],
     ),
+    (
+        "cached features of tiles",
+        ("base: nano", "base: nano\n  cache_features: true"),
+        ["data.workers=0", "data.peak_tiles=6"],
+    ),
     ("frames of earlier turns", ("max_tokens: 512", "max_tokens: 512\n  history_frames: 8"), []),
     ("pack below sample", ("max_tokens: 512", "max_tokens: 512\n  pack_tokens: 256"), []),
     ("more processes than samples", SAME, ["train.processes=9"]),
