@@ -212,8 +212,21 @@ def _run_all(plans: Sequence[Variant], parallel: int) -> dict[str, str]:
 def _run_variant(plan: Variant) -> None:
     folder = plan.config.run.run_dir
     _share(plan, folder.parent)
-    for words in (plan.train, plan.evaluate):
+    for words in (plan.evaluate,) if _is_trained(plan) else (plan.train, plan.evaluate):
         run_step(words, quiet_log=folder / f"ablate-{words[0]}.log", said_to=sys.stderr)
+
+
+def _is_trained(plan: Variant) -> bool:
+    """Are all its stages finished? Then there is no need to start ranks that find that out.
+
+    Stages that were trained with other settings are the training's business, which refuses them.
+    """
+    from emoverse.stage_parts import is_done
+
+    try:
+        return all(is_done(plan.config, stage) for stage in plan.stages)
+    except ValueError:
+        return False
 
 
 def _share(plan: Variant, home: Path) -> None:

@@ -134,6 +134,10 @@ def test_what_variants_share_is_looked_for_before_each_is_trained(
     said = capsys.readouterr().err
     assert f"t1: stage1 is that of {tmp_path / 'm2se'}, not trained again" in said
     assert "stage2 is not taken from" in said and "its checkpoint is damaged" in said
+    monkeypatch.setattr("emoverse.stage_parts.is_done", lambda config, stage: True)
+    ran.clear()
+    assert main(words) == 2
+    assert ran == ["evaluate"] * 2  # what is trained is not asked again
     for name in ("t1", "ecpe_only"):  # frozen features, in files named by their content
         assert (tmp_path / name / "cache").resolve() == (tmp_path / "cache").resolve()
 
