@@ -20,6 +20,7 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from queue import SimpleQueue
 from typing import Any, Final, TypeVar
 
@@ -64,12 +65,16 @@ class _Pool:
     """Processes with a pipe each, and as many threads, each of which waits for one of them."""
 
     def __init__(self, function: Callable[[Any], Any], workers: int) -> None:
+        self._threads = ThreadPoolExecutor(workers)
+        self._processes: list[BaseProcess] = []
+        self._pipes: list[Connection[Any, Any]] = []
+        self._free: SimpleQueue[Connection[Any, Any]] = SimpleQueue()
+        # For results that nobody fetches, and for a Ctrl-C in the middle of the loop below:
+        # multiprocessing's own end sends SIGTERM, to which the processes are deaf, and waits.
+        atexit.register(self.close)
         # All are forked before the first thread starts. By fork, a large table bound to the
         # function is not pickled.
         context = multiprocessing.get_context("fork")
-        self._processes = []
-        self._pipes: list[Connection[Any, Any]] = []
-        self._free: SimpleQueue[Connection[Any, Any]] = SimpleQueue()
         for _ in range(workers):
             ours, theirs = context.Pipe()
             process = context.Process(
@@ -82,9 +87,6 @@ class _Pool:
             self._processes.append(process)
             self._pipes.append(ours)
             self._free.put(ours)
-        self._threads = ThreadPoolExecutor(workers)
-        # For results that nobody fetches: multiprocessing's own end sends SIGTERM and waits.
-        atexit.register(self.close)
 
     def submit(self, batch: list[Any]) -> Future[list[Any]]:
         """The results of the batch, as soon as a process has made them."""
