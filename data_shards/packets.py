@@ -25,6 +25,9 @@ from numpy.typing import NDArray
 from data_shards.pixels import MAX_PIXELS
 
 Frame = NDArray[np.uint8]
+Keep = Callable[[int, Frame], Frame]
+"""Takes the time stamp and the pixels of a wanted frame, says what to keep of them."""
+
 # PyAV's type stubs make this class generic, at run time it is not.
 Packet: TypeAlias = "av.packet.Packet[av.video.stream.VideoStream]"
 
@@ -86,14 +89,14 @@ class Decoder:
         context: av.video.codeccontext.VideoCodecContext,
         wanted: set[int],
         size: int | None,
-        scale: Callable[[Frame], Frame] | None,
+        keep: Keep,
     ) -> None:
         self.found: dict[int, Frame] = {}
         self.fault = ""  # first sign that the frames are not what the video shows
         self._context = context
         self._wanted = wanted
         self._size = size
-        self._scale = scale
+        self._keep = keep
         self._shape: tuple[int, int] | None = None  # of the wanted frames so far
         self._pixels_left = MAX_DECODED_PIXELS
         self._last_pts: int | None = None
@@ -116,7 +119,7 @@ class Decoder:
                     threads=1,
                 )
                 rgb_HW3 = rgb.to_ndarray().astype(np.uint8, copy=False)  # a view of `rgb`
-                self.found[frame.pts] = self._scale(rgb_HW3) if self._scale else rgb_HW3
+                self.found[frame.pts] = self._keep(frame.pts, rgb_HW3)
         if packet is None:
             self._context.flush_buffers()
 
@@ -140,10 +143,10 @@ def decode_linear(
     packets: Packets,
     wanted: set[int],
     size: int | None,
-    scale: Callable[[Frame], Frame] | None,
+    keep: Keep,
 ) -> dict[int, Frame]:
     """Time stamp -> frame from decoding every packet; the truth that skipping must meet."""
-    decoder = Decoder(packets.context, wanted, size, scale)
+    decoder = Decoder(packets.context, wanted, size, keep)
     for packet in packets.packets:
         decoder.feed(packet)
     decoder.feed(None)
@@ -156,7 +159,7 @@ def decode_skipping(
     packets: Packets,
     wanted: set[int],
     size: int | None,
-    scale: Callable[[Frame], Frame] | None,
+    keep: Keep,
 ) -> dict[int, Frame] | None:
     """Decode only the packets that wanted frames need; None if that cannot be done exactly.
 
@@ -175,7 +178,7 @@ def decode_skipping(
     for start, end in gops:
         if min(packets.pts[start:end]) < packets.pts[start]:  # open GOP
             return None
-    decoder = Decoder(packets.context, wanted, size, scale)
+    decoder = Decoder(packets.context, wanted, size, keep)
     for start, end in gops:
         targets = [i for i in range(start, end) if packets.pts[i] in wanted]
         if not targets:

@@ -5,12 +5,14 @@
 (3) decode   only now, only the frames that the task's view needs, and none that nobody wants
 (4) Sample   record, task and uint8 frames [F, H, W, 3] at the model's size, ready to encode
 
+`stream[step]` does all of it. Who knows only after (2) where frames should lie, a data worker that
+packs samples into shared memory, asks for `read(step)` and has each sample decoded to its place.
 A damaged record stops the run, or its position goes to the plan's next substitute of the same task.
 Nothing is kept between steps: workers hold no state, any order of steps gives the same samples.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -76,7 +78,9 @@ class Sample:
     task: Task
     record: Record
     view: View
-    frames: NDArray[np.uint8] | None  # F H W 3, of a peak its tiles; None if they were not wanted
+    frames: NDArray[np.uint8] | None  # F H W 3, of a peak its tiles; None: not wanted, or waiting
+    waiting: int = 0  # F, if frames are wanted and not decoded yet
+    placement: Placement | None = None  # what the plan says, or its substitute
     quarantine: tuple[Damage, ...] = ()  # damaged records that stood here before
 
     @property
@@ -114,8 +118,20 @@ def view_of(record: Record, task: Task, options: ViewOptions) -> View:
     return "peak" if prefers_peak and has_peak else "clip"
 
 
-def decode_view(record: Record, view: View, options: ViewOptions) -> NDArray[np.uint8]:
+def view_frames(view: View, options: ViewOptions) -> int | None:
+    """F of a view, None if only decoding can tell: tiles follow the picture's aspect ratio."""
+    if view == "clip":
+        return options.num_frames
+    return 1 if options.peak_tiles == 1 else None
+
+
+def decode_view(
+    record: Record, view: View, options: ViewOptions, *, out: NDArray[np.uint8] | None = None
+) -> NDArray[np.uint8]:
     """Frames of a clip view or tiles of a peak view, uint8 [F, size, size, 3].
+
+    Args:
+        out: memory of that shape to decode into, where `view_frames` knows F.
 
     Raises:
         ValueError: the media are damaged, or hold another number of frames than the view has.
@@ -127,7 +143,7 @@ def decode_view(record: Record, view: View, options: ViewOptions) -> NDArray[np.
             jpegs = (record.media.peak_jpeg,)
         elif len(jpegs) != options.num_frames:
             raise ValueError(f"{len(jpegs)} extracted frames, the view has {options.num_frames}")
-        return _decode_jpegs(jpegs, view, options.image_size)
+        return _decode_jpegs(jpegs, view, options.image_size, out)
     indices: tuple[int, ...] = clip_indices(record.num_frames, options.num_frames)
     if view == "peak":
         assert record.peak_frame is not None, "a peak view needs a peak frame"
@@ -135,6 +151,7 @@ def decode_view(record: Record, view: View, options: ViewOptions) -> NDArray[np.
     size = options.image_size
     try:
         if view == "peak" and options.peak_tiles > 1:
+            assert out is None, "nobody knows beforehand how many tiles there will be"
             peak_1HW3 = decode_frames(record.media.mp4, indices, num_frames=record.num_frames)
             return tile_image(peak_1HW3[0], max_tiles=options.peak_tiles, size=size)
         return decode_frames(
@@ -143,14 +160,17 @@ def decode_view(record: Record, view: View, options: ViewOptions) -> NDArray[np.
             num_frames=record.num_frames,
             size=size if options.resize == "fast" else None,
             scale=None if options.resize == "fast" else lambda frame: resize_frame(frame, size),
+            out=out,
         )
     except ValueError as error:
         raise ValueError(f"mp4: {error}") from error
 
 
-def _decode_jpegs(jpegs: Sequence[bytes], view: View, size: int) -> NDArray[np.uint8]:
+def _decode_jpegs(
+    jpegs: Sequence[bytes], view: View, size: int, out: NDArray[np.uint8] | None
+) -> NDArray[np.uint8]:
     """Stored frames, straight into their places: uint8 [F, size, size, 3]."""
-    frames = np.empty((len(jpegs), size, size, 3), dtype=np.uint8)
+    frames = np.empty((len(jpegs), size, size, 3), dtype=np.uint8) if out is None else out
     for number, jpeg in enumerate(jpegs):
         try:
             jpeg_decode_into(jpeg, frames[number])
@@ -182,7 +202,7 @@ def _nobody_watches(record: str) -> None:
 
 
 class StepStream:
-    """Map from step to this rank's samples; `stream[step]` is a pure function.
+    """Map from step to this rank's samples; `stream[step]` is a pure function of the step.
 
     Args:
         wants_frames: asked with (key, view) before decoding; False leaves `Sample.frames` None
@@ -217,12 +237,37 @@ class StepStream:
         return self.sampler.num_steps
 
     def __getitem__(self, step: int) -> list[Sample]:
+        samples = self.read(step)
+        for number, sample in enumerate(samples):
+            while sample.waiting:
+                sample = self.decode(sample)
+            samples[number] = sample
+        return samples
+
+    def read(self, step: int) -> list[Sample]:
+        """The samples of a step with their frames `waiting`: records are read and verified."""
         if not 0 <= step < len(self):
             raise IndexError(f"step must be 0..{len(self) - 1}, found {step}")
         share = self.sampler.share(step)
         if self.reader.index.places is not None:
             self._expect(step, share)
-        return [self._sample(slot) for slot in share]
+        return [self._sample(slot.position, slot.placement) for slot in share]
+
+    def decode(self, sample: Sample, out: NDArray[np.uint8] | None = None) -> Sample:
+        """A waiting sample with its frames, in `out` if that is given.
+
+        If its media are damaged, the substitute for its position, which waits for its own frames
+        and may have other ones; `out` is then rubbish.
+        """
+        placement = sample.placement
+        assert sample.waiting and placement is not None
+        self._say(sample.position, placement)
+        try:
+            frames = self._frames(sample.record, sample.view, placement, out)
+        except DamagedRecord as error:
+            instead = self._pass_over(sample.position, placement, sample.quarantine, error)
+            return self._sample(sample.position, *instead)
+        return replace(sample, frames=frames, waiting=0)
 
     def _expect(self, step: int, share: Sequence[Slot]) -> None:
         """Have the shards of this step and of the next ones fetched, in the order of the plan.
@@ -239,24 +284,33 @@ class StepStream:
         self._expected = stop
         self.reader.expect(shards)
 
-    def _sample(self, slot: Slot) -> Sample:
-        """The sample at a slot, or the first intact substitute."""
-        quarantine: list[Damage] = []
-        placement = slot.placement
+    def _sample(
+        self, position: int, placement: Placement, quarantine: tuple[Damage, ...] = ()
+    ) -> Sample:
+        """The sample at a position, or the first substitute with an intact record."""
         while True:
             try:
-                return self._read(slot.position, placement, tuple(quarantine))
+                return self._read(position, placement, quarantine)
             except DamagedRecord as error:
-                damage = Damage(
-                    position=slot.position,
-                    task=placement.task,
-                    shard=error.shard,
-                    key=error.key,
-                    offset=error.offset,
-                    cause=error.cause,
-                )
-                quarantine.append(damage)
-                placement = self._substitute(damage, len(quarantine))
+                placement, quarantine = self._pass_over(position, placement, quarantine, error)
+
+    def _pass_over(
+        self,
+        position: int,
+        placement: Placement,
+        quarantine: tuple[Damage, ...],
+        error: DamagedRecord,
+    ) -> tuple[Placement, tuple[Damage, ...]]:
+        """What stands at a position instead of a damaged record, and all that stood there."""
+        damage = Damage(
+            position=position,
+            task=placement.task,
+            shard=error.shard,
+            key=error.key,
+            offset=error.offset,
+            cause=error.cause,
+        )
+        return self._substitute(damage, len(quarantine) + 1), (*quarantine, damage)
 
     def _substitute(self, damage: Damage, attempt: int) -> Placement:
         """The plan's attempt-th stand-in at a damaged position; DamagedSample if none may come."""
@@ -274,23 +328,36 @@ class StepStream:
         except ValueError as error:  # no record of the task is left
             raise DamagedSample(damage, str(error)) from error
 
-    def _read(self, position: int, placement: Placement, quarantine: tuple[Damage, ...]) -> Sample:
+    def _say(self, position: int, placement: Placement) -> None:
         index = self.reader.index
         key, tar = index.key(placement.shard, placement.slot), index.shards[placement.shard].name
         self.watch(f"record {key} in {tar}, position {position}")
+
+    def _read(self, position: int, placement: Placement, quarantine: tuple[Damage, ...]) -> Sample:
+        self._say(position, placement)
         record = self.reader.read(placement.shard, placement.slot)
         view = view_of(record, placement.task, self.view)
-        frames: NDArray[np.uint8] | None = None
-        if self.wants_frames is None or self.wants_frames(record.key, view):
-            try:
-                frames = decode_view(record, view, self.view)
-            except ValueError as error:
-                raise self.reader.damaged(placement.shard, placement.slot, str(error)) from error
+        wanted = self.wants_frames is None or self.wants_frames(record.key, view)
+        waiting = view_frames(view, self.view) if wanted else 0
         return Sample(
             position=position,
             task=placement.task,
             record=record,
             view=view,
-            frames=frames,
+            frames=self._frames(record, view, placement) if waiting is None else None,
+            waiting=waiting or 0,
+            placement=placement,
             quarantine=quarantine,
         )
+
+    def _frames(
+        self,
+        record: Record,
+        view: View,
+        placement: Placement,
+        out: NDArray[np.uint8] | None = None,
+    ) -> NDArray[np.uint8]:
+        try:
+            return decode_view(record, view, self.view, out=out)
+        except ValueError as error:
+            raise self.reader.damaged(placement.shard, placement.slot, str(error)) from error

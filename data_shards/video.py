@@ -252,6 +252,7 @@ def decode_frames(
     num_frames: int | None = None,
     size: int | None = None,
     scale: Callable[[Frame], Frame] | None = None,
+    out: Frame | None = None,
 ) -> Frame:
     """The frames `indices` (any order, repeats allowed) as uint8 RGB [F, H, W, 3].
 
@@ -261,6 +262,8 @@ def decode_frames(
             faster than `pixels.resize_frame` and not the same pixels.
         scale: called with each wanted frame [H, W, 3] as it leaves the decoder, which saves a copy
             of all frames at the clip's own size.
+        out: memory [F, H, W, 3] for the result; each frame is written to its place as soon as it is
+            there. After an error it may hold some of them.
 
     Raises:
         DamagedVideo: unreadable or cut short, fewer frames than asked, or a frame the decoder
@@ -270,21 +273,36 @@ def decode_frames(
     if len(indices) == 0 or min(indices) < 0:
         raise ValueError(f"decode_frames: need frame numbers of 0 or more, found {list(indices)}")
     wanted = sorted(set(indices))
+    places: dict[int, int] = {}  # time stamp -> where in the result it stands first
+
+    def keep(pts: int, rgb_HW3: Frame) -> Frame:
+        frame = rgb_HW3 if scale is None else scale(rgb_HW3)
+        if out is None:
+            return frame
+        out[places[pts]] = frame
+        return out  # what it came to is known to be in there
+
     with _open_mp4(mp4, "decode", probe=False) as container:
         packets = Packets.demux(container)
         _require_frames(packets, wanted[-1], num_frames)
-        wanted_pts = {packets.shown[j] for j in wanted}
-        found = decode_skipping(packets, wanted_pts, size, scale)
+        places = {packets.shown[j]: indices.index(j) for j in wanted}
+        found = decode_skipping(packets, set(places), size, keep)
     if found is None:
         with _open_mp4(mp4, "decode") as container:
-            found = decode_linear(Packets.demux(container), wanted_pts, size, scale)
+            found = decode_linear(Packets.demux(container), set(places), size, keep)
     by_rank = {j: found.get(packets.shown[j]) for j in wanted}
     missing = [j for j, image in by_rank.items() if image is None]
     if missing:
         raise DamagedVideo(
             f"frames {missing} of {len(packets.shown)} did not come out of the decoder"
         )
-    return np.stack([image for j in indices if (image := by_rank[j]) is not None])
+    if out is None:
+        return np.stack([image for j in indices if (image := by_rank[j]) is not None])
+    for place, j in enumerate(indices):
+        first = places[packets.shown[j]]
+        if place != first:
+            out[place] = out[first]
+    return out
 
 
 def _require_frames(packets: Packets, last: int, promised: int | None) -> None:

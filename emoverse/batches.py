@@ -7,7 +7,9 @@ directory; later epochs, stages and the other ranks read the result from one fil
 
 import copy
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from data_shards.index import ShardIndex
@@ -33,8 +35,8 @@ from emoverse.workers import PoolOptions
 class FeatureStream:
     """A stream that sends frames through the frozen tower and stores the features, once per view.
 
-    The encoder then finds the features of every sample of the step, so batches never mix features
-    with pixels, damaged records and their substitutes included.
+    No frames wait in its samples. The encoder then finds the features of every sample of the step,
+    so batches never mix features with pixels, damaged records and their substitutes included.
     """
 
     def __init__(
@@ -51,7 +53,7 @@ class FeatureStream:
     def __len__(self) -> int:
         return len(self._stream)
 
-    def __getitem__(self, step: int) -> list[Sample]:
+    def read(self, step: int) -> list[Sample]:
         samples = self._stream[step]
         for sample in samples:
             if sample.frames is not None:
@@ -59,6 +61,9 @@ class FeatureStream:
                 computed = compute_features(self._model, sample.frames, self._tower)
                 self._features.cache.put(ordinal, sample.view, computed)
         return samples
+
+    def decode(self, sample: Sample, out: NDArray[np.uint8] | None = None) -> Sample:
+        raise AssertionError(f"{sample.record.key}: the frames were decoded in read()")
 
 
 def _step_bytes(sampler: WeightedTaskSampler, frames: int, image_size: int) -> int:

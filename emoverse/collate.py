@@ -29,8 +29,8 @@ TOKEN_WEIGHT: dict[LossMode, Callable[[int], float]] = {
     "token": lambda n: 1.0,
     "square": lambda n: 1 / math.sqrt(n),
 }
-Allocate = Callable[[tuple[int, ...]], NDArray[np.uint8]]
-"""Memory for a shape."""
+Pixels = Callable[[Sequence[Example]], NDArray[np.uint8]]
+"""The frames of some examples behind each other, uint8 [F, H, W, 3]."""
 
 _TASK_NUMBER = {task: number for number, task in enumerate(TASKS)}
 
@@ -103,10 +103,20 @@ class FrameShape:
     feature_channels: int | None = None
 
 
+def own_pixels(examples: Sequence[Example]) -> NDArray[np.uint8]:
+    """A copy of the frames that the examples hold."""
+    frames = [example.pixels_F for example in examples if example.pixels_F is not None]
+    assert sum(map(len, frames)) == sum(example.num_frames for example in examples)
+    return np.concatenate(frames)
+
+
 def collate(
-    examples: Sequence[Example], loss_mode: LossMode, *, allocate: Allocate | None = None
+    examples: Sequence[Example], loss_mode: LossMode, *, pixels: Pixels = own_pixels
 ) -> Batch:
-    """Pack examples back to back, in the given order; `allocate` gives the memory of the frames.
+    """Pack examples back to back, in the given order.
+
+    `pixels` is asked last, and only if the examples have no features: who decodes frames to their
+    place in the batch does it there.
 
     Raises ValueError if an example has nothing supervised, or some have pixels and some features.
     """
@@ -126,8 +136,7 @@ def collate(
         normaliser += total
     # Nothing predicts the first token of a segment; `_weights` has seen that it has no label.
     rows = np.flatnonzero(labels_T[1:] != IGNORED)
-    pixels, features = _frames(examples, allocate)
-    frames = pixels if pixels is not None else features
+    frames, features = _frames(examples, pixels)
     samples = [example for example in examples if not example.filler]
     return Batch(
         ids_T=torch.from_numpy(ids_T),
@@ -136,9 +145,9 @@ def collate(
         weights_T=torch.from_numpy(weights_T),
         cu_seqlens=torch.from_numpy(borders.astype(np.int32)),
         max_seqlen=int(lengths.max()),
-        pixels=None if pixels is None else torch.from_numpy(pixels),
+        pixels=None if frames is None else torch.from_numpy(frames),
         features=None if features is None else torch.from_numpy(features),
-        num_images=0 if frames is None else len(frames),
+        num_images=sum(example.num_frames for example in examples),
         supervised_rows=torch.from_numpy(rows),
         targets=torch.from_numpy(labels_T[rows + 1]),
         row_weights=torch.from_numpy(weights_T[rows + 1]),
@@ -183,7 +192,7 @@ def make_batches(
     pack_tokens: int,
     loss_mode: LossMode,
     frame_shape: FrameShape,
-    allocate: Allocate | None = None,
+    pixels: Pixels = own_pixels,
 ) -> list[Batch]:
     """The packs of one rank's share of a step; none for an empty share.
 
@@ -194,7 +203,7 @@ def make_batches(
     for group in pack(examples, pack_tokens):
         if not any(example.num_frames for example in group):
             group = [*group, zero_example(frame_shape)]
-        batches.append(collate(group, loss_mode, allocate=allocate))
+        batches.append(collate(group, loss_mode, pixels=pixels))
     return batches
 
 
@@ -240,20 +249,19 @@ def _weights(example: Example, loss_mode: LossMode) -> tuple[float, float]:
 
 
 def _frames(
-    examples: Sequence[Example], allocate: Allocate | None
+    examples: Sequence[Example], pixels: Pixels
 ) -> tuple[NDArray[np.uint8] | None, NDArray[Any] | None]:
     """All frames in the order of their context tokens: (pixels, features), one of them or none."""
-    pixels = [example.pixels_F for example in examples if example.pixels_F is not None]
-    features = [example.features for example in examples if example.features is not None]
-    if pixels and features:
+    visual = [example for example in examples if example.num_frames]
+    features = [example.features for example in visual if example.features is not None]
+    if features and len(features) < len(visual):
         raise ValueError(
             "a batch has either pixels or cached features, but these examples have both; cache the "
             "features of all records or of none"
         )
-    if not pixels:
-        return None, np.concatenate(features) if features else None
-    shape = (sum(len(frames) for frames in pixels), *pixels[0].shape[1:])
-    return np.concatenate(pixels, out=None if allocate is None else allocate(shape)), None
+    if features:
+        return None, np.concatenate(features)
+    return pixels(visual) if visual else None, None
 
 
 def _fields(batch: Batch) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """From a sample to an example: prompt, token ids, labels and frames.
 
-In: `data_shards.stream.Sample` (a record with one task and its decoded frames), or a plain pair of
-texts. Out: `Example`, as numpy arrays. `collate.py` packs examples into batches; generation takes
-the examples of `encode_query`, which end where the answer begins. Runs in the data workers.
+In: `data_shards.stream.Sample` (a record with one task, and its frames or their number), or a plain
+pair of texts. Out: `Example`, as numpy arrays. `collate.py` packs examples into batches; generation
+takes the examples of `encode_query`, which end where the answer begins. Runs in the data workers.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ FeatureSource = Callable[[str, str], NDArray[Any] | None]
 class Example:
     """A sample as arrays. T tokens, F frames (or tiles of one image), C channels.
 
-    pixels_F, features: at most one of them; both are absent in a text-only example.
+    pixels_F, features: at most one of them. Both are absent in a text-only example (no frames) and
+        where the sample's frames still wait to be decoded, straight into the batch.
     filler: no sample, but frames that keep the ranks' work alike (`collate.zero_example`).
     cut_turns: how many turns of the conversation lost their words to `max_tokens`.
     quarantine: the damaged records that were passed over before this one was found.
@@ -255,7 +256,7 @@ def _segment_ids(segment: Segment, tokenizer: Tokenizer) -> list[int]:
 def _visuals(
     sample: Sample, options: EncodeOptions, what: str
 ) -> tuple[NDArray[np.uint8] | None, NDArray[Any] | None, int]:
-    """(pixels, features, number of frames); one of the first two is None."""
+    """(pixels, features, number of frames); one of the first two is None, both of a waiting one."""
     if options.blank_frames:
         num_frames = 1 if sample.view == "peak" else options.frames_per_clip
         if options.blank_feature is None:
@@ -272,6 +273,8 @@ def _visuals(
                 f"found {list(features.shape)}; they are another base model's, compute them anew"
             )
         return None, features, len(features)
+    if sample.waiting:
+        return None, None, sample.waiting
     frames, size = sample.frames, options.image_size
     if frames is None:
         raise ValueError(

@@ -8,12 +8,15 @@ state: to resume is to start at another step, with any number of workers.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from data_shards.stream import Sample
 from emoverse.collate import Batch, FrameShape, LossMode, make_batches, zero_batch
-from emoverse.encode import EncodeOptions, encode_sample
+from emoverse.encode import EncodeOptions, Example, encode_sample
 from emoverse.ring import Desk
 from emoverse.tokenizer import Tokenizer
 from emoverse.workers import PoolOptions, WorkerPool
@@ -26,7 +29,9 @@ class Steps(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, step: int) -> list[Sample]: ...
+    def read(self, step: int) -> list[Sample]: ...
+
+    def decode(self, sample: Sample, out: NDArray[np.uint8] | None = None) -> Sample: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,18 +70,26 @@ class StepLoader:
     def batches(self, step: int, desk: Desk | None = None) -> list[Batch]:
         """The packs of one step, made here and now; empty if this rank has no share in it.
 
-        With a `desk` the frames lie in its shared memory.
+        With a `desk` the frames lie in its shared memory. Lengths are known before pictures are, so
+        samples are packed first and each frame is decoded to its place in its batch.
         """
         if desk is not None:
             self._steps.watch = desk.ring.say
-        samples = self._steps[step]
-        return make_batches(
-            [encode_sample(sample, self._tokenizer, self._encode) for sample in samples],
-            pack_tokens=self._options.pack_tokens,
-            loss_mode=self._options.loss_mode,
-            frame_shape=self._frame_shape,
-            allocate=None if desk is None else desk.allocate,
-        )
+        samples = {sample.position: sample for sample in self._steps.read(step)}
+        while True:
+            if desk is not None:
+                desk.clear()
+            frames = _Frames(self._steps, samples, self._frame_shape.image_size, desk)
+            try:
+                return make_batches(
+                    [encode_sample(s, self._tokenizer, self._encode) for s in samples.values()],
+                    pack_tokens=self._options.pack_tokens,
+                    loss_mode=self._options.loss_mode,
+                    frame_shape=self._frame_shape,
+                    pixels=frames.of,
+                )
+            except _Replaced as replaced:  # by a sample of another length: pack again
+                samples[replaced.sample.position] = replaced.sample
 
     def zero_batch(self) -> Batch:
         """The pack of weight 0 for a rank that has fewer packs than the others."""
@@ -94,3 +107,41 @@ class StepLoader:
                 yield self.batches(step)
             return
         yield from WorkerPool(self.batches, range(start, stop), self._options.pool)
+
+
+class _Replaced(Exception):
+    """The media of a sample are damaged and another one stands at its position."""
+
+    def __init__(self, sample: Sample) -> None:
+        super().__init__()
+        self.sample = sample
+
+
+class _Frames:
+    """The frames of a step's packs: decoded to where they stay, or copied if they are there."""
+
+    def __init__(
+        self, steps: Steps, samples: Mapping[int, Sample], image_size: int, desk: Desk | None
+    ) -> None:
+        self._steps = steps
+        self._samples = samples  # by position
+        self._image_size = image_size
+        self._desk = desk
+
+    def of(self, examples: Sequence[Example]) -> NDArray[np.uint8]:
+        """uint8 [F, size, size, 3]; raises _Replaced at the first sample of damaged media."""
+        size, start = self._image_size, 0
+        num_frames = sum(example.num_frames for example in examples)
+        shape = (num_frames, size, size, 3)
+        pixels = np.empty(shape, np.uint8) if self._desk is None else self._desk.allocate(shape)
+        for example in examples:
+            place = pixels[start : start + example.num_frames]
+            start += example.num_frames
+            if example.pixels_F is not None:
+                place[:] = example.pixels_F
+                continue
+            waiting = self._samples[example.position]
+            sample = self._steps.decode(waiting, place)
+            if sample.replaced > waiting.replaced:
+                raise _Replaced(sample)
+        return pixels

@@ -1,11 +1,12 @@
 """Shared memory between one data worker and the trainer: allocated once, used again and again.
 
-A ring has equal slots, one per step that the worker prepares ahead. The worker writes the frames of
-a step straight into a slot; the trainer's tensors are views of it. A slot is free again when the
+A ring has equal slots, one per step that the worker prepares ahead. The worker decodes the frames
+of a step straight into a slot; the trainer's tensors are views of it. A slot is free again when the
 last of these tensors is gone, whoever holds it. The memory has no name: nothing is left behind when
 a process is killed. In front of the slots stands one line of text, what the worker is doing.
 """
 
+import contextlib
 import mmap
 import weakref
 from collections import deque
@@ -33,6 +34,8 @@ class SharedRing:
         self.slots = slots
         self.slot_bytes = slot_bytes + -slot_bytes % mmap.PAGESIZE
         self._memory = mmap.mmap(-1, _HEAD + slots * self.slot_bytes)
+        with contextlib.suppress(OSError):  # a kernel without them
+            self._memory.madvise(mmap.MADV_HUGEPAGE)  # where the machine gives them to who asks
         self._bytes: Bytes = np.frombuffer(self._memory, dtype=np.uint8)
         self._address = int(self._bytes.__array_interface__["data"][0])
 
@@ -113,6 +116,10 @@ class Desk:
     def begin(self) -> None:
         """Take a slot for the next step; without a free one arrays get memory of their own."""
         self.slot = self.free.popleft() if self.free else None
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin the step once more: what was allocated for it is not needed."""
         self._used = 0
 
     def allocate(self, shape: tuple[int, ...]) -> Bytes:

@@ -217,6 +217,41 @@ def test_extracted_frames_serve_the_same_views(built: Path, tmp_path: Path) -> N
         decode_view(record, "clip", replace(VIEW, num_frames=2))
 
 
+@pytest.mark.parametrize(
+    ("stored", "how"),
+    [
+        ("video", {}),
+        ("video", {"resize": "fast"}),
+        ("video", {"peak_tiles": 4}),
+        ("extracted", {}),
+    ],
+)
+def test_frames_can_be_decoded_to_where_they_should_lie(
+    built: Path, tmp_path: Path, stored: str, how: dict[str, Any]
+) -> None:
+    """Reading and decoding apart give what `stream[step]` gives, in the memory that was named."""
+    folder, view = built, replace(VIEW, **how)
+    if stored == "extracted":
+        folder = tmp_path / "extracted"
+        options = BuildOptions(frames="extracted", frames_per_clip=4, frame_size=28)
+        build_shards(make_records(), folder, options=options, provenance={})
+    stream = open_stream(folder, view=view)
+    waited = Counter[str]()
+    for step in range(len(stream)):
+        for whole, sample in zip(stream[step], stream.read(step), strict=True):
+            assert identity(whole) == identity(sample) and whole.frames is not None
+            assert not whole.waiting
+            waited[f"{sample.view} {sample.waiting}"] += 1
+            if sample.waiting:
+                assert sample.frames is None
+                out = np.zeros((sample.waiting, 28, 28, 3), np.uint8)
+                sample = stream.decode(sample, out)
+                assert sample.frames is out
+            np.testing.assert_array_equal(sample.frames, whole.frames)
+    # How many tiles there will be only decoding tells.
+    assert waited == {"clip 4": 8, "peak 0" if "peak_tiles" in how else "peak 1": 8}
+
+
 def damage(folder: Path, keys: set[str]) -> None:
     """Flip one bit in each record's first header."""
     index = ShardIndex.load(folder)

@@ -122,6 +122,9 @@ def test_decoding_equals_linear_decoding(data: st.DataObject) -> None:
     assert len(linear) == count_frames(mp4) == num_frames
     indices = data.draw(st.lists(st.integers(0, num_frames - 1), min_size=1, max_size=9))
     np.testing.assert_array_equal(decode_frames(mp4, indices), linear[indices])
+    out = np.zeros_like(linear[indices])
+    assert decode_frames(mp4, indices, out=out) is out
+    np.testing.assert_array_equal(out, linear[indices])
 
 
 def test_scaling_on_the_way_out_changes_nothing() -> None:

@@ -21,9 +21,10 @@ from data_shards.sampler import WeightedTaskSampler
 from data_shards.stream import Damage, DamagedSample, Sample, StepStream, ViewOptions
 from data_shards.tasks import Task
 from data_shards.video import encode_mp4
-from emoverse.collate import Batch, FrameShape
-from emoverse.encode import EncodeOptions
+from emoverse.collate import Batch, FrameShape, make_batches
+from emoverse.encode import EncodeOptions, encode_sample
 from emoverse.loader import LoaderOptions, StepLoader
+from emoverse.ring import Desk, SharedRing
 from emoverse.tokenizer import Tokenizer
 from emoverse.train_tokenizer import train_tokenizer
 from emoverse.workers import PoolOptions, WorkerDied
@@ -41,12 +42,18 @@ class Steps:
     def __len__(self) -> int:
         return NUM_STEPS
 
-    def __getitem__(self, step: int) -> list[Sample]:
+    def read(self, step: int) -> list[Sample]:
         self.trouble(step)
         return [sample(10 * step + n) for n in range(step)]
 
+    def decode(self, sample: Sample, out: np.ndarray | None = None) -> Sample:
+        assert sample.waiting and out is not None
+        out[:] = sample.position
+        return dataclasses.replace(sample, frames=out, waiting=0)
+
 
 def sample(position: int) -> Sample:
+    """At odd positions the frames still wait."""
     record = Record(
         key=f"r{position}",
         source="test",
@@ -59,7 +66,14 @@ def sample(position: int) -> Sample:
         media=Video(mp4=b"-"),
     )
     frames = np.full((2, SIZE, SIZE, 3), position, dtype=np.uint8)
-    return Sample(position=position, task=Task.MSA, record=record, view="clip", frames=frames)
+    return Sample(
+        position=position,
+        task=Task.MSA,
+        record=record,
+        view="clip",
+        frames=None if position % 2 else frames,
+        waiting=2 * (position % 2),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +124,10 @@ def test_workers_change_nothing(build: Callable[..., StepLoader], workers: int) 
     assert [sum(len(pack["keys"]) for pack in packs) for packs in steps] == [0, 1, 2, 3, 4]
     assert steps[0] == []
     assert len(steps[4]) > 1
+    for pack in (pack for packs in steps for pack in packs):
+        frames = np.reshape(pack["pixels"], (len(pack["positions"]), -1))
+        for position, values in zip(pack["positions"], frames, strict=True):
+            assert (values == position).all(), "each sample has its own frames"
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -244,6 +262,68 @@ def test_ranks_and_workers_share_the_plan_from_real_shards(
         assert step_samples(ranks[0][step]) | step_samples(ranks[1][step]) == expected
         assert not step_samples(ranks[0][step]) & step_samples(ranks[1][step])
     assert all(b.pixels is not None and b.pixels.shape[1:] == (SIZE, SIZE, 3) for b in alone[0])
+
+
+@pytest.mark.parametrize("peak_tiles", [1, 4])
+def test_frames_are_decoded_to_their_place_also_where_media_are_damaged(
+    build: Callable[..., StepLoader], tokenizer: Tokenizer, tmp_path: Path, peak_tiles: int
+) -> None:
+    """Packs first, pictures then: the batches of samples that were decoded beforehand.
+
+    A substitute for a clip that does not decode has another length and maybe another number of
+    frames, so that the packs of its step have to be made again.
+    """
+    index = build_shards(
+        map(damaged_record, range(24)), tmp_path / "shards", provenance={}, max_records_per_shard=9
+    )
+    half = Fraction(1, 2)
+    spec = StageSpec(name="stage1", rates=((Task.MSA, half), (Task.FER, half)), take=18)
+    stage = plan_stages(index, [spec], seed=1).stages["stage1"]
+    sampler = WeightedTaskSampler(stage, index, global_batch_size=6, rank=0, world_size=1)
+    view = ViewOptions(num_frames=2, image_size=SIZE, peak_tiles=peak_tiles)
+    stream = StepStream(sampler, ShardReader(tmp_path / "shards", index), view, on_damage="replace")
+    loader = build(stream, 0, pack_tokens=500)
+    ring = SharedRing(1, 6 * 5 * SIZE * SIZE * 3)
+    replaced = packs = 0
+    for step in range(len(stream)):
+        samples = stream[step]
+        encode = EncodeOptions(template="phi3-chat", tokens_per_frame=TOKENS, image_size=SIZE)
+        expected = make_batches(
+            [encode_sample(one, tokenizer, encode) for one in samples],
+            pack_tokens=500,
+            loss_mode="sample",
+            frame_shape=FrameShape(
+                image_context_id=tokenizer.image_context_id,
+                tokens_per_frame=TOKENS,
+                image_size=SIZE,
+            ),
+        )
+        desk = Desk(ring, [0])
+        desk.begin()
+        found = loader.batches(step, desk)
+        assert plain(found) == plain(expected) == plain(loader.batches(step))
+        for batch in found:
+            assert batch.pixels is not None and ring.place(batch.pixels.numpy(), 0) is not None
+        replaced += sum(one.replaced for one in samples)
+        packs = max(packs, len(found))
+    assert replaced >= 4 and packs >= 3
+
+
+def damaged_record(number: int) -> Record:
+    """Every second one with a peak frame, every fourth one with a picture that is no picture."""
+    clip = np.random.default_rng(number).integers(0, 255, (4, 32, 64, 3)).astype(np.uint8)
+    mp4 = bytearray(encode_mp4(clip, 25))
+    if number % 4 < 2:
+        start = mp4.index(b"mdat") + 4
+        mp4[start + 40 : start + 900] = bytes(860)
+    return dataclasses.replace(
+        sample(number).record,
+        tasks=(Task.MSA, Task.FER) if number % 2 else (Task.MSA,),
+        expressions=("Smile",) * (number % 2) or None,
+        peak_frame=2 if number % 2 else None,
+        num_frames=4,
+        media=Video(mp4=bytes(mp4)),
+    )
 
 
 @pytest.mark.parametrize("workers", [1, 2])
