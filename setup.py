@@ -62,14 +62,18 @@ setup(
         # Shard folders on s3://; http needs nothing more.
         "s3": ["s3fs>=2025.3"],
         "test": [
+            "flask>=3",  # with flask-cors: moto's S3 server, of which its extra takes in far more
+            "flask-cors>=5",
             "h5py>=3.12",
             "hypothesis>=6.100",
+            "moto[s3]>=5",
             "mypy>=2",
             "playwright>=1.60",
             "pytest>=9,<9.2",  # pytest-xdist 3.8 cannot keep a file in one process under 9.2
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "ruff>=0.17",
+            "s3fs>=2025.3",
             "scikit-learn>=1.7",
         ],
         "wandb": ["wandb>=0.19"],

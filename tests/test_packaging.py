@@ -34,14 +34,14 @@ def setup_arguments() -> dict[str, object]:
 
 
 def names(requirements: list[str]) -> list[str]:
-    return [re.split(r"[<>=!~ ]", requirement)[0] for requirement in requirements]
+    return [re.split(r"[<>=!~ \[]", requirement)[0] for requirement in requirements]
 
 
 SETUP = setup_arguments()
 CORE = names(SETUP["install_requires"])  # type: ignore[arg-type]
 EXTRAS = {extra: names(them) for extra, them in SETUP["extras_require"].items()}  # type: ignore[attr-defined]
 PINS = dict(
-    line.split("==")
+    (line.partition("==")[0].lower(), line.partition("==")[2])
     for line in (ROOT / "constraints.txt").read_text().splitlines()
     if not line.startswith("#") and "<=" not in line
 )
@@ -74,7 +74,7 @@ def test_every_import_is_declared() -> None:
 def test_what_is_declared_is_pinned_and_the_tests_run_with_it() -> None:
     for name in [*CORE, *EXTRAS["test"], *EXTRAS["demo"]]:
         installed = importlib.metadata.version(name).partition("+")[0]
-        assert PINS[name] == installed, f"{name}: run `make setup`, or pin {installed}"
+        assert PINS[name.lower()] == installed, f"{name}: run `make setup`, or pin {installed}"
 
 
 def test_flash_attn_is_asked_for_by_name_only() -> None:

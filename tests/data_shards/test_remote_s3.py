@@ -1,7 +1,4 @@
-"""Shard folders on s3://, against a real S3 server in this process's machine (moto).
-
-Needs the extra `s3` and moto's server: pip install -e .[s3] 'moto[server]'.
-"""
+"""Shard folders on s3://, against a real S3 server in this process's machine (moto)."""
 
 import os
 import shutil
@@ -11,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import s3fs
+from moto.server import ThreadedMotoServer
 
 from data_shards import fetch
 from data_shards.build import build_shards
@@ -21,8 +20,6 @@ from data_shards.remote import CacheOptions, open_index
 from data_shards.tasks import Task
 from data_shards.video import encode_mp4
 
-pytest.importorskip("s3fs", reason="needs the extra s3")
-moto = pytest.importorskip("moto.server", reason="needs moto[server]")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of botocore, which warns of itself
 
 
@@ -48,7 +45,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def bucket(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A bucket that holds the folder; the address of the server comes from the environment."""
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
     host, port = server.get_host_and_port()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
@@ -57,8 +54,6 @@ def bucket(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setattr(fetch, "_PAUSE_S", 0.01)
     fetch._systems.clear()
-    import s3fs
-
     system = s3fs.S3FileSystem(skip_instance_cache=True)
     system.mkdir("clips")
     for path in folder.iterdir():
