@@ -147,8 +147,12 @@ def summarise_task(
 
 
 def clearly_better(difference: Difference) -> bool:
-    """The rule of the table: at least MARGIN and at least two standard errors above."""
-    return difference.value >= max(MARGIN, 2 * difference.standard_error)
+    """The rule of the table: at least MARGIN and at least two standard errors above.
+
+    Without a standard error (a single clip has none) nothing is clear.
+    """
+    error = difference.standard_error
+    return math.isfinite(error) and difference.value >= max(MARGIN, 2 * error)
 
 
 def summarise(

@@ -24,6 +24,7 @@ from emoverse.metric_table import METRICS, primary
 from emoverse.score_tables import confusion, item_scores
 from emoverse.scoring import Metric, Row
 from emoverse.significance import paired_difference, score, scores
+from emoverse.summary import clearly_better
 from emoverse.text_scores import concluded_emotion, rouge_l, set_f1
 
 
@@ -263,6 +264,16 @@ def test_paired_difference_keeps_to_common_clips() -> None:
     other = [dataclasses.replace(row, key=f"x{row.key}") for row in b]
     with pytest.raises(ValueError, match=r"no clip in common .*evaluate both on the same shards"):
         paired_difference(primary(Task.ER), a, other)
+
+
+def test_a_single_clip_is_no_clear_gain() -> None:
+    right, wrong = (rows_of(Task.ER, ["joy"], [said]) for said in ("joy", "anger"))
+    gap = paired_difference(primary(Task.ER), right, wrong)
+    assert gap.value == 1 and math.isnan(gap.standard_error)
+    assert not clearly_better(gap)
+    assert clearly_better(
+        paired_difference(primary(Task.ER), coin_rows(9, 1, 1), coin_rows(9, 0, 1))
+    )
 
 
 def test_no_rows_and_no_support_give_nan_not_an_error() -> None:
