@@ -103,6 +103,7 @@ def majority_rows_of(evaluation: Evaluation, task: Task) -> list[Row]:
             sentiment=one.row.sentiment,
             emotion=one.row.emotion,
             target=one.row.target,
+            conversation=one.row.conversation,
         )
         for one in evaluation.predictions
         if one.row.task is task
