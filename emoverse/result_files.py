@@ -33,6 +33,7 @@ def read_results(
         raise FileNotFoundError(f"{path}: no such file; give a jsonl file with one answer per line")
     found: list[Prediction] = []
     keys: Counter[tuple[Task, str]] = Counter()
+    own: dict[tuple[Task, str], int] = {}
     for number, line in enumerate(read_utf8(path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -42,6 +43,10 @@ def read_results(
                 raise ValueError("a line must be a JSON object")
             if "truth" in fields and "task" in fields:
                 found.append(from_json(fields))
+                row = found[-1].row
+                first = own.setdefault((row.task, row.key), number)
+                if first != number:  # two files in one, say: every clip would count twice
+                    raise ValueError(f"{row.task} of {row.key} is answered on line {first} already")
             else:
                 found.append(_foreign(fields, task, keys, number))
         except (ValueError, KeyError, TypeError) as error:

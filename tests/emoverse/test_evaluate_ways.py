@@ -269,6 +269,10 @@ def test_our_predictions_are_result_lines_and_come_back_unchanged(make_run: Make
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert all(isinstance(line["images"], list) for line in lines)
     assert read_results(path) == read_predictions(path)
+    twice = run_dir / "twice.jsonl"
+    twice.write_text(path.read_text() * 2)  # two files in one: every clip would count twice
+    with pytest.raises(ValueError, match=rf":{len(lines) + 1}: .* is answered on line 1 already"):
+        read_results(twice)
     foreign = ("query", "response", "label", "images", "sentiment")
     outside = run_dir / "swift.jsonl"
     kept = [{name: line[name] for name in foreign} for line in lines]
