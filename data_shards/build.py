@@ -7,6 +7,7 @@ shard when it is started again. Memory: a few records per worker, one shard's en
 Flow: sources, annotate -> here -> index, reader.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -277,8 +278,17 @@ class _Run:
             if writer is not None:
                 writer.close()
         if not self._shards:
-            raise ValueError("build: the source gave no record; check its path, split and limits")
+            why = f"; {self._left_out()}" if self.skipped else ""
+            raise ValueError(
+                f"build: the source gave no record; check its path, split and limits{why}"
+            )
         return tuple(self._shards)
+
+    def _left_out(self) -> str:
+        """How many clips were left out and why, with the first one: there will be no list."""
+        counts = Counter(row.reason for row in self.skipped)
+        listed = ", ".join(f"{number} {reason}" for reason, number in counts.most_common())
+        return f"left out were {listed}; the first: {self.skipped[0]}"
 
     def _require_new(self, key: str) -> None:
         if key in self._seen:

@@ -28,6 +28,14 @@ class Row:
         return value
 
 
+def read_utf8(path: Path) -> str:
+    """The text of a file, without a byte order mark. Raises ValueError that names the file."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: must be UTF-8: {error}") from error
+
+
 def read_rows(path: Path, what: str) -> Iterator[Row]:
     """The rows of a file; empty lines are passed over.
 
@@ -36,11 +44,11 @@ def read_rows(path: Path, what: str) -> Iterator[Row]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a line that is not a JSON object.
+        ValueError: a line that is not a JSON object, or the file is not UTF-8.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give {what}")
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
+    for number, line in enumerate(read_utf8(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -15,7 +15,7 @@ VERDICT_CLASS = {"appears": "good", "opposite": "bad", "not resolved": "flat", "
 
 
 def render_ablations(result: Mapping[str, Any]) -> str:
-    """The whole document."""
+    """The whole document. `failed` of the result, where it has one: variant -> why it failed."""
     verdicts = [one["verdict"] for one in result["effects"]]
     run = len(verdicts) - verdicts.count("not run")
     intro = (
@@ -25,11 +25,23 @@ def render_ablations(result: Mapping[str, Any]) -> str:
         f"{verdicts.count('not resolved')} lie within two standard errors.</p></div>"
     )
     sections = [
-        ("tables", "Tables", "".join(map(_table, result["tables"]))),
+        ("tables", "Tables", _warnings(result) + "".join(map(_table, result["tables"]))),
         ("effects", "Effects", _effects(result)),
         ("conditions", "Conditions", _conditions(result["conditions"])),
     ]
     return document("ablations", intro, sections, "emoverse ablate")
+
+
+def _warnings(result: Mapping[str, Any]) -> str:
+    """What makes a row another one than it seems."""
+    unfinished = result["conditions"]["unfinished"]
+    lines = [
+        f"{name} failed, its rows are missing or of an earlier run: {reason}"
+        for name, reason in result.get("failed", {}).items()
+    ]
+    if unfinished:
+        lines.append(f"Evaluated before the stage was finished: {', '.join(unfinished)}.")
+    return "".join(f'<p class="warning">{escape(line)}</p>' for line in lines)
 
 
 def _table(table: Mapping[str, Any]) -> str:

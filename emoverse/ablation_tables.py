@@ -151,7 +151,7 @@ def _effect(effect: Effect, found: Mapping[State, Answers]) -> dict[str, Any]:
         return line
     gap = paired_difference(_metric(effect.task, effect.metric), better, worse)
     if not (math.isfinite(gap.value) and math.isfinite(gap.standard_error)):
-        return line
+        return line | {"n": gap.n, "verdict": "not resolved"}
     # Two systems that answer alike have a difference of 0 without any error.
     clear = abs(gap.value) >= 2 * gap.standard_error and gap.value != 0
     verdict = "not resolved" if not clear else "appears" if gap.value > 0 else "opposite"
@@ -173,6 +173,9 @@ def _conditions(found: Mapping[State, Answers]) -> dict[str, Any]:
     mixed = sorted(
         key for key in first if len({json.dumps(p.get(key)) for p in protocols.values()}) > 1
     )
+    fingerprints = {str(one.metrics.get("data", {}).get("fingerprint")) for one in found.values()}
+    mixed += ["data"] * (len(fingerprints) > 1)
+    mixed += ["parser"] * (len({str(one.metrics.get("parser")) for one in found.values()}) > 1)
     metrics = next(iter(found.values())).metrics
     ours = {
         "data": str(metrics.get("data", {}).get("shards", "-")),
@@ -187,10 +190,14 @@ def _conditions(found: Mapping[State, Answers]) -> dict[str, Any]:
     return {
         "lines": lines,
         "clips": {"/".join(state): one.metrics.get("clips") for state, one in found.items()},
-        "fingerprints": sorted(
-            {str(one.metrics.get("data", {}).get("fingerprint")) for one in found.values()}
-        ),
+        "fingerprints": sorted(fingerprints),
         "unequal_protocols": mixed,
+        # Evaluated on the way: the numbers are of an earlier checkpoint than the stage's last one.
+        "unfinished": [
+            "/".join(state)
+            for state, one in found.items()
+            if one.metrics.get("stage_done") is False
+        ],
     }
 
 
@@ -221,6 +228,9 @@ def ablation_text(result: Mapping[str, Any]) -> str:
     mixed = result["conditions"]["unequal_protocols"]
     if mixed:
         blocks.append(f"Not comparable among each other: the runs differ in {', '.join(mixed)}.")
+    unfinished = result["conditions"]["unfinished"]
+    if unfinished:
+        blocks.append(f"Evaluated before the stage was finished: {', '.join(unfinished)}.")
     return "\n\n".join(blocks)
 
 

@@ -34,7 +34,13 @@ from emoverse.evaluation_target import Target, name_of, resolve, states_of, writ
 from emoverse.generate import Answerer, shared_weights
 from emoverse.handover import folds_below_checkpoint
 from emoverse.kernels.attention import attention_backend
-from emoverse.metrics_file import one_line, protocol_of, tasks_json, with_baseline
+from emoverse.metrics_file import (
+    keep_judge,
+    one_line,
+    protocol_of,
+    tasks_json,
+    with_baseline,
+)
 from emoverse.models.architecture import base_folder
 from emoverse.models.emoverse import EmoVerse, build_model
 from emoverse.predictions import (
@@ -212,6 +218,7 @@ def evaluate_checkpoint(
     if world.is_main:
         for task, line in metrics["tasks"].items():
             log(f"{name}: {task} {one_line(line)}")
+        keep_judge(metrics, target / METRICS)
         write_predictions(target / PREDICTIONS, predictions)
         write_text_atomically(target / METRICS, json.dumps(metrics, indent=1) + "\n")
         remove_parts(target / PARTS)

@@ -30,6 +30,7 @@ from emoverse.predictions import Prediction, rows_of_task
 
 PROMPT_VERSION = 1  # verdicts of another prompt are not taken over
 BEST = 10
+QUOTED = 120  # characters of an answer without a verdict that the log shows
 _SCORE = re.compile(r"(?<![\d.])(10|\d)(?:\s*/\s*10)?(?![\d.]*\d)")
 
 _ASK = (
@@ -82,7 +83,8 @@ def judge_predictions(
 ) -> list[Prediction]:
     """The predictions with verdicts; unreadable ERI answers get 0 without a question.
 
-    An answer that the judge refuses, or to which it says no number, keeps none; how many is logged.
+    An answer that the judge refuses, or to which it says no number, keeps none; how many, and why
+    the first one, is logged.
     Raises ValueError for wrong settings of the endpoint, RuntimeError if it does not answer.
     """
     known = read_verdicts(store)
@@ -92,14 +94,16 @@ def judge_predictions(
         if one.row.task is Task.ERI and one.row.value is not None
     }
     todo = {key: one for key, one in asked.items() if key not in known}
+    causes: list[str] = []
     if todo:
         store.parent.mkdir(parents=True, exist_ok=True)
         _end_line(store)
         with store.open("a", encoding="utf-8") as file:
             patience = patience or Patience()
-            known |= asyncio.run(_ask_all(todo, endpoint, patience, concurrency, file))
+            known |= asyncio.run(_ask_all(todo, endpoint, patience, concurrency, file, causes))
     missing = sum(key not in known for key in asked)
-    log(f"judge {endpoint.model}: {len(asked)} answers, {len(todo)} asked, {missing} unscored")
+    why = f"; the first: {causes[0]}" if causes else ""
+    log(f"judge {endpoint.model}: {len(asked)} answers, {len(todo)} asked, {missing} unscored{why}")
     return [_judged(one, endpoint.model, known) for one in predictions]
 
 
@@ -123,7 +127,9 @@ async def _ask_all(
     patience: Patience,
     concurrency: int,
     file: TextIO,
+    causes: list[str],
 ) -> dict[str, float]:
+    """The verdicts by key; `causes` gets a line for each answer that keeps none."""
     gate = asyncio.Semaphore(concurrency)
     found: dict[str, float] = {}
     async with ChatClient(patience, connections=concurrency) as client:
@@ -131,13 +137,17 @@ async def _ask_all(
         async def one(key: str, prediction: Prediction) -> None:
             async with gate:
                 try:
-                    said = read_verdict(await client.ask(endpoint, question(prediction)))
-                except Refused:
+                    text = await client.ask(endpoint, question(prediction))
+                except Refused as error:
+                    causes.append(str(error))
                     return
-            if said is not None:
-                found[key] = said
-                file.write(json.dumps({"key": key, "judge": said}) + "\n")
-                file.flush()
+            said = read_verdict(text)
+            if said is None:
+                causes.append(f"not one integer from 0 to {BEST}: {text[:QUOTED]!r}")
+                return
+            found[key] = said
+            file.write(json.dumps({"key": key, "judge": said}) + "\n")
+            file.flush()
 
         try:
             async with asyncio.TaskGroup() as group:

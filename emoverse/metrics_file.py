@@ -92,6 +92,19 @@ def _task_json(
     }
 
 
+def keep_judge(metrics: Mapping[str, Any], path: Path) -> None:
+    """Verdicts outlive an evaluation that asks no judge; so does the name of who gave them.
+
+    path: the metrics.json that this one replaces, if there is one.
+    """
+    line = metrics["tasks"].get(str(Task.ERI))
+    if line is None or "judge" not in line["metrics"] or not path.is_file():
+        return
+    earlier = json.loads(path.read_text(encoding="utf-8"))["tasks"].get(str(Task.ERI), {})
+    if "judge" in earlier:
+        line["judge"] = earlier["judge"]
+
+
 def paper_json(task: Task, predictions: Sequence[Prediction]) -> dict[str, Any] | None:
     """The same answers by the authors' script, and which clips it counts otherwise; None if never.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,8 +62,22 @@ def read_curves(run_dir: Path, config: Config) -> list[StageCurves]:
         intervals = [record for record in records if record.get("kind") == "interval"]
         if intervals:
             asked = {task: float(rate) for task, rate in stage.rates.items()}
-            found.append(_stage_curves(name, asked, records, intervals))
+            curves = _stage_curves(name, asked, records, intervals)
+            trained = _trained(records, config.train.global_batch_size)
+            found.append(curves if trained is None else replace(curves, samples=trained))
     return found
+
+
+def _trained(records: Sequence[Mapping[str, Any]], batch: int) -> int | None:
+    """Samples of the steps that count; None where the log does not say how many a stage has.
+
+    Not the sum of the intervals: the steps between the last one and a stop are in none.
+    """
+    totals = [int(one["num_samples"]) for one in records if "num_samples" in one]
+    if not totals:
+        return None
+    steps = {int(one["step"]) for one in records if one.get("kind") == "step"}
+    return sum(max(min(batch, totals[-1] - (step - 1) * batch), 0) for step in steps)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -14,10 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from data_shards.jsonl import read_utf8
 from data_shards.tasks import IDENTIFIER, TASKS, Answer, Pair, Task, parse_answer
 from emoverse.predictions import Prediction, from_json
 from emoverse.reading import Mode, read_again, read_text
-from emoverse.scoring import Row
+from emoverse.scoring import END_OF_SCALE, Row
 
 
 def read_results(
@@ -32,21 +33,25 @@ def read_results(
         raise FileNotFoundError(f"{path}: no such file; give a jsonl file with one answer per line")
     found: list[Prediction] = []
     keys: Counter[tuple[Task, str]] = Counter()
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                fields = json.loads(line)
-                if not isinstance(fields, dict):
-                    raise ValueError("a line must be a JSON object")
-                if "truth" in fields and "task" in fields:
-                    found.append(from_json(fields))
-                else:
-                    found.append(_foreign(fields, task, keys, number))
-            except (ValueError, KeyError, TypeError) as error:
-                name = "" if type(error) is ValueError else f"{type(error).__name__}: "
-                raise ValueError(f"{path}:{number}: not a result: {name}{error}") from error
+    own: dict[tuple[Task, str], int] = {}
+    for number, line in enumerate(read_utf8(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line)
+            if not isinstance(fields, dict):
+                raise ValueError("a line must be a JSON object")
+            if "truth" in fields and "task" in fields:
+                found.append(from_json(fields))
+                row = found[-1].row
+                first = own.setdefault((row.task, row.key), number)
+                if first != number:  # two files in one, say: every clip would count twice
+                    raise ValueError(f"{row.task} of {row.key} is answered on line {first} already")
+            else:
+                found.append(_foreign(fields, task, keys, number))
+        except (ValueError, KeyError, TypeError) as error:
+            name = "" if type(error) is ValueError else f"{type(error).__name__}: "
+            raise ValueError(f"{path}:{number}: not a result: {name}{error}") from error
     if not found:
         raise ValueError(f"{path}: holds no answer; each line is a JSON object with a response")
     return read_again(found, mode)
@@ -133,8 +138,14 @@ def _key(fields: Mapping[str, Any]) -> str:
 
 
 def _sentiment(fields: Mapping[str, Any]) -> float | None:
+    """The true intensity, where a line has one; N/P leaves out 0, so it must not be overlooked."""
     value = fields.get("sentiment")
-    return float(value) if isinstance(value, (int, float)) else None
+    if value is None:
+        return None
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not abs(value) <= END_OF_SCALE:  # also refuses nan
+        raise ValueError(f"sentiment: must be a number from -3 to 3, found {value!r}")
+    return float(value)
 
 
 def _emotion(task: Task, truth: Answer) -> str | None:

@@ -68,18 +68,28 @@ def _spread(values: Floats) -> float:
     return float(kept.std(ddof=1)) if len(kept) > 1 else math.nan
 
 
+def _counted(metric: Metric, parts_nK: Floats) -> NDArray[np.bool_]:
+    """Which clips the metric counts: one that it leaves out contributes nothing but zeros.
+
+    A conversation counts always: also one without any pair is a part of the official protocol.
+    """
+    if metric.whole is not None:
+        return np.ones(len(parts_nK), dtype=np.bool_)
+    return np.asarray(parts_nK.any(axis=1))
+
+
 def score(metric: Metric, rows: Sequence[Row]) -> Score:
     """Value, standard error and 95% percentile interval of one metric.
 
     A mean over clips has the exact standard error sd/sqrt(n); every other metric the bootstrap's.
-    `n` counts the clips that the metric counts (N/P leaves out sentiment 0), or the conversations
-    of an official ECPE metric. No rows, or a metric that does not exist for them: all nan.
+    `n` counts the clips that the metric counts (N/P leaves out sentiment 0, the target-given pair
+    metrics targets without a true pair), or the conversations of an official ECPE metric. No rows,
+    or a metric that does not exist for them: all nan.
     """
     if not rows or not metric.applies(rows):
         return NO_SCORE
     parts = metric.contributions(rows)
-    if metric.per_clip:
-        parts = parts[parts[:, 1] > 0]
+    parts = parts[_counted(metric, parts)]
     if not len(parts):
         return NO_SCORE
     resampled = _resampled(metric, parts)
@@ -116,9 +126,9 @@ def paired_difference(metric: Metric, rows_a: Sequence[Row], rows_b: Sequence[Ro
             f"({len(rows_a)} and {len(rows_b)} clips); evaluate both on the same shards"
         )
     a, b = (metric.contributions([pair[side] for pair in common]) for side in (0, 1))
-    if metric.per_clip:
-        counted = (a[:, 1] > 0) & (b[:, 1] > 0)
-        a, b = a[counted], b[counted]
+    counted = _counted(metric, a) & _counted(metric, b)
+    a, b = a[counted], b[counted]
+    if metric.per_clip or not len(a):
         error = _spread(a[:, 0] - b[:, 0]) / math.sqrt(max(len(a), 1))
     else:
         error = _spread(_resampled(metric, a) - _resampled(metric, b))

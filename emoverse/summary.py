@@ -103,6 +103,7 @@ def majority_rows_of(evaluation: Evaluation, task: Task) -> list[Row]:
             sentiment=one.row.sentiment,
             emotion=one.row.emotion,
             target=one.row.target,
+            conversation=one.row.conversation,
         )
         for one in evaluation.predictions
         if one.row.task is task
@@ -147,8 +148,12 @@ def summarise_task(
 
 
 def clearly_better(difference: Difference) -> bool:
-    """The rule of the table: at least MARGIN and at least two standard errors above."""
-    return difference.value >= max(MARGIN, 2 * difference.standard_error)
+    """The rule of the table: at least MARGIN and at least two standard errors above.
+
+    Without a standard error (a single clip has none) nothing is clear.
+    """
+    error = difference.standard_error
+    return math.isfinite(error) and difference.value >= max(MARGIN, 2 * error)
 
 
 def summarise(

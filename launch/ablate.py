@@ -100,14 +100,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         return {"home": str(home), "submitted": list(chosen), "ok": True}
     failed = _run_all(plans, args.parallel)
     try:
-        result = ablation_json(home, tables)
+        result = {**ablation_json(home, tables), "failed": failed}
     except FileNotFoundError:
         if not failed:
             raise
         return {"home": str(home), "failed": failed, "ok": False}
     write_text_atomically(home / "ablations.json", json.dumps(result, indent=1) + "\n")
     write_text_atomically(home / "ablations.html", render_ablations(result))
-    return {**result, "page": str(home / "ablations.html"), "failed": failed, "ok": not failed}
+    return {**result, "page": str(home / "ablations.html"), "ok": not failed}
 
 
 def _chosen(tables: tuple[str, ...], named: Sequence[str] | None) -> tuple[str, ...]:

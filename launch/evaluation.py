@@ -91,8 +91,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         from data_shards.annotate.endpoint import Endpoint
 
         # Before anything is answered: wrong settings are told at once.
+        # Room for a judge that explains its integer: an answer that is cut is none.
         endpoint = Endpoint(
-            base_url=args.judge, model=args.judge_model, key_env=args.judge_key_env, max_tokens=16
+            base_url=args.judge, model=args.judge_model, key_env=args.judge_key_env, max_tokens=512
         )
     results = _evaluate(args, target)
     if endpoint is not None:

@@ -41,6 +41,16 @@ class Endpoint:
                 "endpoint base URL: must start with http:// or https://, such as "
                 f"http://host:8000/v1, found {self.base_url!r}"
             )
+        try:
+            url = httpx2.URL(self.base_url)
+            readable = bool(url.host) and (url.port or 0) < 2**16
+        except httpx2.InvalidURL:
+            readable = False
+        if not readable:
+            raise ValueError(
+                "endpoint base URL: must name a host, and a port that is a number below 65536, "
+                f"such as http://host:8000/v1, found {self.base_url!r}"
+            )
         if not self.model:
             raise ValueError("endpoint model: must be the name under which the server serves it")
         if self.max_tokens < 1 or self.temperature < 0:
@@ -129,7 +139,7 @@ class ChatClient:
                 # The library's own limit counts from byte to byte: a trickle would never end.
                 async with asyncio.timeout(self._patience.timeout_s):
                     return await self._attempt(endpoint, messages)
-            except (_Passing, httpx2.TransportError, TimeoutError) as error:
+            except (_Passing, httpx2.RequestError, TimeoutError) as error:
                 cause = _cause(error, self._patience)
                 if attempt == self._patience.attempts:
                     raise Unanswered(f"{cause}, after {attempt} attempts") from error
@@ -165,7 +175,7 @@ class ChatClient:
         if status == 200:
             return _answer(response.text, endpoint)
         said = f"{status} from {endpoint.base_url}: {response.text.strip()[:_QUOTED]}"
-        if status in _WRONG_SETTINGS:
+        if status in _WRONG_SETTINGS or response.is_redirect:  # it asks for another base URL
             raise ValueError(
                 f"endpoint: {said}; check the base URL, the model name {endpoint.model!r} and the "
                 f"key ({endpoint.key_env or 'none was sent'})"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
 from data_shards.draft import Clip, Draft
+from data_shards.jsonl import read_utf8
 from data_shards.record import Turn
 from data_shards.sources.raw_files import find_files, find_one, parse_time, repair_text
 from data_shards.tasks import EMOTIONS, Pair, Task
@@ -158,7 +159,7 @@ Block = tuple[int, tuple[tuple[int, int], ...], list[tuple[int, list[str]]]]
 
 def _blocks(path: Path) -> Iterator[Block]:
     """(conversation, pairs, [(line number, its five columns)]) per block of a text-form file."""
-    lines = path.read_text(encoding="utf-8-sig").split("\n")
+    lines = read_utf8(path).split("\n")
     at = 0
     while at < len(lines):
         if not lines[at].strip():

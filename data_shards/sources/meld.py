@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Final, Literal
 
 from data_shards.draft import Clip, Draft
-from data_shards.sources.raw_files import find_files, find_one, parse_time, repair_text
+from data_shards.jsonl import read_utf8
+from data_shards.sources.raw_files import csv_rows, find_files, find_one, parse_time, repair_text
 from data_shards.tasks import EMOTIONS, Task
 
 SPLITS: Final = ("train", "dev", "test")
@@ -107,16 +108,12 @@ def read_meld(folder: Path, splits: Sequence[str] = SPLITS) -> list[MeldRow]:
 
 def _read_csv(path: Path, split: str) -> Iterator[MeldRow]:
     seen: set[str] = set()
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: must be UTF-8 as published: {error}") from error
     # No splitlines(): it would cut at U+0085, which old copies hold for an ellipsis.
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.DictReader(io.StringIO(read_utf8(path), newline=""), strict=True)
     missing = [name for name in _COLUMNS if name not in (reader.fieldnames or ())]
     if missing:
         raise ValueError(f"{path}:1: column {missing[0]}: must be in the header, found none")
-    for fields in reader:
+    for fields in csv_rows(reader, path):
         try:
             row = _row(fields, split)
         except (ValueError, TypeError, AttributeError) as error:

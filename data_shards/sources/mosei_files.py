@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from data_shards.sources.raw_files import repair_text
+from data_shards.jsonl import read_utf8
+from data_shards.sources.raw_files import csv_rows, repair_text
 
 # In the order of the csd's columns behind the sentiment, in this project's words.
 CSD_EMOTIONS: Final = ("joy", "sadness", "anger", "surprise", "disgust", "fear")
@@ -154,7 +155,7 @@ def _csd_interval(video: str, index: int, label: list[float], span: list[float])
 
 def read_folds(path: Path) -> dict[str, str]:
     """Video -> split, of the SDK's cmu_mosei_std_folds.py (read, never run) or of a JSON copy."""
-    text = path.read_text(encoding="utf-8")
+    text = read_utf8(path)
     lists: Mapping[str, Any]
     try:
         if path.suffix == ".json":
@@ -169,12 +170,15 @@ def read_folds(path: Path) -> dict[str, str]:
             }
     except (ValueError, SyntaxError) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(lists, dict):
+        raise ValueError(f"{path}: must hold three lists by name, found {lists!r:.80}")
     found: dict[str, str] = {}
     for mode in ("train", "valid", "test"):
         name = f"standard_{mode}_fold"
-        if not isinstance(lists.get(name), list):
-            raise ValueError(f"{path}: must hold a list {name}, found {sorted(lists)}")
-        for video in lists[name]:
+        listed = lists.get(name)
+        if not isinstance(listed, list) or not all(isinstance(one, str) for one in listed):
+            raise ValueError(f"{path}: must hold a list {name} of texts, found {sorted(lists)}")
+        for video in listed:
             if found.get(video, _MODES[mode]) != _MODES[mode]:
                 raise ValueError(f"{path}: video {video} is in two folds")
             found[video] = _MODES[mode]
@@ -201,11 +205,11 @@ def read_transcript(path: Path) -> list[Line]:
 
 
 def _csv_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
-    reader = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""))
+    reader = csv.DictReader(io.StringIO(read_utf8(path), newline=""))
     missing = [name for name in columns if name not in (reader.fieldnames or ())]
     if missing:
         raise ValueError(f"{path}:1: column {missing[0]}: must be in the header, found none")
-    for fields in reader:
+    for fields in csv_rows(reader, path):
         if any(fields[name] is None for name in columns):
             raise ValueError(f"{path}:{reader.line_num}: the row is cut short")
         yield reader.line_num, fields

@@ -3,8 +3,9 @@
 In: folders as downloaded. Out: paths, seconds, clean text. Used by meld, ecf and mosei.
 """
 
+import csv
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -32,6 +33,15 @@ def parse_time(text: str) -> float:
     hours, minutes, seconds, fraction = match.groups()
     whole = 3600 * int(hours) + 60 * int(minutes) + int(seconds)
     return whole + (int(fraction) / 10 ** len(fraction) if fraction else 0.0)
+
+
+def csv_rows(reader: "csv.DictReader[str]", path: Path) -> Iterator[dict[str, str]]:
+    """The rows of a csv. Raises ValueError with file and line where it is none: cut short, say."""
+    try:
+        yield from reader
+    except csv.Error as error:
+        rule = "must be a whole csv file; download it again"
+        raise ValueError(f"{path}:{reader.line_num}: {rule}: {error}") from error
 
 
 def find_files(folders: Iterable[Path], pattern: str, *, depth: int = 3) -> list[Path]:

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from data_shards.draft import hash_file
-from data_shards.jsonl import read_rows
+from data_shards.jsonl import read_rows, read_utf8
 from data_shards.recipe import FileRecipe, Recipe, Skipped
 from data_shards.record import Record, Turn, Video
 from data_shards.sources import Source
@@ -73,7 +73,10 @@ def read_swift(path: Path) -> Iterator[SwiftRow]:
     if path.suffix == ".json":
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; give the data of ms-swift")
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        try:
+            rows = json.loads(read_utf8(path))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: must be JSON: {error}") from error
         if not isinstance(rows, list):
             raise ValueError(f"{path}: must be a list of rows, found {type(rows).__name__}")
         placed: Iterable[tuple[str, Any]] = ((f"{path}[{n}]", row) for n, row in enumerate(rows))

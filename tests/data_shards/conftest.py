@@ -176,7 +176,7 @@ class _ChatHandler(BaseHTTPRequestHandler):
         else:
             self._send(200, _completion(text))
 
-    def _fault(self, kind: str, retry_after: str = "") -> None:
+    def _fault(self, kind: str, value: str = "") -> None:
         bodies = {
             "malformed": _completion("x")[:6],
             "list": "[1]",
@@ -186,10 +186,13 @@ class _ChatHandler(BaseHTTPRequestHandler):
             "length": _completion("Half an", finish_reason="length"),
         }
         if kind.isdecimal():
-            headers = {"Retry-After": retry_after} if retry_after else {}
+            name = "Location" if kind.startswith("3") else "Retry-After"
+            headers = {name: value} if value else {}
             self._send(int(kind), "on purpose", **headers)
         elif kind in bodies:
             self._send(200, bodies[kind])
+        elif kind == "encoding":  # says gzip, and is not
+            self._send(200, _completion("x"), **{"Content-Encoding": "gzip"})
         elif kind == "slow":
             self.server.closing.wait(3)
             self.close_connection = True

@@ -14,6 +14,7 @@ from data_shards.build import BuildOptions, build_shards, extract_frames
 from data_shards.index import ENTRY_DTYPE, ShardIndex
 from data_shards.pixels import jpeg_decode
 from data_shards.reader import ShardReader
+from data_shards.recipe import Skipped
 from data_shards.record import Frames, Record, Turn, Video, from_members
 from data_shards.tasks import Task
 from data_shards.video import clip_indices, encode_mp4
@@ -203,6 +204,10 @@ def test_a_source_that_fails_or_is_empty_leaves_nothing(tmp_path: Path, mp4: byt
         build_shards(failing(), tmp_path / "a", provenance={})
     with pytest.raises(ValueError, match="the source gave no record"):
         build_shards([], tmp_path / "a", provenance={})
+    gone = Skipped(key="k", source="s", split="t", reason="media-missing", detail="no file k.mp4")
+    said = r"no record; .*; left out were 2 media-missing; the first: k: .*: no file k\.mp4"
+    with pytest.raises(ValueError, match=said):
+        build_shards([gone, gone], tmp_path / "a", provenance={}, strict=False)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -236,6 +236,9 @@ def test_files_of_another_form_are_refused(tmp_path: Path, row: Any, message: st
     path.write_text("{}")
     with pytest.raises(ValueError, match="must be a list of rows, found dict"):
         list(read_swift(path))
+    path.write_text("[{")
+    with pytest.raises(ValueError, match=r"d\.json: must be JSON: "):
+        list(read_swift(path))
     with pytest.raises(FileNotFoundError, match="give the data of ms-swift"):
         list(read_swift(tmp_path / "none.json"))
 

@@ -158,6 +158,9 @@ def test_rows_need_json_objects(tmp_path: Path) -> None:
     path.write_text("{")
     with pytest.raises(ValueError, match=r"x\.jsonl:1: must be a JSON object: "):
         list(read_rows(path, "a thing"))
+    path.write_bytes(b'{"a": "caf\xe9"}')
+    with pytest.raises(ValueError, match=r"x\.jsonl: must be UTF-8: "):
+        list(read_rows(path, "a thing"))
 
 
 def test_build_reads_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -69,6 +69,7 @@ def test_a_question_and_its_answer(
         "null",
         "drop",
         "half",
+        "encoding",
     ],
 )
 def test_what_may_pass_is_asked_again(chat_server: Callable[..., Any], fault: str) -> None:
@@ -143,10 +144,10 @@ def test_a_cut_answer_is_refused(chat_server: Callable[..., Any]) -> None:
         ask(chat_server(["!length"]).url)
 
 
-@pytest.mark.parametrize("status", ["401", "403", "404"])
+@pytest.mark.parametrize("status", ["401", "403", "404", "307 http://elsewhere/v1"])
 def test_wrong_settings_end_the_run(chat_server: Callable[..., Any], status: str) -> None:
     with pytest.raises(
-        ValueError, match=f"{status} from .* check the base URL, the model name 'm'"
+        ValueError, match=f"{status[:3]} from .* check the base URL, the model name 'm'"
     ):
         ask(chat_server([f"!{status}"]).url)
 
@@ -155,6 +156,9 @@ def test_wrong_settings_end_the_run(chat_server: Callable[..., Any], status: str
     ("changes", "message"),
     [
         ({"base_url": "host:8000"}, "must start with http:// or https://.* found 'host:8000'"),
+        ({"base_url": "http://host:port/v1"}, "must name a host, .* found 'http://host:port/v1'"),
+        ({"base_url": "http://h:99999/v1"}, "a port that is a number below 65536"),
+        ({"base_url": "https://"}, "must name a host"),
         ({"model": ""}, "endpoint model: must be the name"),
         ({"max_tokens": 0}, "max_tokens must be at least 1"),
         ({"key_env": "NO_SUCH_KEY"}, "variable NO_SUCH_KEY must hold the API key, found nothing"),

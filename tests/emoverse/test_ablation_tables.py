@@ -179,6 +179,33 @@ def test_conditions_of_both_sides_and_a_warning_where_ours_differ(home: Path) ->
     assert "differ among each other in give_emotion" in render_ablations(result)
 
 
+def test_other_data_another_parser_and_unfinished_stages_are_told(home: Path) -> None:
+    assert ablation_json(home)["conditions"]["unfinished"] == []
+    path = home / "t1" / "eval" / "stage2" / "metrics.json"
+    metrics = json.loads(path.read_text())
+    metrics |= {"parser": "strict", "stage_done": False, "data": {"fingerprint": "another"}}
+    path.write_text(json.dumps(metrics))
+    result = ablation_json(home)
+    assert result["conditions"]["unequal_protocols"] == ["data", "parser"]
+    for text in (ablation_text(result), render_ablations(result)):
+        assert "differ" in text and "data, parser" in text
+        assert "Evaluated before the stage was finished: t1/stage2" in text
+    page = render_ablations({**result, "failed": {"t3": "exit code 1 <b>"}})
+    assert "t3 failed, its rows are missing or of an earlier run: exit code 1 &lt;b&gt;" in page
+
+
+def test_a_single_clip_resolves_nothing_but_was_run(tmp_path: Path) -> None:
+    for state in ("base", "stage2"):
+        write_state(tmp_path, MAIN, state, 0.9)
+        path = tmp_path / MAIN / "eval" / state / "predictions.jsonl"
+        path.write_text(path.read_text().partition("\n")[0] + "\n")
+    found = {one["claim"]: one for one in ablation_json(tmp_path)["effects"]}
+    one = found["M2SE beats zero-shot on MOSEI"]
+    assert (one["verdict"], one["n"]) == ("not resolved", 1)
+    assert found["M2SE beats zero-shot on MELD"]["verdict"] == "not run"
+    assert "not resolved" in ablation_text(ablation_json(tmp_path))
+
+
 def test_page_and_text_show_every_table(home: Path) -> None:
     result = ablation_json(home)
     page, text = render_ablations(result), ablation_text(result)

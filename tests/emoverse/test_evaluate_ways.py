@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from data_shards.tasks import TASKS
+from data_shards.tasks import TASKS, Task
 from emoverse.answer_parts import PartWriter, read_parts
 from emoverse.checkpoint import save_checkpoint
 from emoverse.config import Config, ConfigError, to_yaml
@@ -20,7 +21,7 @@ from emoverse.evaluate import run, run_target
 from emoverse.evaluation_target import resolve
 from emoverse.generate import Answerer
 from emoverse.models.emoverse import build_model
-from emoverse.predictions import Prediction, read_predictions
+from emoverse.predictions import Prediction, read_predictions, write_predictions
 from emoverse.result_files import read_results
 from emoverse.score_results import score_results
 
@@ -151,6 +152,26 @@ def test_a_finished_evaluation_is_scored_again_without_a_model(
     assert counts == [15] and file_of(run_dir) == first
 
 
+def test_verdicts_that_stay_keep_the_name_of_their_judge(make_run: MakeRun) -> None:
+    """A finished evaluation keeps its verdicts when it is scored again without --judge."""
+    _, run_dir = make_run()
+    run(run_dir, which=["base"], log=quiet)
+    folder = run_dir / "eval" / "base"
+    judged = [
+        replace(one, row=replace(one.row, judge=0.7)) if one.row.task is Task.ERI else one
+        for one in read_predictions(folder / "predictions.jsonl")
+    ]
+    write_predictions(folder / "predictions.jsonl", judged)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics["tasks"]["eri"]["judge"] = {"model": "m"}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    again = run(run_dir, which=["base"], log=quiet)["base"]["tasks"]["eri"]
+    assert again["metrics"]["judge"]["value"] == pytest.approx(0.7)
+    assert again["judge"] == {"model": "m"}
+    fresh = run(run_dir, which=["base"], fresh=True, log=quiet)["base"]["tasks"]["eri"]
+    assert "judge" not in fresh and "judge" not in fresh["metrics"]
+
+
 def test_answers_of_another_protocol_are_not_taken_over(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -248,6 +269,10 @@ def test_our_predictions_are_result_lines_and_come_back_unchanged(make_run: Make
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert all(isinstance(line["images"], list) for line in lines)
     assert read_results(path) == read_predictions(path)
+    twice = run_dir / "twice.jsonl"
+    twice.write_text(path.read_text() * 2)  # two files in one: every clip would count twice
+    with pytest.raises(ValueError, match=rf":{len(lines) + 1}: .* is answered on line 1 already"):
+        read_results(twice)
     foreign = ("query", "response", "label", "images", "sentiment")
     outside = run_dir / "swift.jsonl"
     kept = [{name: line[name] for name in foreign} for line in lines]

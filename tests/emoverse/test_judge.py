@@ -36,7 +36,12 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
                 text = body["messages"][0]["content"]
                 asked.append(text)
                 said = answer(text)
-                choice = {"message": {"content": str(said)}, "finish_reason": "stop"}
+                words = str(said).split(" ")
+                cut = len(words) > body["max_tokens"]  # a word counts as a token
+                choice = {
+                    "message": {"content": " ".join(words[: body["max_tokens"]])},
+                    "finish_reason": "length" if cut else "stop",
+                }
                 content = json.dumps({"choices": [choice]}).encode()
                 self.send_response(said if isinstance(said, int) else 200)
                 self.send_header("Content-Length", str(len(content)))
@@ -116,6 +121,38 @@ def test_a_judge_that_is_down_or_set_up_wrongly_is_told(
     wrong = Endpoint(base_url=serve(lambda text: 401)[0], model="judge")
     with pytest.raises(ValueError, match="check the base URL, the model name 'judge'"):
         judge_predictions(predictions, wrong, store, patience=QUICK)
+
+
+def test_what_keeps_no_verdict_is_told_with_its_cause(
+    serve: Serve, answers: Path, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    for number, (judge, cause) in enumerate(
+        [
+            (lambda text: 400, "2 unscored; the first: 400 from http://"),
+            (lambda text: "3 or 4", "2 unscored; the first: not one integer from 0 to 10: '3"),
+            (lambda text: "5", "0 unscored"),
+        ]
+    ):
+        judge_predictions(
+            read_results(answers),
+            Endpoint(base_url=serve(judge)[0], model="judge"),
+            tmp_path / f"{number}.jsonl",
+            patience=QUICK,
+            log=said.append,
+        )
+        assert said[-1].startswith(f"judge judge: 2 answers, 2 asked, {cause}")
+    assert said[-1].endswith("0 unscored")
+
+
+def test_a_judge_may_explain_its_integer(
+    serve: Serve, answers: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url, _ = serve(lambda text: "8\n\nThe second text" + " agrees with the first," * 30)
+    words = ["evaluate", str(answers), "--judge", url, "--judge-model", "m", "--json"]
+    assert main(words) == 0
+    found = json.loads(capsys.readouterr().out)["answers.jsonl"]["tasks"]["eri"]
+    assert found["judge"]["unscored"] == 0
 
 
 def test_the_verb_adds_the_judge_to_metrics(

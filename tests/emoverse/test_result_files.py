@@ -72,6 +72,13 @@ def test_result_files_of_ms_swift_are_scored(tmp_path: Path) -> None:
         ({"task": "er", "response": "Happy."}, "'response' and 'label' .* must be texts"),
         ({"task": "er", "response": "Happy.", "label": "so-so"}, "the label 'so-so' is no er"),
         (["Happy."], "a line must be a JSON object"),
+        *(
+            (
+                {"task": "msa", "response": "Positive.", "label": "Positive.", "sentiment": one},
+                "sentiment: must be a number from -3 to 3, found ",
+            )
+            for one in ("0.0", float("nan"), 7, True)
+        ),
     ],
 )
 def test_a_line_that_is_no_result_is_named(tmp_path: Path, line: Any, message: str) -> None:
@@ -83,6 +90,9 @@ def test_a_line_that_is_no_result_is_named(tmp_path: Path, line: Any, message: s
 def test_missing_and_empty_result_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such file; give a jsonl file"):
         read_results(tmp_path / "no.jsonl")
+    (tmp_path / "latin.jsonl").write_bytes(b'{"response": "caf\xe9"}')
+    with pytest.raises(ValueError, match=r"latin\.jsonl: must be UTF-8: "):
+        read_results(tmp_path / "latin.jsonl")
     with pytest.raises(ValueError, match="holds no answer"):
         read_results(write(tmp_path / "empty.jsonl"))
     named = write(tmp_path / "named.jsonl", {"response": "Happy.", "labels": "Happy."})

@@ -24,6 +24,7 @@ from emoverse.metric_table import METRICS, primary
 from emoverse.score_tables import confusion, item_scores
 from emoverse.scoring import Metric, Row
 from emoverse.significance import paired_difference, score, scores
+from emoverse.summary import clearly_better
 from emoverse.text_scores import concluded_emotion, rouge_l, set_f1
 
 
@@ -263,6 +264,33 @@ def test_paired_difference_keeps_to_common_clips() -> None:
     other = [dataclasses.replace(row, key=f"x{row.key}") for row in b]
     with pytest.raises(ValueError, match=r"no clip in common .*evaluate both on the same shards"):
         paired_difference(primary(Task.ER), a, other)
+
+
+def test_a_single_clip_is_no_clear_gain() -> None:
+    right, wrong = (rows_of(Task.ER, ["joy"], [said]) for said in ("joy", "anger"))
+    gap = paired_difference(primary(Task.ER), right, wrong)
+    assert gap.value == 1 and math.isnan(gap.standard_error)
+    assert not clearly_better(gap)
+    assert clearly_better(
+        paired_difference(primary(Task.ER), coin_rows(9, 1, 1), coin_rows(9, 0, 1))
+    )
+
+
+def test_n_counts_what_the_metric_counts() -> None:
+    """Sentiment 0 is in no N/P metric, a target without a true pair in none that gives targets."""
+    rows = msa_rows([0, 1, -1, 0, 2], ["positive"] * 5)
+    counts = {name: found.n for name, found in scores(Task.MSA, rows).items()}
+    assert counts == {"acc2_nn": 5, "f1_nn": 5, "acc2_np": 3, "f1_np": 3}
+    assert paired_difference(metric(Task.MSA, "f1_np"), rows, rows).n == 3
+    pair = (Pair(1, "joy", 1),)
+    pairs = rows_of(Task.ECPE, [pair, (), ()], [pair, (), pair])
+    counts = {name: found.n for name, found in scores(Task.ECPE, pairs).items()}
+    assert counts == dict.fromkeys(("pair_f1", "weighted_f1", "cause_f1"), 1) | dict.fromkeys(
+        ("official_weighted_f1", "official_f1"), 3
+    )
+    without = pairs[1:]
+    gap = paired_difference(primary(Task.ECPE), without, without)
+    assert gap.n == 0 and math.isnan(gap.value) and math.isnan(gap.standard_error)
 
 
 def test_no_rows_and_no_support_give_nan_not_an_error() -> None:

@@ -110,6 +110,22 @@ def test_a_failed_variant_leaves_the_others_alone_and_a_stop_ends_resumable(
     assert stopped.value.code == 75
 
 
+def test_the_page_names_the_variants_that_failed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def step(words: Any, **options: Any) -> None:
+        raise StepError("emoverse train ended with exit code 1", code=1)
+
+    conditions = {"lines": [], "unequal_protocols": [], "unfinished": []}
+    evaluated = {"tables": [], "effects": [], "conditions": conditions}  # of an earlier run
+    monkeypatch.setattr(ablate, "ablation_json", lambda home, tables: evaluated)
+    monkeypatch.setattr(ablate, "run_step", step)
+    assert main(["ablate", NANO, f"run.run_dir={tmp_path}", "--variant", "t3"]) == 1
+    assert "t3 failed: emoverse train ended with exit code 1" in capsys.readouterr().out
+    assert list(json.loads((tmp_path / "ablations.json").read_text())["failed"]) == ["t3"]
+    assert "t3 failed, its rows are missing" in (tmp_path / "ablations.html").read_text()
+
+
 def test_what_variants_share_is_looked_for_before_each_is_trained(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -234,6 +234,21 @@ def test_words_are_found_by_time(tmp_path: Path) -> None:
     }
 
 
+def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "label.csv"
+    path.write_bytes(b"video_id,clip_id,text,label,mode\nv,1,caf\xe9,1,train\n")
+    with pytest.raises(ValueError, match=r"label\.csv: must be UTF-8: "):
+        read_label_csv(path)
+    path.write_text('video_id,clip_id,text,label,mode\nv,1,"' + "never closed " * 20_000)
+    with pytest.raises(ValueError, match=r"label\.csv:\d: must be a whole csv file; .*field"):
+        read_label_csv(path)
+    folds = tmp_path / "standard_folds.json"
+    for text in ("[1]", '{"standard_train_fold": [["a"]]}'):
+        folds.write_text(text)
+        with pytest.raises(ValueError, match=r"standard_folds\.json: must hold"):
+            read_folds(folds)
+
+
 def test_a_wrong_transcript_is_named(tmp_path: Path) -> None:
     path = tmp_path / "v.txt"
     path.write_text("v___0___1.0\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html.parser
 import json
 import re
@@ -14,13 +15,13 @@ import pytest
 
 from data_shards.record import Frames, Record
 from data_shards.tasks import TASKS, Task
-from emoverse.metric_table import primary
+from emoverse.metric_table import METRICS, primary
 from emoverse.predictions import read_predictions, rows_of_task
 from emoverse.report import write_report
 from emoverse.report_charts import Series, line_chart, nice_ticks, share_chart, thin_out
 from emoverse.report_clips import HARD_PER_TASK, NUM_CLIPS, playable_mp4
 from emoverse.significance import score
-from emoverse.summary import summary_text
+from emoverse.summary import Evaluation, majority_rows_of, summary_text
 
 MakeRun = Callable[..., Path]
 WEAK = {"base": 0.1, "stage1": 0.35, "stage2": 0.4}
@@ -84,6 +85,17 @@ def test_summary_holds_every_system_and_the_margin(whole: Path) -> None:
         assert line["n"] == len(rows) and line["standard_error"] > 0
         beats = [line[scored] - line[name] >= 0.05 for name in ("majority", "text_only")]
         assert not line["beats_baselines"] or all(beats)
+
+
+def test_the_rules_answers_keep_their_conversation(whole: Path) -> None:
+    """The official ECPE metrics are over conversations, those of the rule beside it too."""
+    found = read_predictions(whole / "eval" / "stage2" / "predictions.jsonl")
+    rows = [dataclasses.replace(one.row, conversation="the only one") for one in found]
+    predictions = [dataclasses.replace(p, row=row) for p, row in zip(found, rows, strict=True)]
+    state = Evaluation(which="stage2", metrics={}, predictions=predictions)
+    official = next(one for one in METRICS[Task.ECPE] if one.whole is not None)
+    assert score(official, state.rows(Task.ECPE)).n == 1
+    assert score(official, majority_rows_of(state, Task.ECPE)).n == 1
 
 
 def test_page_is_well_formed_self_contained_and_labelled(whole: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from data_shards.tasks import Task
 from emoverse.report import write_report
+from emoverse.report_curves import read_curves
 from emoverse.report_incidents import read_incidents
 from emoverse.summary import load_run_config
 from launch.cli import main
@@ -138,3 +139,22 @@ def test_a_system_needs_name_and_file(run: Path, capsys: pytest.CaptureFixture[s
     assert "--system: give NAME=FILE.jsonl, found 'other.jsonl'" in capsys.readouterr().err
     assert main(["report", str(run), "--system", "x=gone.jsonl"]) == 2
     assert "gone.jsonl: no such file" in capsys.readouterr().err
+
+
+def test_steps_between_a_stop_and_the_last_interval_are_counted(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    """A stage of 4 steps that logs every 2, stopped after step 3: step 3 is in no interval."""
+    run = make_run(tmp_path / "run")
+    config = load_run_config(run)
+    batch = config.train.global_batch_size
+    start = {"kind": "start", "num_steps": 4, "num_samples": 3 * batch + 1}  # the last is short
+    task = {str(one): {"samples": 1, "loss": 1.0} for one in config.stages["stage1"].rates}
+    steps = [{"kind": "step", "step": number, "loss": 1.0} for number in (1, 2, 3, 4)]
+    told = [{"kind": "interval", "step": n, "task": task, "samples_per_s": 1.0} for n in (2, 4)]
+    lines = [{**start, "step": 0}, *steps[:2], told[0], steps[2]]
+    lines += [{"kind": "end", "step": 3, "reason": "stopped"}, {**start, "step": 3}]
+    path = run / "stage1" / "metrics.jsonl"
+    path.write_text("".join(f"{json.dumps(one)}\n" for one in [*lines, steps[3], told[1]]))
+    first = next(one for one in read_curves(run, config) if one.name == "stage1")
+    assert (first.steps, first.samples) == (4, 3 * batch + 1)
