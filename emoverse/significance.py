@@ -126,7 +126,10 @@ def paired_difference(metric: Metric, rows_a: Sequence[Row], rows_b: Sequence[Ro
             f"({len(rows_a)} and {len(rows_b)} clips); evaluate both on the same shards"
         )
     a, b = (metric.contributions([pair[side] for pair in common]) for side in (0, 1))
-    counted = _counted(metric, a) & _counted(metric, b)
+    # A mean needs a value on both sides (a verdict may be missing on one); in pooled counts a clip
+    # of which one side says nothing and the other something wrong makes a difference.
+    both = np.logical_and if metric.per_clip else np.logical_or
+    counted = both(_counted(metric, a), _counted(metric, b))
     a, b = a[counted], b[counted]
     if metric.per_clip or not len(a):
         error = _spread(a[:, 0] - b[:, 0]) / math.sqrt(max(len(a), 1))

@@ -293,6 +293,13 @@ def test_n_counts_what_the_metric_counts() -> None:
     assert gap.n == 0 and math.isnan(gap.value) and math.isnan(gap.standard_error)
 
 
+def test_a_difference_counts_what_one_side_alone_gets_wrong() -> None:
+    """No phrase is true: who says none adds nothing to the pooled counts, who says one does."""
+    right, wrong = (rows_of(Task.FER, [("a",), ()], [("a",), said]) for said in ((), ("b",)))
+    gap = paired_difference(metric(Task.FER, "phrase_f1_micro"), right, wrong)
+    assert (gap.value, gap.n) == (pytest.approx(1 - 2 / 3), 2)
+
+
 def test_no_rows_and_no_support_give_nan_not_an_error() -> None:
     for task in Task:
         for found in scores(task, []).values():
