@@ -32,6 +32,9 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "use_qalora": (None, False),
     "layer_replication": (None,),
     "trainable_token_indices": (None,),
+    # These act on some tokens only (behind certain words; where a router sends them).
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
     # The others (pissa, olora, corda, loftq) changed the base when the adapter began.
     "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),
 }

@@ -81,6 +81,8 @@ def test_adapters_that_are_not_understood(
             ({"lora_alpha": "8"}, "lora_alpha must be a positive integer, found '8'"),
             ({"init_lora_weights": "pissa"}, "init_lora_weights must be .*, found 'pissa'"),
             ({"layer_replication": [[0, 2]]}, "layer_replication must be None"),
+            ({"alora_invocation_tokens": [7, 8]}, "alora_invocation_tokens must be None, found"),
+            ({"arrow_config": {"top_k": 3}}, "arrow_config must be None, found"),
             ({"r": 8}, "has rank 4, but adapter_config.json says r 8; .* different adapters"),
         ]
     ):
