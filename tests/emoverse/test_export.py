@@ -146,7 +146,9 @@ def test_the_card_tells_the_lineage(
         *("--out", tmp_path / "one", "--no-check"),
     )
     assert code == 0 and "check" not in result
+    earlier, *_, last = sorted((run_dir / "stage1" / "checkpoints").iterdir())
     metrics = {
+        "checkpoint": f"stage1/checkpoints/{last.name}",
         "tasks": {"er": {"primary": "accuracy", "n": 7, "metrics": {"accuracy": {"value": 0.5}}}},
         "protocol": {"leakage": "paper", "decoding": "greedy"},
     }
@@ -158,6 +160,14 @@ def test_the_card_tells_the_lineage(
     )
     card = (tmp_path / "three" / "README.md").read_text()
     assert "| er | accuracy | 0.5000 | 7 |" in card and "leakage: paper" in card
+    # Evaluated on its way, and then trained on.
+    metrics["checkpoint"] = f"stage1/checkpoints/{earlier.name}"
+    (run_dir / "eval" / "stage1" / "metrics.json").write_text(json.dumps(metrics))
+    code, _ = export(
+        *(capsys, run_dir, "--layout", "adapter", "--which", "stage1"),
+        *("--out", tmp_path / "four", "--no-check"),
+    )
+    assert "Not evaluated when it was exported" in (tmp_path / "four" / "README.md").read_text()
 
 
 def test_a_wrong_copy_is_a_fault(
