@@ -204,13 +204,23 @@ def test_blank_frames_hide_the_clip(make_run: Callable[..., tuple[Config, Path]]
     assert len(replies["seeing"]) > len(replies["blind"])
 
 
-@pytest.mark.parametrize("zero_stage", [2, 3])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("train.zero_stage=2",),
+        ("train.zero_stage=3",),
+        ("train.zero_stage=3", "model.cache_features=true", "data.workers=0"),
+        ("train.zero_stage=3", "model.blank_frames=true"),
+    ],
+    ids=" ".join,
+)
 def test_two_ranks_write_what_one_rank_writes(
-    run_ranks: Ranks, make_run: Callable[..., tuple[Config, Path]], zero_stage: int
+    run_ranks: Ranks, make_run: Callable[..., tuple[Config, Path]], settings: tuple[str, ...]
 ) -> None:
     """Also when no rank holds all the weights."""
-    _, alone = make_run(*FEW, run="alone")
-    _, shared = make_run(*FEW, f"train.zero_stage={zero_stage}", run="shared")
+    blank = [line for line in settings if "blank" in line]
+    _, alone = make_run(*FEW, *blank, run="alone")
+    _, shared = make_run(*FEW, *settings, run="shared")
     run(alone, which=["base"], log=quiet)
 
     def work(world: World) -> int:
