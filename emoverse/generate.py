@@ -201,6 +201,12 @@ class Answerer:
             blank_feature=blank_feature(model) if blank else None,
         )
 
+        # Agreed on before the first batch: after its last one a rank would ask for it while others
+        # are in the middle of theirs.
+        rounds = len(batches)
+        if model.partitioned:
+            rounds = distributed.largest(rounds, model.native.lm_head.weight.device)
+
         def load(batch: Sequence[Entry]) -> list[tuple[Entry, Record, Example]]:
             return [self._load(entry, view, options, features) for entry in batch]
 
@@ -214,10 +220,8 @@ class Answerer:
                 self._prediction(entry, record, answer)
                 for (entry, record, _), answer in zip(loaded, answers, strict=True)
             ]
-        if model.partitioned:
-            device = model.native.lm_head.weight.device
-            for _ in range(distributed.largest(len(batches), device) - len(batches)):
-                generate_answers(model, self.tokenizer, [], max_new_tokens=1)
+        for _ in range(rounds - len(batches)):
+            generate_answers(model, self.tokenizer, [], max_new_tokens=1)
 
     def _load(
         self,

@@ -209,6 +209,7 @@ def test_blank_frames_hide_the_clip(make_run: Callable[..., tuple[Config, Path]]
     [
         ("train.zero_stage=2",),
         ("train.zero_stage=3",),
+        ("train.zero_stage=3", "evaluation.batch_size=5"),  # five batches: one rank is done first
         ("train.zero_stage=3", "model.cache_features=true", "data.workers=0"),
         ("train.zero_stage=3", "model.blank_frames=true"),
     ],
@@ -218,8 +219,8 @@ def test_two_ranks_write_what_one_rank_writes(
     run_ranks: Ranks, make_run: Callable[..., tuple[Config, Path]], settings: tuple[str, ...]
 ) -> None:
     """Also when no rank holds all the weights."""
-    blank = [line for line in settings if "blank" in line]
-    _, alone = make_run(*FEW, *blank, run="alone")
+    alike = [line for line in settings if "blank" in line or "batch_size" in line]
+    _, alone = make_run(*FEW, *alike, run="alone")
     _, shared = make_run(*FEW, *settings, run="shared")
     run(alone, which=["base"], log=quiet)
 
