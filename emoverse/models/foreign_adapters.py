@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -130,7 +131,11 @@ def _native_parts(
     shared = end == LORA_A
     parts = (value,) * len(link.native) if shared else split_rows(value, link, architecture)
     ends = ((name if end is None else name.removesuffix(".weight") + end) for name in link.native)
-    return {name: part.contiguous() for name, part in zip(ends, parts, strict=True)}
+    # Copies: tensors that share memory cannot be saved.
+    return {
+        name: part.clone(memory_format=torch.contiguous_format)
+        for name, part in zip(ends, parts, strict=True)
+    }
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
