@@ -148,3 +148,10 @@ def test_a_fused_adapter_is_written_as_a_split_one(
     assert again.scale == fold.scale and again.tensors.keys() == fold.tensors.keys()
     for name, value in fold.tensors.items():
         assert torch.equal(again.tensors[name], value)
+
+
+def test_a_part_of_the_projector_cannot_be_written(tmp_path: Path) -> None:
+    """PEFT could not read the folder: it puts the projector back as one."""
+    part = {"model.multi_modal_projector.linear_2.bias": torch.zeros(64)}
+    with pytest.raises(ValueError, match=r"linear_2.bias is trained but .*layer_norm.bias is not"):
+        write_adapter(part, tmp_path / "part", r=4, alpha=8, base="base")
