@@ -207,10 +207,21 @@ class Answerer:
         if model.partitioned:
             rounds = distributed.largest(rounds, model.native.lm_head.weight.device)
 
-        def load(batch: Sequence[Entry]) -> list[tuple[Entry, Record, Example]]:
-            return [self._load(entry, view, options, features) for entry in batch]
+        def load(batch: Sequence[Entry]) -> list[tuple[Entry, Record, Example]] | Exception:
+            try:
+                return [self._load(entry, view, options, features) for entry in batch]
+            except Exception as error:
+                return error
 
-        for batch, loaded in _one_ahead(load, batches):
+        def stand_by(rounds: int) -> None:
+            for _ in range(rounds):
+                generate_answers(model, self.tokenizer, [], max_new_tokens=1)
+
+        for done, (batch, loaded) in enumerate(_one_ahead(load, batches)):
+            if isinstance(loaded, Exception):
+                # Other ranks still gather weights from this one.
+                stand_by(rounds - done if model.partitioned else 0)
+                raise loaded
             examples = [example for _, _, example in loaded]
             if features is not None:
                 examples = [_with_features(model, one, features) for one in examples]
@@ -220,8 +231,7 @@ class Answerer:
                 self._prediction(entry, record, answer)
                 for (entry, record, _), answer in zip(loaded, answers, strict=True)
             ]
-        for _ in range(rounds - len(batches)):
-            generate_answers(model, self.tokenizer, [], max_new_tokens=1)
+        stand_by(rounds - len(batches))
 
     def _load(
         self,
