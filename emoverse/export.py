@@ -170,11 +170,10 @@ def _run_facts(config: "Config", run_dir: Path, which: str, checkpoint: Path) ->
 
 def _state_of_adapter(args: argparse.Namespace) -> State:
     from emoverse.models.architecture import base_folder, load_architecture
-    from emoverse.models.foreign_adapters import SETTINGS_FILE, WEIGHTS_FILE, read_adapter
+    from emoverse.models.foreign_adapters import WEIGHTS_FILE, read_adapter, read_settings
 
-    settings = json.loads((args.source / SETTINGS_FILE).read_text(encoding="utf-8"))
-    base = args.base or settings.get("base_model_name_or_path")
-    if not base:
+    base = args.base or read_settings(args.source).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
         raise ValueError(f"{args.source} does not say which base it belongs to; give --base FOLDER")
     folder = base_folder(base)
     fold, settings = read_adapter(args.source, load_architecture(folder))

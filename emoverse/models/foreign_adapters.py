@@ -50,7 +50,7 @@ def read_adapter(folder: str | Path, architecture: Architecture) -> tuple[Fold, 
             architecture's.
     """
     folder = Path(folder)
-    settings = _read_settings(folder)
+    settings = read_settings(folder)
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         pickled = sorted(item.name for item in folder.glob("*.bin"))
@@ -138,7 +138,8 @@ def _native_parts(
     }
 
 
-def _read_settings(folder: Path) -> dict[str, Any]:
+def read_settings(folder: Path) -> dict[str, Any]:
+    """adapter_config.json of plain LoRA. Raises FileNotFoundError, ValueError."""
     path = folder / SETTINGS_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; point to a folder with a saved adapter")

@@ -212,11 +212,21 @@ def test_wrong_input(
         alpha=4,
         base=str(config.model.base),
     )
+    for name, text in (("torn", "["), ("list", "[1]"), ("mute", '{"r": 2, "lora_alpha": 4}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text(text)
+    unnamed = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": 5}
+    (tmp_path / "unnamed").mkdir()
+    (tmp_path / "unnamed" / "adapter_config.json").write_text(json.dumps(unnamed))
     shutil.copytree(config.model.base, odd)
     (odd / "tokenizer_config.json").write_text("[")
     cases = [
         ((adapter, "--out", out), "cannot be merged into model.language_model.layers.0.mlp"),
         ((adapter, "--out", out, "--base", tmp_path / "none"), "none/config.json does not exist"),
+        ((tmp_path / "torn", "--out", out), "torn/adapter_config.json is not JSON"),
+        ((tmp_path / "list", "--out", out), "list/adapter_config.json is not JSON"),
+        ((tmp_path / "mute", "--out", out), "peft_type must be 'LORA', found None"),
+        ((tmp_path / "unnamed", "--out", out), "does not say which base it belongs to"),
         ((run_dir, "--out", tmp_path / "full" / "x"), "must be a folder, found a file"),
         ((run_dir, "--out", out, "--base", odd), "is not the base that stage1 was trained on"),
         ((run_dir, "--out", out, "--base", other), "is not the base that stage1 was trained on"),
