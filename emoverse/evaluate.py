@@ -186,8 +186,10 @@ def evaluate_checkpoint(
     with together:
         left = [number for number in range(len(batches)) if number not in known]
         mine = left[world.rank :: world.world_size]
-        # Ranks that share the weights in training share them here, idle ones too.
+        # Ranks that share the weights in training share them here, idle ones too. Cached features
+        # need the whole tower on every rank: each computes those of other clips.
         shared = config.train.zero_stage == 3 and world.world_size > 1
+        shared = shared and not config.model.cache_features
         if mine or (left and shared):
             model = load_state(config, folder, world.device, defer=shared)
             with shared_weights(model, world, config.model.precision):

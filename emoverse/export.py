@@ -111,7 +111,7 @@ def _state_of_run(args: argparse.Namespace) -> State:
             f"--which {which}: the run has no such stage; it has {', '.join(config.stages)}"
         )
     checkpoint = handed_over(run_dir / which)
-    facts = _run_facts(config, run_dir, which)
+    facts = _run_facts(config, run_dir, which, checkpoint)
     facts["state"] = label_of(checkpoint)
     if not (run_dir / which / DONE).is_file():
         facts["state"] += " (the stage is not finished)"
@@ -136,8 +136,8 @@ def _state_of_run(args: argparse.Namespace) -> State:
     )
 
 
-def _run_facts(config: "Config", run_dir: Path, which: str) -> dict[str, Any]:
-    """Stages up to `which`, fingerprints of the data, and the metrics, as far as they exist."""
+def _run_facts(config: "Config", run_dir: Path, which: str, checkpoint: Path) -> dict[str, Any]:
+    """Stages up to `which`, fingerprints of the data, and the checkpoint's metrics, if there."""
     from emoverse.handover import handed_over, label_of
 
     stages = []
@@ -160,19 +160,20 @@ def _run_facts(config: "Config", run_dir: Path, which: str) -> dict[str, Any]:
     if plan.is_file():
         planned = json.loads(plan.read_text())
         facts["data"] = {"plan": planned["fingerprint"], "index": planned["index"]}
-    if metrics.is_file():
-        facts["metrics"] = json.loads(metrics.read_text())
-        facts["leakage"] = facts["metrics"]["protocol"].get("leakage")
+    found = json.loads(metrics.read_text()) if metrics.is_file() else {}
+    # A stage can be evaluated on its way: the numbers of an earlier checkpoint are not this one's.
+    if (run_dir / found.get("checkpoint", "")).resolve() == checkpoint.resolve():
+        facts["metrics"] = found
+        facts["leakage"] = found["protocol"].get("leakage")
     return facts
 
 
 def _state_of_adapter(args: argparse.Namespace) -> State:
     from emoverse.models.architecture import base_folder, load_architecture
-    from emoverse.models.foreign_adapters import SETTINGS_FILE, WEIGHTS_FILE, read_adapter
+    from emoverse.models.foreign_adapters import WEIGHTS_FILE, read_adapter, read_settings
 
-    settings = json.loads((args.source / SETTINGS_FILE).read_text(encoding="utf-8"))
-    base = args.base or settings.get("base_model_name_or_path")
-    if not base:
+    base = args.base or read_settings(args.source).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
         raise ValueError(f"{args.source} does not say which base it belongs to; give --base FOLDER")
     folder = base_folder(base)
     fold, settings = read_adapter(args.source, load_architecture(folder))

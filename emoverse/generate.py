@@ -201,10 +201,27 @@ class Answerer:
             blank_feature=blank_feature(model) if blank else None,
         )
 
-        def load(batch: Sequence[Entry]) -> list[tuple[Entry, Record, Example]]:
-            return [self._load(entry, view, options, features) for entry in batch]
+        # Agreed on before the first batch: after its last one a rank would ask for it while others
+        # are in the middle of theirs.
+        rounds = len(batches)
+        if model.partitioned:
+            rounds = distributed.largest(rounds, model.native.lm_head.weight.device)
 
-        for batch, loaded in _one_ahead(load, batches):
+        def load(batch: Sequence[Entry]) -> list[tuple[Entry, Record, Example]] | Exception:
+            try:
+                return [self._load(entry, view, options, features) for entry in batch]
+            except Exception as error:
+                return error
+
+        def stand_by(rounds: int) -> None:
+            for _ in range(rounds):
+                generate_answers(model, self.tokenizer, [], max_new_tokens=1)
+
+        for done, (batch, loaded) in enumerate(_one_ahead(load, batches)):
+            if isinstance(loaded, Exception):
+                # Other ranks still gather weights from this one.
+                stand_by(rounds - done if model.partitioned else 0)
+                raise loaded
             examples = [example for _, _, example in loaded]
             if features is not None:
                 examples = [_with_features(model, one, features) for one in examples]
@@ -214,10 +231,7 @@ class Answerer:
                 self._prediction(entry, record, answer)
                 for (entry, record, _), answer in zip(loaded, answers, strict=True)
             ]
-        if model.partitioned:
-            device = model.native.lm_head.weight.device
-            for _ in range(distributed.largest(len(batches), device) - len(batches)):
-                generate_answers(model, self.tokenizer, [], max_new_tokens=1)
+        stand_by(rounds - len(batches))
 
     def _load(
         self,

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from emoverse import distributed
+
 # Most logits that exist at a time: 256 MB of fp32.
 MAX_LOGITS = 1 << 26
 
@@ -46,15 +48,21 @@ def supervised_cross_entropy(
     if plain and not weight.requires_grad and not hasattr(weight, "ds_id"):
         losses: Tensor = _FrozenHead.apply(rows_RD, targets_R, weight, chunk)
         return losses
-    if rows_RD.shape[0] <= chunk:
+    chunks = max(1, -(-rows_RD.shape[0] // chunk))
+    if hasattr(weight, "ds_id"):
+        # Each call gathers the weight from all ranks: all call equally often, some without rows.
+        chunks = distributed.largest(chunks, rows_RD.device)
+    if chunks == 1:
         return _losses(rows_RD, targets_R, lm_head)
     # A trained head, or one that ZeRO-3 gathers in module hooks: called as a module, and again in
     # backward, so that no more than one chunk of logits is kept.
-    parts = [
-        checkpoint(_losses, rows, targets, lm_head, use_reentrant=False)
-        for rows, targets in zip(rows_RD.split(chunk), targets_R.split(chunk), strict=True)
-    ]
-    return torch.cat(parts)
+    parts = (slice(number * chunk, (number + 1) * chunk) for number in range(chunks))
+    return torch.cat(
+        [
+            checkpoint(_losses, rows_RD[part], targets_R[part], lm_head, use_reentrant=False)
+            for part in parts
+        ]
+    )
 
 
 def _losses(rows_RD: Tensor, targets_R: Tensor, lm_head: Callable[[Tensor], Tensor]) -> Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -32,6 +33,9 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "use_qalora": (None, False),
     "layer_replication": (None,),
     "trainable_token_indices": (None,),
+    # These act on some tokens only (behind certain words; where a router sends them).
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
     # The others (pissa, olora, corda, loftq) changed the base when the adapter began.
     "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),
 }
@@ -46,7 +50,7 @@ def read_adapter(folder: str | Path, architecture: Architecture) -> tuple[Fold, 
             architecture's.
     """
     folder = Path(folder)
-    settings = _read_settings(folder)
+    settings = read_settings(folder)
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         pickled = sorted(item.name for item in folder.glob("*.bin"))
@@ -127,10 +131,15 @@ def _native_parts(
     shared = end == LORA_A
     parts = (value,) * len(link.native) if shared else split_rows(value, link, architecture)
     ends = ((name if end is None else name.removesuffix(".weight") + end) for name in link.native)
-    return {name: part.contiguous() for name, part in zip(ends, parts, strict=True)}
+    # Copies: tensors that share memory cannot be saved.
+    return {
+        name: part.clone(memory_format=torch.contiguous_format)
+        for name, part in zip(ends, parts, strict=True)
+    }
 
 
-def _read_settings(folder: Path) -> dict[str, Any]:
+def read_settings(folder: Path) -> dict[str, Any]:
+    """adapter_config.json of plain LoRA. Raises FileNotFoundError, ValueError."""
     path = folder / SETTINGS_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; point to a folder with a saved adapter")

@@ -105,11 +105,15 @@ def trainable_names(
     if projector == "lora":
         modules += [f"{PROJECTOR}.{name}" for name in PROJECTOR_LINEARS]
     elif projector == "full":
-        parts = ("layer_norm", *PROJECTOR_LINEARS)
-        names = {f"{PROJECTOR}.{part}.{leaf}" for part in parts for leaf in ("weight", "bias")}
+        names = _projector_names()
     return frozenset(
         names | {f"{module}.lora_{ab}.default.weight" for module in modules for ab in "AB"}
     )
+
+
+def _projector_names() -> set[str]:
+    parts = ("layer_norm", *PROJECTOR_LINEARS)
+    return {f"{PROJECTOR}.{part}.{leaf}" for part in parts for leaf in ("weight", "bias")}
 
 
 class AdapterParts(NamedTuple):
@@ -184,7 +188,8 @@ def write_adapter(
     """An adapter folder in PEFT's format from tensors by native name, without a model.
 
     Raises:
-        ValueError: whole tensors outside the projector, which PEFT could not put back.
+        ValueError: whole tensors that PEFT could not put back: outside the projector, or of a part
+            of it.
     """
     adapted = sorted({name.partition(".lora_")[0] for name in tensors if is_adapter(name)})
     odd = [name for name in tensors if not is_adapter(name) and not name.startswith(PROJECTOR)]
@@ -192,6 +197,13 @@ def write_adapter(
         raise ValueError(
             f"cannot write {folder}: {odd[0]} is no adapter and not the projector's; export "
             "--layout internvl2 merges everything"
+        )
+    whole = {name for name in tensors if not is_adapter(name)}
+    lacking = sorted(_projector_names() - whole) if whole else []
+    if lacking:
+        raise ValueError(
+            f"cannot write {folder}: {min(whole)} is trained but {lacking[0]} is not, and PEFT "
+            "stores the projector as one; export --layout internvl2 merges everything"
         )
     pattern = "|".join(name.replace(".", r"\.") for name in adapted)
     settings = LoraConfig(r=r, lora_alpha=alpha, target_modules=pattern, bias="none")

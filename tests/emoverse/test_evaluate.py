@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from data_shards.reader import DamagedRecord
 from data_shards.tasks import TASKS, Task
 from emoverse.checkpoint import save_checkpoint
 from emoverse.config import Config, to_yaml
-from emoverse.distributed import World
+from emoverse.distributed import RankError, World
 from emoverse.entries import Entry, choose_entries, plan_batches, training_truths
 from emoverse.evaluate import run
 from emoverse.models.emoverse import build_model
@@ -204,13 +205,24 @@ def test_blank_frames_hide_the_clip(make_run: Callable[..., tuple[Config, Path]]
     assert len(replies["seeing"]) > len(replies["blind"])
 
 
-@pytest.mark.parametrize("zero_stage", [2, 3])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("train.zero_stage=2",),
+        ("train.zero_stage=3",),
+        ("train.zero_stage=3", "evaluation.batch_size=5"),  # five batches: one rank is done first
+        ("train.zero_stage=3", "model.cache_features=true", "data.workers=0"),
+        ("train.zero_stage=3", "model.blank_frames=true"),
+    ],
+    ids=" ".join,
+)
 def test_two_ranks_write_what_one_rank_writes(
-    run_ranks: Ranks, make_run: Callable[..., tuple[Config, Path]], zero_stage: int
+    run_ranks: Ranks, make_run: Callable[..., tuple[Config, Path]], settings: tuple[str, ...]
 ) -> None:
     """Also when no rank holds all the weights."""
-    _, alone = make_run(*FEW, run="alone")
-    _, shared = make_run(*FEW, f"train.zero_stage={zero_stage}", run="shared")
+    alike = [line for line in settings if "blank" in line or "batch_size" in line]
+    _, alone = make_run(*FEW, *alike, run="alone")
+    _, shared = make_run(*FEW, *settings, run="shared")
     run(alone, which=["base"], log=quiet)
 
     def work(world: World) -> int:
@@ -246,19 +258,43 @@ def test_a_checkpoint_of_another_model_section_is_refused(
         run(run_dir, which=["stage1"], log=quiet)
 
 
-def test_a_damaged_clip_is_named_and_never_left_out(
-    make_run: Callable[..., tuple[Config, Path]], tiny_inputs: Any, tmp_path: Path
-) -> None:
-    broken = tmp_path / "broken"
-    shutil.copytree(tiny_inputs.shards, broken)
+def damage(shards: Path, broken: Path) -> str:
+    """A copy of a shard folder with one wrong byte; what is said about its record."""
+    shutil.copytree(shards, broken)
     tar = sorted(broken.glob("*.tar"))[0]
     content = bytearray(tar.read_bytes())
     content[len(content) // 2] ^= 0xFF
     tar.write_bytes(content)
+    return rf"record clip-\d+ in {tar.name} at byte \d+: checksum"
+
+
+def test_a_rank_with_a_damaged_clip_lets_the_others_finish(
+    run_ranks: Ranks,
+    make_run: Callable[..., tuple[Config, Path]],
+    tiny_inputs: Any,
+    tmp_path: Path,
+) -> None:
+    """They gather weights from it, and would wait for it until the time-out."""
+    message = damage(tiny_inputs.shards, tmp_path / "broken")
+    settings = (f"evaluation.shards={tmp_path / 'broken'}", "train.zero_stage=3")
+    _, run_dir = make_run(*SHORT, *settings)
+
+    def work(world: World) -> str:
+        with pytest.raises(RankError) as caught:
+            run(run_dir, which=["base"], world=world, log=quiet)
+        return str(caught.value)
+
+    first, second = run_ranks(work, 2, limit_s=60)
+    assert first == second and re.search(message, first)
+
+
+def test_a_damaged_clip_is_named_and_never_left_out(
+    make_run: Callable[..., tuple[Config, Path]], tiny_inputs: Any, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    message = damage(tiny_inputs.shards, broken)
     _, run_dir = make_run(*SHORT, f"evaluation.shards={broken}")
-    with pytest.raises(
-        DamagedRecord, match=rf"record clip-\d+ in {tar.name} at byte \d+: checksum"
-    ):
+    with pytest.raises(DamagedRecord, match=message):
         run(run_dir, which=["base"], log=quiet)
     assert not (run_dir / "eval" / "base" / "predictions.jsonl").exists()
     with pytest.raises(DamagedRecord):

@@ -146,7 +146,9 @@ def test_the_card_tells_the_lineage(
         *("--out", tmp_path / "one", "--no-check"),
     )
     assert code == 0 and "check" not in result
+    earlier, *_, last = sorted((run_dir / "stage1" / "checkpoints").iterdir())
     metrics = {
+        "checkpoint": f"stage1/checkpoints/{last.name}",
         "tasks": {"er": {"primary": "accuracy", "n": 7, "metrics": {"accuracy": {"value": 0.5}}}},
         "protocol": {"leakage": "paper", "decoding": "greedy"},
     }
@@ -158,6 +160,14 @@ def test_the_card_tells_the_lineage(
     )
     card = (tmp_path / "three" / "README.md").read_text()
     assert "| er | accuracy | 0.5000 | 7 |" in card and "leakage: paper" in card
+    # Evaluated on its way, and then trained on.
+    metrics["checkpoint"] = f"stage1/checkpoints/{earlier.name}"
+    (run_dir / "eval" / "stage1" / "metrics.json").write_text(json.dumps(metrics))
+    code, _ = export(
+        *(capsys, run_dir, "--layout", "adapter", "--which", "stage1"),
+        *("--out", tmp_path / "four", "--no-check"),
+    )
+    assert "Not evaluated when it was exported" in (tmp_path / "four" / "README.md").read_text()
 
 
 def test_a_wrong_copy_is_a_fault(
@@ -202,11 +212,21 @@ def test_wrong_input(
         alpha=4,
         base=str(config.model.base),
     )
+    for name, text in (("torn", "["), ("list", "[1]"), ("mute", '{"r": 2, "lora_alpha": 4}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text(text)
+    unnamed = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": 5}
+    (tmp_path / "unnamed").mkdir()
+    (tmp_path / "unnamed" / "adapter_config.json").write_text(json.dumps(unnamed))
     shutil.copytree(config.model.base, odd)
     (odd / "tokenizer_config.json").write_text("[")
     cases = [
         ((adapter, "--out", out), "cannot be merged into model.language_model.layers.0.mlp"),
         ((adapter, "--out", out, "--base", tmp_path / "none"), "none/config.json does not exist"),
+        ((tmp_path / "torn", "--out", out), "torn/adapter_config.json is not JSON"),
+        ((tmp_path / "list", "--out", out), "list/adapter_config.json is not JSON"),
+        ((tmp_path / "mute", "--out", out), "peft_type must be 'LORA', found None"),
+        ((tmp_path / "unnamed", "--out", out), "does not say which base it belongs to"),
         ((run_dir, "--out", tmp_path / "full" / "x"), "must be a folder, found a file"),
         ((run_dir, "--out", out, "--base", odd), "is not the base that stage1 was trained on"),
         ((run_dir, "--out", out, "--base", other), "is not the base that stage1 was trained on"),

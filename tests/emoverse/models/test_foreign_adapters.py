@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from emoverse.models.foreign_adapters import plain_name, read_adapter
 from emoverse.models.internvl2 import import_checkpoint, open_checkpoint
 from emoverse.models.layouts import write_internvl2
+from emoverse.models.lora import write_adapter
 
 
 def foreign(family: str, folder: Path, prefix: str, original: Any, **settings: Any) -> None:
@@ -81,6 +82,8 @@ def test_adapters_that_are_not_understood(
             ({"lora_alpha": "8"}, "lora_alpha must be a positive integer, found '8'"),
             ({"init_lora_weights": "pissa"}, "init_lora_weights must be .*, found 'pissa'"),
             ({"layer_replication": [[0, 2]]}, "layer_replication must be None"),
+            ({"alora_invocation_tokens": [7, 8]}, "alora_invocation_tokens must be None, found"),
+            ({"arrow_config": {"top_k": 3}}, "arrow_config must be None, found"),
             ({"r": 8}, "has rank 4, but adapter_config.json says r 8; .* different adapters"),
         ]
     ):
@@ -131,3 +134,24 @@ def test_a_fused_adapter_is_exact_and_the_way_back_is_not(
     # A split adapter with an A for each part needs three times the rank as a fused one.
     deltas = [torch.randn(r, 4) @ torch.randn(4, 64) for r in (64, 32, 32)]
     assert torch.linalg.matrix_rank(torch.cat(deltas)) == 12
+
+
+def test_a_fused_adapter_is_written_as_a_split_one(
+    folder_of: Callable[[str], Path], tmp_path: Path, original: Any
+) -> None:
+    architecture = open_checkpoint(folder_of("internlm2")).architecture
+    foreign("internlm2", tmp_path / "adapter", "base_model.model.", original)
+    fold, settings = read_adapter(tmp_path / "adapter", architecture)
+    alpha = settings["lora_alpha"]
+    write_adapter(fold.tensors, tmp_path / "split", r=4, alpha=alpha, base="base")
+    again, _ = read_adapter(tmp_path / "split", architecture)
+    assert again.scale == fold.scale and again.tensors.keys() == fold.tensors.keys()
+    for name, value in fold.tensors.items():
+        assert torch.equal(again.tensors[name], value)
+
+
+def test_a_part_of_the_projector_cannot_be_written(tmp_path: Path) -> None:
+    """PEFT could not read the folder: it puts the projector back as one."""
+    part = {"model.multi_modal_projector.linear_2.bias": torch.zeros(64)}
+    with pytest.raises(ValueError, match=r"linear_2.bias is trained but .*layer_norm.bias is not"):
+        write_adapter(part, tmp_path / "part", r=4, alpha=8, base="base")

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from emoverse.distributed import World
+from emoverse.kernels import head
 from emoverse.models.emoverse import compose
 from emoverse.models.internvl2 import build_native
 
@@ -82,3 +83,44 @@ def test_stages_agree(
         for own_losses, own_norms in answers:
             assert own_losses == pytest.approx(losses, rel=bounds[0]), way
             assert own_norms == pytest.approx(norms, rel=bounds[1]), way
+
+
+def test_chunks_of_logits_under_zero_3(
+    make_tiny: Make,
+    make_settings: Make,
+    make_batch: Make,
+    make_pack: Make,
+    samples: list[Any],
+    run_ranks: Callable[..., list[Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each chunk gathers the head: ranks with fewer supervised rows must not leave the others."""
+    from emoverse.engine import Engine, deepspeed_config
+
+    config = make_tiny("phi3")
+
+    def work(world: World) -> list[float]:
+        model = compose(build_native(config, seed=3), config, make_settings()).train()
+        trained = [p for part in model.trainable_groups().values() for _, p in part]
+        settings = deepspeed_config(
+            zero_stage=3,
+            precision="fp32",
+            clip=1.0,
+            world_size=world.world_size,
+            num_trainable=sum(p.numel() for p in trained),
+        )
+        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        groups = [{"name": "all", "params": trained, "lr": 1e-2, "initial_lr": 1e-2}]
+        engine = Engine(model, torch.optim.AdamW(groups), world, settings)
+        pack = make_pack(make_batch([samples[3 if world.rank else 1]]))  # 1 and 5 rows
+        results = [
+            engine.step([pack], num_packs=1, normaliser=2.0, lr_factor=1.0, make_empty=lambda: pack)
+            for _ in range(3)
+        ]
+        engine.close()
+        return [one.loss for one in results]
+
+    whole = run_ranks(work, 2)
+    two_rows = 2 * config["llm_config"]["vocab_size"]
+    monkeypatch.setitem(head.supervised_cross_entropy.__kwdefaults__, "max_logits", two_rows)
+    assert run_ranks(work, 2, limit_s=60) == [pytest.approx(losses, rel=1e-5) for losses in whole]
