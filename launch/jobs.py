@@ -17,6 +17,7 @@ from typing import Any
 from emoverse import storage
 from emoverse.config import Config, load_config
 from emoverse.stages import stage_dir, stages_to_train
+from emoverse.yaml_tree import split_words
 from launch.rendezvous import Door, scheduler_job
 
 JOBS = "jobs"
@@ -173,8 +174,7 @@ def say(text: str) -> None:
 def main(words: Sequence[str]) -> int:
     """`python -m launch.jobs PART CONFIG...`: makes and prints a part's log folder for this job."""
     try:
-        paths = [Path(word) for word in words[1:] if "=" not in word]
-        config = load_config(paths, [word for word in words[1:] if "=" in word])
+        config = load_config(*split_words(words[1:]))
         if words[0] != EVAL:
             stages_to_train(config, [words[0]])
         folder = log_folder(config, words[0], scheduler_job(os.environ) or "")

@@ -51,7 +51,8 @@ def run_local(config: Config, *, stages: Sequence[str], flags: Sequence[str] = (
 def _run_stage(config: Config, stage: str, flags: Sequence[str]) -> int:
     folder = stage_dir(config, stage) / "logs"
     folder.mkdir(parents=True, exist_ok=True)
-    launched = folder / "config.yaml"
+    # Absolute: a run directory may have an equals sign in its name.
+    launched = (folder / "config.yaml").absolute()
     launched.write_text(to_yaml(config), encoding="utf-8")
     command = [sys.executable, "-m", "launch.worker", str(launched), "--stage", stage]
     command += ["--end-with-input", *flags]

@@ -17,7 +17,6 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +24,7 @@ from emoverse.config import Config, load_config
 from emoverse.stages import stages_to_train
 from emoverse.stop import EXIT_STOPPED as STOPPED
 from emoverse.stop import STOP_SIGNALS, StopFlag, listen
+from emoverse.yaml_tree import split_words
 from launch import jobs
 from launch.jobs import EVAL
 from launch.preflight import check_run
@@ -54,8 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with listen() as flag:  # before the imports: a signal during them stops at the first agreement
         try:
             door = find_door(os.environ)
-            paths = [Path(item) for item in args.config if "=" not in item]
-            config = load_config(paths, [item for item in args.config if "=" in item])
+            config = load_config(*split_words(args.config))
             stages = () if args.evaluate and not args.stage else stages_to_train(config, args.stage)
         except (ValueError, FileNotFoundError) as error:
             print(error, file=sys.stderr)

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from emoverse.config import load_config
+from emoverse.yaml_tree import split_words
 from launch import local, worker
-from launch.local import exit_code, rank_environment, run_ranks
+from launch.local import exit_code, rank_environment, run_local, run_ranks
 from launch.progress import Screen
 from launch.worker import FAULT, STOPPED, WRONG_INPUT
 
@@ -173,6 +175,18 @@ def test_a_wrong_config_is_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFix
         for number, handler in handlers.items():
             signal.signal(number, handler)
     assert "nonsense" in capsys.readouterr().err
+
+
+def test_a_run_directory_may_hold_an_equals_sign(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ranks get the config as a file of the run directory, and take it for a file."""
+    monkeypatch.chdir(tmp_path)
+    config = load_config([ROOT / "configs/debug_cpu.yaml"], ["run.run_dir=lr=1e-4"])
+    asked: list[list[str]] = []
+    monkeypatch.setattr(local, "run_ranks", lambda command, **_: asked.append(list(command)) or 0)
+    assert run_local(config, stages=["stage1"]) == 0
+    assert load_config(*split_words(worker.parse(asked[0][3:]).config)) == config
 
 
 def test_importing_the_worker_does_not_import_torch() -> None:
