@@ -6,6 +6,7 @@ fails. Out: one exit code for all. Importing this file does not import torch.
 """
 
 import contextlib
+import hashlib
 import os
 import signal
 import socket
@@ -51,9 +52,7 @@ def run_local(config: Config, *, stages: Sequence[str], flags: Sequence[str] = (
 def _run_stage(config: Config, stage: str, flags: Sequence[str]) -> int:
     folder = stage_dir(config, stage) / "logs"
     folder.mkdir(parents=True, exist_ok=True)
-    # Absolute: a run directory may have an equals sign in its name.
-    launched = (folder / "config.yaml").absolute()
-    launched.write_text(to_yaml(config), encoding="utf-8")
+    launched = _hand_config(config, folder)
     command = [sys.executable, "-m", "launch.worker", str(launched), "--stage", stage]
     command += ["--end-with-input", *flags]
     metrics = stage_dir(config, stage) / "metrics.jsonl"
@@ -62,6 +61,20 @@ def _run_stage(config: Config, stage: str, flags: Sequence[str]) -> int:
     if code in (FAULT, WRONG_INPUT) and config.train.processes > 1:
         print(f"{stage} failed; what every rank said: {folder}/rank_*.log", file=sys.stderr)
     return code
+
+
+def _hand_config(config: Config, folder: Path) -> Path:
+    """A file for the ranks to read, which no other launcher of this run directory writes over.
+
+    The name follows from the content: who else writes it writes the same.
+    """
+    text = to_yaml(config)
+    name = f"config-{hashlib.sha256(text.encode()).hexdigest()[:12]}.yaml"
+    path = folder.absolute() / name  # absolute: a folder may have an equals sign in its name
+    temporary = folder / f".{name}-{os.getpid()}"
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+    return path
 
 
 def run_ranks(

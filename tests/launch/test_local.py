@@ -189,6 +189,22 @@ def test_a_run_directory_may_hold_an_equals_sign(
     assert load_config(*split_words(worker.parse(asked[0][3:]).config)) == config
 
 
+def test_a_second_launcher_does_not_change_what_the_ranks_of_the_first_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It will be refused by the lease; until then it must not touch the config of the first."""
+    asked: list[str] = []
+    monkeypatch.setattr(local, "run_ranks", lambda command, **_: asked.append(command[3]) or 0)
+    first, second = (
+        load_config([ROOT / "configs/debug_cpu.yaml"], [f"run.run_dir={tmp_path}", word])
+        for word in ("run.seed=1", "run.seed=2")
+    )
+    for config in (first, second, first):
+        assert run_local(config, stages=["stage1"]) == 0
+    assert [load_config([Path(name)]) for name in asked] == [first, second, first]
+    assert len(list((tmp_path / "stage1/logs").iterdir())) == 2
+
+
 def test_importing_the_worker_does_not_import_torch() -> None:
     code = "import launch.worker, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
