@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Trains or evaluates as the rank that the environment says. Returns the exit code."""
     args = parse(argv)
     with listen() as flag:  # before the imports: a signal during them stops at the first agreement
+        flag.began_before(args.spent_s)
         try:
             door = find_door(os.environ)
             config = load_config(*split_words(args.config))
@@ -91,6 +92,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=int,
         default=jobs.MAX_REQUEUES,
         help="times that a job may begin again after a signal or a lost node (default %(default)s)",
+    )
+    parser.add_argument(
+        "--spent-s", type=float, default=0.0, help="seconds of train.max_minutes that have passed"
     )
     parser.add_argument("--end-with-input", action="store_true", help="leave when stdin ends")
     args, rest = parser.parse_known_args(argv)

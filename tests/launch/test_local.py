@@ -8,11 +8,12 @@ import sys
 import textwrap
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from emoverse.config import load_config
+from emoverse.config import Config, load_config
 from emoverse.yaml_tree import split_words
 from launch import local, worker
 from launch.local import exit_code, rank_environment, run_local, run_ranks
@@ -203,6 +204,45 @@ def test_a_second_launcher_does_not_change_what_the_ranks_of_the_first_read(
         assert run_local(config, stages=["stage1"]) == 0
     assert [load_config([Path(name)]) for name in asked] == [first, second, first]
     assert len(list((tmp_path / "stage1/logs").iterdir())) == 2
+
+
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> Path:
+    """A program instead of Python for the ranks; it writes its arguments to the file returned."""
+    program, asked = tmp_path / "program", tmp_path / "asked"
+    program.write_text(f"#!/bin/sh\necho $* >> {asked}\n{code}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    return asked
+
+
+def debug_config(tmp_path: Path, *overrides: str) -> Config:
+    return load_config(
+        [ROOT / "configs/debug_cpu.yaml"], [f"run.run_dir={tmp_path / 'run'}", *overrides]
+    )
+
+
+def test_no_stage_begins_after_a_signal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It came too late for the last vote of stage 1, which ends as done all the same."""
+    asked = stand_in(tmp_path, monkeypatch, f"trap '' TERM; kill -USR2 {os.getpid()}; sleep 0.3")
+    assert run_local(debug_config(tmp_path), stages=["stage1", "stage2"]) == STOPPED
+    assert [line.split()[4] for line in asked.read_text().splitlines()] == ["stage1"]
+    said = capfd.readouterr().out
+    assert "stage2 is not begun; the same command goes on (SIGUSR2)" in said
+
+
+def test_the_time_limit_is_that_of_all_stages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = debug_config(tmp_path, "train.max_minutes=0.05")
+    asked = stand_in(tmp_path, monkeypatch, "sleep 0.8")
+    assert run_local(config, stages=["stage1"] * 9) == STOPPED
+    spent = [float(line.rpartition("=")[2]) for line in asked.read_text().splitlines()]
+    assert spent == sorted(spent) and spent[0] == 0 and len(spent) <= 4 and spent[-1] < 3.05
+    assert all(later - earlier > 0.7 for earlier, later in pairwise(spent))
+    said = capfd.readouterr().out
+    assert "stage1 is not begun; the same command goes on (time limit of 0.05 minutes)" in said
 
 
 def test_importing_the_worker_does_not_import_torch() -> None:
