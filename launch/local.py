@@ -116,8 +116,13 @@ def run_ranks(
         if heard.numbers:  # while they were started one after the other
             heard.pass_on()
         codes = _wait(heard.ranks)
-    if heard.numbers:  # a rank that was still starting has no handler yet and simply dies
-        codes = [STOPPED if code in (-signal.SIGTERM, -signal.SIGKILL) else code for code in codes]
+    if heard.numbers:
+        # A rank that was starting, or already leaving, has no handler and simply dies; the others
+        # wait for it until we end them. Nothing is lost: the same command resumes.
+        ended = (-signal.SIGTERM, -signal.SIGKILL)
+        codes = [STOPPED if code in ended else code for code in codes]
+        if set(codes) == {DONE, STOPPED}:
+            return STOPPED
     return exit_code(codes)
 
 
@@ -242,7 +247,7 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> list[int]:
             grace = GRACE_AFTER_FAILURE_S if set(left) - {DONE, STOPPED} else GRACE_AFTER_STOP_S
             deadline = time.monotonic() + grace
         if deadline is not None and time.monotonic() > deadline:
-            return [FAULT if code is None else code for code in codes]
+            return [-signal.SIGKILL if code is None else code for code in codes]
         time.sleep(POLL_S)
 
 

@@ -139,6 +139,33 @@ def test_a_signal_reaches_all_ranks(tmp_path: Path, number: signal.Signals, hand
     assert signal.getsignal(number) is before
 
 
+@pytest.mark.parametrize("other", ["time.sleep(600)", "sys.exit(75)", "sys.exit(0)"])
+def test_a_signal_while_a_rank_starts_or_leaves_is_no_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    """Rank 0 has no handler and dies; rank 1 waits for it in vain, or ends in its own time."""
+    monkeypatch.setattr(local, "GRACE_AFTER_FAILURE_S", 0.3)
+    command = script(
+        f"""
+        told = []
+        if os.environ["RANK"] == "1":
+            signal.signal(signal.SIGTERM, lambda *_: told.append(1))
+        open({str(tmp_path)!r} + "/up" + os.environ["RANK"], "w").write("x")
+        while not told:
+            time.sleep(0.01)
+        {other}
+        """
+    )
+
+    def interrupt() -> None:
+        for rank in range(2):
+            wait_for(tmp_path / f"up{rank}")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=interrupt).start()
+    assert run_ranks(command, num_ranks=2, logs=tmp_path) == STOPPED
+
+
 def test_ranks_do_not_outlive_their_launcher(tmp_path: Path) -> None:
     rank = script(
         f"""
