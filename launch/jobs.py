@@ -174,7 +174,8 @@ def say(text: str) -> None:
 def main(words: Sequence[str]) -> int:
     """`python -m launch.jobs PART CONFIG...`: makes and prints a part's log folder for this job."""
     try:
-        config = load_config(*split_words(words[1:]))
+        # The flags among them are for the worker.
+        config = load_config(*split_words(word for word in words[1:] if word[:1] != "-"))
         if words[0] != EVAL:
             stages_to_train(config, [words[0]])
         folder = log_folder(config, words[0], scheduler_job(os.environ) or "")

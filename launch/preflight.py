@@ -30,18 +30,24 @@ OTHER_BYTES = 200 * 2**20
 Check = Callable[[], list[str]]
 
 
-def check_run(config: Config, parts: Sequence[str], *, checksums: bool = False) -> list[str]:
+def check_run(
+    config: Config, parts: Sequence[str], *, accept_changes: bool = False, checksums: bool = False
+) -> list[str]:
     """Checks what one host can see of a run; returns notes.
 
     parts: stages to train, or eval. checksums: also read every shard's index files and compare.
+    accept_changes: settings that differ from what the run directory holds are the user's wish.
 
     Raises:
         ValueError: all problems, one per line.
     """
-    return collect(run_checks(config, parts, checksums=checksums))
+    checks = run_checks(config, parts, accept_changes=accept_changes, checksums=checksums)
+    return collect(checks)
 
 
-def run_checks(config: Config, parts: Sequence[str], *, checksums: bool) -> list[Check]:
+def run_checks(
+    config: Config, parts: Sequence[str], *, accept_changes: bool = False, checksums: bool
+) -> list[Check]:
     """The checks behind `check_run`, to be collected together with others."""
     stages = [part for part in parts if part != EVAL]
     checks: list[Check] = [lambda: check_base(config)]
@@ -50,7 +56,8 @@ def run_checks(config: Config, parts: Sequence[str], *, checksums: bool) -> list
         checks.append(lambda: check_plan(config))
     if EVAL in parts:
         checks.append(lambda: check_shards(config, "evaluation.shards", checksums=checksums))
-    checks.append(lambda: check_owner(config, stages or list(config.stages)))
+    if not accept_changes:
+        checks.append(lambda: check_owner(config, stages or list(config.stages)))
     checks.append(lambda: check_disk(config, stages))
     return checks
 

@@ -69,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             door=door,
             max_requeues=args.max_requeues,
             logs=args.logs,
+            accept_changes=args.accept_changes,
         )
         code = job.begin()
         if code != DONE:
@@ -144,6 +145,7 @@ class Job:
     door: Door
     max_requeues: int
     logs: str | None
+    accept_changes: bool = False
 
     @property
     def is_mine(self) -> bool:
@@ -155,7 +157,8 @@ class Job:
         if not self.is_mine:
             return DONE
         try:
-            for note in check_run(self.config, self.parts):
+            notes = check_run(self.config, self.parts, accept_changes=self.accept_changes)
+            for note in notes:
                 jobs.say(note)
             jobs.begin_start(self.config, self.parts, self.door, self.max_requeues, self._log())
         except (ValueError, FileNotFoundError) as error:

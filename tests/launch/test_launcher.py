@@ -1,5 +1,6 @@
 """`emoverse launch` without a scheduler: dry runs, clusters, variants, and every refusal."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -11,10 +12,12 @@ import pytest
 from data_shards.index import ShardIndex
 from data_shards.tasks import TASKS
 from emoverse.config import load_config
-from launch import cli, snapshot, submit
+from launch import cli, jobs, snapshot, submit
 from launch.cluster import load_cluster, split_overrides
 from launch.preflight import check_memory
+from launch.rendezvous import Door
 from launch.variants import make_runs
+from launch.worker import Job
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPECTED = Path(__file__).parent / "expected"
@@ -176,6 +179,27 @@ def test_a_run_directory_of_another_config_is_refused(
     assert code == 2
     assert f"{done} belongs to another run" in err and "run.seed: saved 99, now 1" in err
     assert not (tmp_path / "run/jobs").exists()
+
+
+def test_accepted_changes_pass_the_checks_of_a_job(
+    shards: list[str],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`sbatch slurm/stage1.sh CONFIG --accept-changes`: the script's check, then rank 0's."""
+    done = tmp_path / "run/stage1/DONE"
+    done.parent.mkdir(parents=True)
+    done.write_text('{"step": 1, "knobs": {"run.seed": 99}}')
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert jobs.main(["stage1", str(NANO), *shards, "--accept-changes"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'run/stage1/logs/7'}\n"
+    door = Door(launcher="slurm", job="7", address="n1", world_size=1)
+    refused = Job(
+        config=load_config([NANO], shards), parts=("stage1",), door=door, max_requeues=3, logs="L"
+    )
+    assert refused.begin() == 2 and "give --accept-changes" in capsys.readouterr().err
+    assert dataclasses.replace(refused, accept_changes=True).begin() == 0
 
 
 def test_damaged_index_files_are_found(
