@@ -5,6 +5,7 @@ from rank 0 of the job itself. So every file has one writer, and `emoverse statu
 source. The history of starts also bounds how often a job may be requeued.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -158,12 +159,23 @@ def why_not_again(
 
 
 def saved_steps(config: Config, parts: Sequence[str]) -> int:
-    """Steps in the newest checkpoints of these stages together; what a start may add to."""
+    """Steps in the newest checkpoints of these stages together; what a start may add to.
+
+    An evaluation keeps lines: batches while it is under way, then answers. They count alike.
+    """
     total = 0
     for part in parts:
+        if part == EVAL:
+            total += sum(map(_num_lines, stage_dir(config, part).glob("*/**/*.jsonl")))
         for newest in storage.published(stage_dir(config, part) / "checkpoints")[:1]:
             total += storage.step_of(newest)
     return total
+
+
+def _num_lines(path: Path) -> int:
+    with contextlib.suppress(OSError), path.open("rb") as file:  # a part may go at any moment
+        return sum(1 for _ in file)
+    return 0
 
 
 def say(text: str) -> None:
