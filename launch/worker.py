@@ -283,7 +283,7 @@ def _work(job: Job, args: argparse.Namespace, flag: StopFlag) -> int:
 
     def evaluate(world: World) -> None:
         if EVAL in job.parts:
-            _evaluate(job.config, world)
+            _evaluate(job.config, world, flag)
 
     def check(world: World) -> None:
         if job.door.job is not None:
@@ -309,14 +309,18 @@ def _work(job: Job, args: argparse.Namespace, flag: StopFlag) -> int:
         return job.after_stop(requeued=job.door.job is not None and reason is None)
 
 
-def _evaluate(config: Config, world: "World") -> None:
+def _evaluate(config: Config, world: "World", flag: StopFlag) -> None:
     """Answers and scores the held-out records on all ranks; rank 0 writes the report."""
-    from emoverse.distributed import agree
+    from emoverse.distributed import agree, gather_rows
     from emoverse.evaluate import run
     from emoverse.report import write_report
 
     for number in STOP_SIGNALS:
         signal.signal(number, _stop_at_once)
+    if gather_rows(world, [flag.requested]).any():  # while it started, or in the last step before
+        why = flag.reason or "another process was told to stop"
+        print(f"evaluation not begun ({why})", flush=True)
+        raise SystemExit(STOPPED)
     # One rank alone has nobody to agree with inside, and its mistakes are wrong input too.
     with agree(world, "evaluation") if world.world_size == 1 else contextlib.nullcontext():
         run(config.run.run_dir, world=world, config=config)
