@@ -157,7 +157,7 @@ def check_disk(config: Config, stages: Sequence[str]) -> list[str]:
             "on a disk that all nodes share and may write"
         ) from error
     free = shutil.disk_usage(folder).free
-    need = checkpoint_bytes(config) * len(stages) + OTHER_BYTES
+    need = sum(_bytes_to_come(config, stage) for stage in stages) + OTHER_BYTES
     if free < need:
         raise ValueError(
             f"run.run_dir: {folder} has {free / 2**30:.1f} GiB free, the checkpoints of "
@@ -173,6 +173,18 @@ def checkpoint_bytes(config: Config) -> int:
         load_architecture(config.model.base), config.model.lora, config.model.projector
     )
     return BYTES_PER_TRAINED * counts["trainable"] * (config.train.keep_checkpoints + 1)
+
+
+def _bytes_to_come(config: Config, stage: str) -> int:
+    """What a stage will add to the disk: a job that resumes finds most of its checkpoints there."""
+    folder = stage_dir(config, stage)
+    if (folder / DONE).is_file():
+        return 0
+    there = 0
+    for path in folder.glob("checkpoints/step_*/*"):
+        with contextlib.suppress(OSError):
+            there += path.stat().st_size
+    return max(0, checkpoint_bytes(config) - there)
 
 
 def check_ranks(config: Config, cluster: Cluster) -> list[str]:

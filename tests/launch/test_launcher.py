@@ -2,17 +2,19 @@
 
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from data_shards.index import ShardIndex
 from data_shards.tasks import TASKS
 from emoverse.config import load_config
-from launch import cli, jobs, snapshot, submit
+from launch import cli, jobs, preflight, snapshot, submit
 from launch.cluster import load_cluster, split_overrides
 from launch.preflight import check_memory
 from launch.rendezvous import Door
@@ -179,6 +181,28 @@ def test_a_run_directory_of_another_config_is_refused(
     assert code == 2
     assert f"{done} belongs to another run" in err and "run.seed: saved 99, now 1" in err
     assert not (tmp_path / "run/jobs").exists()
+
+
+def test_a_job_that_resumes_needs_no_room_for_what_it_has_saved(
+    shards: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It began with just enough, and its checkpoints lie there now; stage 2 is done."""
+    config = load_config([NANO], shards)
+    whole = preflight.checkpoint_bytes(config)
+    free = whole + preflight.OTHER_BYTES
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    assert preflight.check_disk(config, ["stage1"]) == []
+    kept = config.run.run_dir / "stage1/checkpoints/step_000007/optimizer.safetensors"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(b"x" * 1000)
+    done = config.run.run_dir / "stage2/DONE"
+    done.parent.mkdir()
+    done.touch()
+    free -= 1000
+    assert preflight.check_disk(config, ["stage1", "stage2"]) == []
+    free -= 1
+    with pytest.raises(ValueError, match="make room, lower"):
+        preflight.check_disk(config, ["stage1", "stage2"])
 
 
 def test_accepted_changes_pass_the_checks_of_a_job(
