@@ -243,14 +243,11 @@ class Job:
 
     def _note(self, code: int, **facts: Any) -> None:
         progress = jobs.saved_steps(self.config, self.parts)
-        jobs.add_event(
-            self.config.run.run_dir,
-            self.door.job or "",
-            "end",
-            code=code,
-            progress=progress,
-            **facts,
-        )
+        run_dir, job = self.config.run.run_dir, self.door.job or ""
+        try:
+            jobs.add_event(run_dir, job, "end", code=code, progress=progress, **facts)
+        except OSError as error:  # the work is done and saved, or not, whatever can be noted
+            jobs.say(f"the end of job {job} cannot be noted: {error}")
 
     def _log(self) -> str:
         if self.logs is not None:

@@ -68,6 +68,19 @@ def test_only_rank_0_of_a_job_speaks(
     assert capsys.readouterr().err == "" and not (tmp_path / "run").exists()
 
 
+def test_an_end_that_cannot_be_noted_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line on a full disk must not turn a finished stage into a failed job."""
+    (tmp_path / "run/jobs").mkdir(parents=True)
+    (tmp_path / "run/jobs/7.jsonl").symlink_to("/dev/full")
+    monkeypatch.setattr(worker, "requeue", lambda door: None)
+    assert job(tmp_path, SLURM).end(DONE) == DONE
+    said = capsys.readouterr().err
+    assert "cannot be noted" in said and "No space left" in said and "job 7 done" in said
+    assert job(tmp_path, SLURM).requeue() is None
+
+
 def test_a_requeue_is_noted_before_the_scheduler_ends_us(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
