@@ -205,6 +205,25 @@ def test_a_job_that_resumes_needs_no_room_for_what_it_has_saved(
         preflight.check_disk(config, ["stage1", "stage2"])
 
 
+def test_a_finished_stage_is_queued_again_only_behind_an_unfinished_one(
+    shards: list[str], tmp_path: Path
+) -> None:
+    """Stage 1 was removed to be trained otherwise: stage 2 is that of the old one."""
+    runs = make_runs([NANO], shards)
+    cluster = load_cluster(ROOT / "configs/cluster/a100.yaml")
+    steps = submit.steps_of(cluster, ["stage1", "stage2"], evaluate=True)
+    chain = submit.Chain(cluster=cluster, cluster_file=Path("a100.yaml"), runs=runs, steps=steps)
+
+    def left() -> list[str]:
+        return [step.name for step in submit.unfinished(chain).steps]
+
+    assert left() == ["stage1", "stage2", "eval"]
+    for stage in ("stage2", "stage1"):
+        (tmp_path / "run" / stage).mkdir(parents=True)
+        (tmp_path / "run" / stage / "DONE").touch()
+        assert left() == (["eval"] if stage == "stage1" else ["stage1", "stage2", "eval"])
+
+
 def test_accepted_changes_pass_the_checks_of_a_job(
     shards: list[str],
     capsys: pytest.CaptureFixture[str],
