@@ -1,6 +1,7 @@
 """`emoverse launch` without a scheduler: dry runs, clusters, variants, and every refusal."""
 
 import dataclasses
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -289,6 +290,26 @@ def test_the_frozen_code_runs_and_does_not_follow_edits(
         check=True,
     )
     assert done.stdout.split() == ["1", str(folder / "launch/__init__.py")]
+
+
+def test_two_launches_freeze_the_same_at_the_same_time(tmp_path: Path) -> None:
+    config = load_config([NANO], [f"run.run_dir={tmp_path / 'run'}"])
+    context = multiprocessing.get_context("fork")
+    begin = context.Barrier(2)
+
+    def freeze() -> None:
+        begin.wait(60)
+        snapshot.freeze_code(config.run.run_dir)
+        for _ in range(100):
+            assert load_config([snapshot.freeze_config(config)]) == config
+
+    both = [context.Process(target=freeze) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(60)
+    assert [process.exitcode for process in both] == [0, 0]
+    assert len(list((tmp_path / "run/jobs").iterdir())) == 2
 
 
 def test_overrides_are_sorted_by_what_they_are_for() -> None:
