@@ -61,8 +61,14 @@ def run_local(config: Config, *, stages: Sequence[str], flags: Sequence[str] = (
 
 def _run_stage(config: Config, stage: str, flags: Sequence[str], heard: "Heard") -> int:
     folder = stage_dir(config, stage) / "logs"
-    folder.mkdir(parents=True, exist_ok=True)
-    launched = _hand_config(config, folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        launched = _hand_config(config, folder)
+    except OSError as error:
+        raise ValueError(
+            f"run.run_dir: {config.run.run_dir} must be a folder that can be written: {error}; "
+            "make room, change its permissions, or choose another run.run_dir"
+        ) from error
     command = [sys.executable, "-m", "launch.worker", str(launched), "--stage", stage]
     command += ["--end-with-input", *flags]
     metrics = stage_dir(config, stage) / "metrics.jsonl"

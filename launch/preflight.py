@@ -144,7 +144,7 @@ def _trained_with(folder: Path) -> tuple[Path, dict[str, object]] | None:
 def check_disk(config: Config, stages: Sequence[str]) -> list[str]:
     """The run directory, or the folder where it will be made, can be written and has room."""
     run_dir, host = config.run.run_dir.absolute(), os.uname().nodename
-    folder = next(path for path in (run_dir, *run_dir.parents) if path.is_dir())
+    folder = next(path for path in (run_dir, *run_dir.parents) if path.exists())
     probe = folder / f".preflight-{host}-{os.getpid()}"
     try:
         with probe.open("w") as file:

@@ -164,7 +164,7 @@ class Job:
         except (ValueError, FileNotFoundError) as error:
             print(error, file=sys.stderr)
             return WRONG_INPUT
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             print(error, file=sys.stderr)
             return FAULT
         nodes = os.environ.get("SLURM_JOB_NODELIST") or os.uname().nodename

@@ -225,6 +225,13 @@ def test_a_finished_stage_is_queued_again_only_behind_an_unfinished_one(
         assert left() == (["eval"] if stage == "stage1" else ["stage1", "stage2", "eval"])
 
 
+def test_a_run_directory_inside_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    config = load_config([NANO], [f"run.run_dir={tmp_path / 'file/run'}"])
+    with pytest.raises(ValueError, match=r"cannot write to .*/file on .*Not a directory"):
+        preflight.check_disk(config, [])
+
+
 def test_accepted_changes_pass_the_checks_of_a_job(
     shards: list[str],
     capsys: pytest.CaptureFixture[str],

@@ -15,7 +15,7 @@ import pytest
 
 from emoverse.config import Config, load_config
 from emoverse.yaml_tree import split_words
-from launch import local, worker
+from launch import cli, local, worker
 from launch.local import exit_code, rank_environment, run_local, run_ranks
 from launch.progress import Screen
 from launch.worker import FAULT, STOPPED, WRONG_INPUT
@@ -246,6 +246,16 @@ def debug_config(tmp_path: Path, *overrides: str) -> Config:
     return load_config(
         [ROOT / "configs/debug_cpu.yaml"], [f"run.run_dir={tmp_path / 'run'}", *overrides]
     )
+
+
+def test_a_run_directory_that_cannot_be_made_is_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    words = [f"run.run_dir={tmp_path / 'file/run'}", f"data.shards={tmp_path}"]
+    assert cli.main(["train", str(ROOT / "configs/debug_cpu.yaml"), *words]) == WRONG_INPUT
+    said = capsys.readouterr().err
+    assert "run.run_dir: " in said and "Not a directory" in said and "Traceback" not in said
 
 
 def test_no_stage_begins_after_a_signal(

@@ -81,6 +81,16 @@ def test_an_end_that_cannot_be_noted_changes_nothing(
     assert job(tmp_path, SLURM).requeue() is None
 
 
+def test_a_start_that_cannot_be_noted_is_told_without_a_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run/jobs").mkdir(parents=True)
+    (tmp_path / "run/jobs/7.jsonl").symlink_to("/dev/full")
+    monkeypatch.setattr(worker, "check_run", lambda *_, **__: [])
+    assert job(tmp_path, SLURM).begin() == FAULT
+    assert "No space left" in capsys.readouterr().err
+
+
 def test_a_requeue_is_noted_before_the_scheduler_ends_us(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
