@@ -11,8 +11,9 @@ from emoverse.config_errors import Problem, did_you_mean, show
 from emoverse.yaml_tree import Node
 from emoverse.zero_settings import offload_refusal
 
-# Folders beside the stages' own in the run directory, and the name of the untrained model.
-RESERVED = ("base", "plan", "eval")
+# Folders beside the stages' own in the run directory, some of which are removed at every start, and
+# the name of the untrained model.
+RESERVED = ("base", "plan", "eval", "cache", "faults", "jobs", "lease", "wandb")
 
 
 def cross_field_problems(tree: Node) -> list[Problem]:

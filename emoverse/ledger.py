@@ -48,9 +48,16 @@ class Ledger:
         """Continues from what `close_account` returned.
 
         Raises:
-            ValueError: the state belongs to another plan.
+            ValueError: the state belongs to another plan, or its steps had another size.
         """
-        self._sampler.load_state(state)
+        reached = self._sampler.load_state(state)
+        if reached != step:
+            raise ValueError(
+                f"train.global_batch_size: the checkpoint's {step} steps took {state['consumed']} "
+                f"samples, which are {reached} steps of {self._sampler.global_batch_size}; a stage "
+                "keeps its batch size, also with --accept-changes: undo the change, or choose "
+                "another run.run_dir"
+            )
         self._closed_step, self._closed = step, int(state["audit"], 16)
 
     def add(self, packs: Sequence[Batch], *, num_damaged: int) -> list[Damage]:

@@ -59,20 +59,21 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 
 
 def uncommitted_changes(folder: Path) -> str:
-    """The changes of tracked files since the commit, as git prints them; empty if there are none.
+    """The changes of tracked files since the commit, as git apply takes them; empty for none.
 
-    Empty outside a git checkout or without git as well.
+    Bytes that are no UTF-8 are replaced. Empty outside a git checkout or without git as well.
     """
     try:
-        return _git(folder, "diff", "HEAD", "--", ":/")
+        return _git(folder, "diff", "--no-color", "--no-ext-diff", "HEAD", "--", ":/")
     except (OSError, subprocess.SubprocessError):
         return ""
 
 
 def _git(folder: Path, *arguments: str) -> str:
     command = ["git", "-C", str(folder), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
-    return done.stdout.strip()
+    done = subprocess.run(command, capture_output=True, check=True, timeout=10)
+    # Whatever encoding a changed file has. Blanks stay: a patch may end with an empty line.
+    return done.stdout.decode(errors="replace").rstrip("\n")
 
 
 def append_launch(run_dir: Path, launch: dict[str, Any], *, work: Path) -> None:

@@ -20,14 +20,14 @@ from emoverse.batches import build_loader
 from emoverse.config import Config
 from emoverse.distributed import World
 from emoverse.guard import Guard
-from emoverse.handover import folds_below
+from emoverse.handover import folds_below, label_of
 from emoverse.ledger import Ledger
 from emoverse.loader import StepLoader
 from emoverse.models.architecture import load_architecture
 from emoverse.models.emoverse import EmoVerse, build_model
 from emoverse.optim import lr_factor, warmup_steps
 from emoverse.runfiles import decisive_knobs, run_identity
-from emoverse.stages import DONE, run_plan, stage_dir, starting_stage
+from emoverse.stages import BASE, DONE, run_plan, stage_dir, starting_stage
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,7 +164,8 @@ def is_done(config: Config, stage: str, *, accept_changes: bool = False) -> bool
     """Is the stage finished, with the settings of this config?
 
     Raises:
-        OtherRun: it is finished, but with other settings; lists them.
+        OtherRun: it is finished, but with other settings, which are listed; or the stage that it
+            started from was trained again since.
     """
     marker: Path = stage_dir(config, stage) / DONE
     if not marker.is_file():
@@ -172,4 +173,32 @@ def is_done(config: Config, stage: str, *, accept_changes: bool = False) -> bool
     done = json.loads(marker.read_text())
     if not accept_changes:
         checkpoint.check_identity(done["knobs"], decisive_knobs(config, stage), marker)
+        _require_same_parent(config, stage)
     return True
+
+
+def _require_same_parent(config: Config, stage: str) -> None:
+    """A finished stage is that of the weights which the stage before it now holds.
+
+    Where either has lost its checkpoints, to make room, there is nothing to compare.
+    """
+    start = config.stages[stage].start_from
+    if start == BASE:
+        return
+    try:
+        own, parent = (_last_checkpoint(stage_dir(config, name)) for name in (stage, start))
+        trained_on, now = checkpoint.read_state(own)["identity"]["start"], label_of(parent)
+    except FileNotFoundError:
+        return
+    if trained_on != now:
+        folder = stage_dir(config, stage)
+        raise checkpoint.OtherRun(
+            f"{folder / DONE}: {stage} was trained from {trained_on}, but {start} has been trained "
+            f"again since and is now {now}; remove {folder} to train {stage} from there, or "
+            f"restore that {start}, or give --accept-changes to keep {stage} all the same"
+        )
+
+
+def _last_checkpoint(folder: Path) -> Path:
+    done = json.loads((folder / DONE).read_text())
+    return folder / "checkpoints" / str(done["checkpoint"])

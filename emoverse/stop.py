@@ -33,6 +33,10 @@ class StopFlag:
         """The time is up this long after the flag was made; None is no limit."""
         self._limit_s = None if minutes is None else 60 * minutes
 
+    def began_before(self, seconds: float) -> None:
+        """The time that is limited began this much earlier, in a process before this one."""
+        self._started -= seconds
+
     @property
     def reason(self) -> str | None:
         """Why to stop, in a few words for the user; None while there is no wish to."""

@@ -6,7 +6,7 @@ Scalars follow the YAML 1.2 core schema: `1e-5` is a float, `010` is ten, `yes` 
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -63,6 +63,22 @@ class Node:
                 break
             node = below
         return node
+
+
+def split_words(words: Iterable[str]) -> tuple[list[Path], list[str]]:
+    """Config files and overrides of a command line: an override has an equals sign.
+
+    No key holds a slash, so a slash before the sign makes a path, as of a run in `runs/lr=1e-4`.
+    """
+    paths: list[Path] = []
+    overrides: list[str] = []
+    for word in words:
+        key, sign, _ = word.partition("=")
+        if sign and "/" not in key:
+            overrides.append(word)
+        else:
+            paths.append(Path(word))
+    return paths, overrides
 
 
 def load_tree(

@@ -21,6 +21,7 @@ from emoverse.config_errors import did_you_mean
 from emoverse.paper_tables import TABLES, states_of, variants
 from emoverse.predictions import write_text_atomically
 from emoverse.stop import EXIT_STOPPED
+from emoverse.yaml_tree import split_words
 from launch.steps import StepError, run_step
 
 BASE, STAGES = "base", ("stage1", "stage2")
@@ -81,8 +82,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """
     if args.parallel < 1:
         raise ValueError(f"--parallel: must be 1 or more, found {args.parallel}")
-    paths = [Path(word) for word in args.config if "=" not in word]
-    overrides = [word for word in args.config if "=" in word]
+    paths, overrides = split_words(args.config)
     if not paths:
         raise ValueError(f"a config file is needed before the overrides {' '.join(overrides)}")
     tables = tuple(args.table or ())

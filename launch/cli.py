@@ -335,11 +335,13 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def _split(words: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """Config files and overrides; an override is what has an equals sign."""
-    paths = [Path(word) for word in words if "=" not in word]
+    """Config files and overrides; at least one file."""
+    from emoverse.yaml_tree import split_words
+
+    paths, overrides = split_words(words)
     if not paths:
         raise ValueError(f"a config file is needed before the overrides {' '.join(words)}")
-    return paths, [word for word in words if "=" in word]
+    return paths, overrides
 
 
 def _lines(result: Mapping[str, Any]) -> str:

@@ -21,6 +21,7 @@ from data_shards.tasks import TASKS, Task
 from emoverse.evaluation_target import Target, name_of, resolve, states_of
 from emoverse.reading import MODES
 from emoverse.stop import EXIT_STOPPED as STOPPED
+from emoverse.yaml_tree import split_words
 from launch.local import run_ranks
 from launch.worker import DONE, FAULT, WRONG_INPUT
 
@@ -155,10 +156,11 @@ def _judge(
 
 def target_of(args: argparse.Namespace) -> Target:
     """The target of the command line, with its config."""
+    configs, overrides = split_words(args.config)
     return resolve(
         args.target,
-        configs=[Path(word) for word in args.config if "=" not in word],
-        overrides=[word for word in args.config if "=" in word],
+        configs=configs,
+        overrides=overrides,
         states=args.which or (),
         out=args.out,
     )

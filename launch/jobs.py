@@ -5,6 +5,7 @@ from rank 0 of the job itself. So every file has one writer, and `emoverse statu
 source. The history of starts also bounds how often a job may be requeued.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 from emoverse import storage
 from emoverse.config import Config, load_config
 from emoverse.stages import stage_dir, stages_to_train
+from emoverse.yaml_tree import split_words
 from launch.rendezvous import Door, scheduler_job
 
 JOBS = "jobs"
@@ -157,12 +159,23 @@ def why_not_again(
 
 
 def saved_steps(config: Config, parts: Sequence[str]) -> int:
-    """Steps in the newest checkpoints of these stages together; what a start may add to."""
+    """Steps in the newest checkpoints of these stages together; what a start may add to.
+
+    An evaluation keeps lines: batches while it is under way, then answers. They count alike.
+    """
     total = 0
     for part in parts:
+        if part == EVAL:
+            total += sum(map(_num_lines, stage_dir(config, part).glob("*/**/*.jsonl")))
         for newest in storage.published(stage_dir(config, part) / "checkpoints")[:1]:
             total += storage.step_of(newest)
     return total
+
+
+def _num_lines(path: Path) -> int:
+    with contextlib.suppress(OSError), path.open("rb") as file:  # a part may go at any moment
+        return sum(1 for _ in file)
+    return 0
 
 
 def say(text: str) -> None:
@@ -173,8 +186,8 @@ def say(text: str) -> None:
 def main(words: Sequence[str]) -> int:
     """`python -m launch.jobs PART CONFIG...`: makes and prints a part's log folder for this job."""
     try:
-        paths = [Path(word) for word in words[1:] if "=" not in word]
-        config = load_config(paths, [word for word in words[1:] if "=" in word])
+        # The flags among them are for the worker.
+        config = load_config(*split_words(word for word in words[1:] if word[:1] != "-"))
         if words[0] != EVAL:
             stages_to_train(config, [words[0]])
         folder = log_folder(config, words[0], scheduler_job(os.environ) or "")

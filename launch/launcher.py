@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from emoverse.stages import stages_to_train
+from emoverse.yaml_tree import split_words
 from launch.cluster import Cluster, load_cluster, split_overrides
 from launch.variants import make_runs
 
@@ -49,8 +50,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError, FileNotFoundError: what is wrong, before anything is queued.
     """
-    words = [word for word in args.config if "=" in word]
-    paths = [Path(word) for word in args.config if "=" not in word]
+    paths, words = split_words(args.config)
     if not paths:
         raise ValueError(
             f"a config file is needed after the cluster file {args.cluster}, for example "

@@ -6,6 +6,8 @@ fails. Out: one exit code for all. Importing this file does not import torch.
 """
 
 import contextlib
+import hashlib
+import math
 import os
 import signal
 import socket
@@ -35,54 +37,98 @@ GRACE_AFTER_STOP_S = 300.0
 def run_local(config: Config, *, stages: Sequence[str], flags: Sequence[str] = ()) -> int:
     """Trains `stages` in turn on this machine, continuing what an earlier call left.
 
-    A signal to stop (Ctrl-C, SIGTERM, SIGUSR2) reaches all ranks, which save and leave.
+    A signal to stop (Ctrl-C, SIGTERM, SIGUSR2) reaches all ranks, which save and leave; no stage
+    begins after it. The time limit is that of all stages together.
     `flags`: of `worker.FLAGS`, for every rank.
 
     Returns:
         0 all done, 75 stopped and resumable, 2 wrong input, 1 a fault.
     """
-    for stage in stages:
-        code = _run_stage(config, stage, flags)
-        if code != DONE:
-            return code
+    begin, limit_s = time.monotonic(), 60 * (config.train.max_minutes or math.inf)
+    with _hearing() as heard:
+        for stage in stages:
+            spent_s = time.monotonic() - begin
+            if heard.numbers or spent_s >= limit_s:
+                minutes = f"time limit of {limit_s / 60:g} minutes"
+                why = signal.Signals(heard.numbers[0]).name if heard.numbers else minutes
+                print(f"{stage} is not begun; the same command goes on ({why})", flush=True)
+                return STOPPED
+            code = _run_stage(config, stage, [*flags, f"--spent-s={spent_s:.1f}"], heard)
+            if code != DONE:
+                return code
     return DONE
 
 
-def _run_stage(config: Config, stage: str, flags: Sequence[str]) -> int:
+def _run_stage(config: Config, stage: str, flags: Sequence[str], heard: "Heard") -> int:
     folder = stage_dir(config, stage) / "logs"
-    folder.mkdir(parents=True, exist_ok=True)
-    launched = folder / "config.yaml"
-    launched.write_text(to_yaml(config), encoding="utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        launched = _hand_config(config, folder)
+    except OSError as error:
+        raise ValueError(
+            f"run.run_dir: {config.run.run_dir} must be a folder that can be written: {error}; "
+            "make room, change its permissions, or choose another run.run_dir"
+        ) from error
     command = [sys.executable, "-m", "launch.worker", str(launched), "--stage", stage]
     command += ["--end-with-input", *flags]
     metrics = stage_dir(config, stage) / "metrics.jsonl"
     with shown(metrics) as screen:
-        code = run_ranks(command, num_ranks=config.train.processes, logs=folder, screen=screen)
+        code = run_ranks(
+            command, num_ranks=config.train.processes, logs=folder, screen=screen, heard=heard
+        )
     if code in (FAULT, WRONG_INPUT) and config.train.processes > 1:
         print(f"{stage} failed; what every rank said: {folder}/rank_*.log", file=sys.stderr)
     return code
 
 
+def _hand_config(config: Config, folder: Path) -> Path:
+    """A file for the ranks to read, which no other launcher of this run directory writes over.
+
+    The name follows from the content: who else writes it writes the same.
+    """
+    text = to_yaml(config)
+    name = f"config-{hashlib.sha256(text.encode()).hexdigest()[:12]}.yaml"
+    path = folder.absolute() / name  # absolute: a folder may have an equals sign in its name
+    temporary = folder / f".{name}-{os.getpid()}"
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
 def run_ranks(
-    command: Sequence[str], *, num_ranks: int, logs: Path, screen: Screen | None = None
+    command: Sequence[str],
+    *,
+    num_ranks: int,
+    logs: Path,
+    screen: Screen | None = None,
+    heard: "Heard | None" = None,
 ) -> int:
     """Runs `command` once per rank on this machine and waits; returns one exit code for all.
 
     Rank 0 speaks on our stdout, by way of `screen` if given; every rank's output is appended to
     `logs`/rank_N.log. A rank that fails, or a launcher that dies, takes all the others with it.
+    `heard`: of a caller that listens to signals already.
     """
     port = free_port()
     screen = screen or Screen(sys.stdout)
-    ranks: list[subprocess.Popen[bytes]] = []
-    with _forward_signals(ranks) as signalled, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        heard = heard or stack.enter_context(_hearing())
+        heard.ranks.clear()
         for rank in range(num_ranks):
             log = stack.enter_context((logs / f"rank_{rank}.log").open("ab", buffering=0))
             environ = rank_environment(os.environ, rank=rank, world_size=num_ranks, port=port)
             shown_on = screen if rank == 0 else None
-            ranks.append(_start_rank(command, environ, log, screen=shown_on, stack=stack))
-        codes = _wait(ranks)
-    if signalled:  # a rank that was still starting has no handler yet and simply dies
-        codes = [STOPPED if code in (-signal.SIGTERM, -signal.SIGKILL) else code for code in codes]
+            heard.ranks.append(_start_rank(command, environ, log, screen=shown_on, stack=stack))
+        if heard.numbers:  # while they were started one after the other
+            heard.pass_on()
+        codes = _wait(heard.ranks)
+    if heard.numbers:
+        # A rank that was starting, or already leaving, has no handler and simply dies; the others
+        # wait for it until we end them. Nothing is lost: the same command resumes.
+        ended = (-signal.SIGTERM, -signal.SIGKILL)
+        codes = [STOPPED if code in ended else code for code in codes]
+        if set(codes) == {DONE, STOPPED}:
+            return STOPPED
     return exit_code(codes)
 
 
@@ -161,23 +207,35 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.stdin.close()
 
 
-@contextlib.contextmanager
-def _forward_signals(ranks: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
-    """Passes signals to stop on to the ranks, which decide together; yields those that came."""
-    signalled: list[int] = []
+class Heard:
+    """The signals to stop that have come; each is passed on to the ranks, which decide together."""
 
-    def forward(number: int, frame: FrameType | None) -> None:
-        signalled.append(number)
-        for process in ranks:
+    def __init__(self) -> None:
+        self.numbers: list[int] = []
+        self.ranks: list[subprocess.Popen[bytes]] = []
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """The signal handler."""
+        self.numbers.append(number)
+        self.pass_on()
+
+    def pass_on(self) -> None:
+        """Tells the ranks that live."""
+        for process in self.ranks:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
 
+
+@contextlib.contextmanager
+def _hearing() -> Iterator[Heard]:
+    """Hears the signals to stop while the block runs."""
+    heard = Heard()
     if threading.current_thread() is not threading.main_thread():
-        yield signalled  # only the main thread may handle signals
+        yield heard  # only the main thread may handle signals
         return
-    before = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
+    before = {number: signal.signal(number, heard.handle) for number in STOP_SIGNALS}
     try:
-        yield signalled
+        yield heard
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -195,7 +253,7 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> list[int]:
             grace = GRACE_AFTER_FAILURE_S if set(left) - {DONE, STOPPED} else GRACE_AFTER_STOP_S
             deadline = time.monotonic() + grace
         if deadline is not None and time.monotonic() > deadline:
-            return [FAULT if code is None else code for code in codes]
+            return [-signal.SIGKILL if code is None else code for code in codes]
         time.sleep(POLL_S)
 
 

@@ -30,18 +30,24 @@ OTHER_BYTES = 200 * 2**20
 Check = Callable[[], list[str]]
 
 
-def check_run(config: Config, parts: Sequence[str], *, checksums: bool = False) -> list[str]:
+def check_run(
+    config: Config, parts: Sequence[str], *, accept_changes: bool = False, checksums: bool = False
+) -> list[str]:
     """Checks what one host can see of a run; returns notes.
 
     parts: stages to train, or eval. checksums: also read every shard's index files and compare.
+    accept_changes: settings that differ from what the run directory holds are the user's wish.
 
     Raises:
         ValueError: all problems, one per line.
     """
-    return collect(run_checks(config, parts, checksums=checksums))
+    checks = run_checks(config, parts, accept_changes=accept_changes, checksums=checksums)
+    return collect(checks)
 
 
-def run_checks(config: Config, parts: Sequence[str], *, checksums: bool) -> list[Check]:
+def run_checks(
+    config: Config, parts: Sequence[str], *, accept_changes: bool = False, checksums: bool
+) -> list[Check]:
     """The checks behind `check_run`, to be collected together with others."""
     stages = [part for part in parts if part != EVAL]
     checks: list[Check] = [lambda: check_base(config)]
@@ -50,7 +56,8 @@ def run_checks(config: Config, parts: Sequence[str], *, checksums: bool) -> list
         checks.append(lambda: check_plan(config))
     if EVAL in parts:
         checks.append(lambda: check_shards(config, "evaluation.shards", checksums=checksums))
-    checks.append(lambda: check_owner(config, stages or list(config.stages)))
+    if not accept_changes:
+        checks.append(lambda: check_owner(config, stages or list(config.stages)))
     checks.append(lambda: check_disk(config, stages))
     return checks
 
@@ -137,7 +144,7 @@ def _trained_with(folder: Path) -> tuple[Path, dict[str, object]] | None:
 def check_disk(config: Config, stages: Sequence[str]) -> list[str]:
     """The run directory, or the folder where it will be made, can be written and has room."""
     run_dir, host = config.run.run_dir.absolute(), os.uname().nodename
-    folder = next(path for path in (run_dir, *run_dir.parents) if path.is_dir())
+    folder = next(path for path in (run_dir, *run_dir.parents) if path.exists())
     probe = folder / f".preflight-{host}-{os.getpid()}"
     try:
         with probe.open("w") as file:
@@ -150,7 +157,7 @@ def check_disk(config: Config, stages: Sequence[str]) -> list[str]:
             "on a disk that all nodes share and may write"
         ) from error
     free = shutil.disk_usage(folder).free
-    need = checkpoint_bytes(config) * len(stages) + OTHER_BYTES
+    need = sum(_bytes_to_come(config, stage) for stage in stages) + OTHER_BYTES
     if free < need:
         raise ValueError(
             f"run.run_dir: {folder} has {free / 2**30:.1f} GiB free, the checkpoints of "
@@ -166,6 +173,18 @@ def checkpoint_bytes(config: Config) -> int:
         load_architecture(config.model.base), config.model.lora, config.model.projector
     )
     return BYTES_PER_TRAINED * counts["trainable"] * (config.train.keep_checkpoints + 1)
+
+
+def _bytes_to_come(config: Config, stage: str) -> int:
+    """What a stage will add to the disk: a job that resumes finds most of its checkpoints there."""
+    folder = stage_dir(config, stage)
+    if (folder / DONE).is_file():
+        return 0
+    there = 0
+    for path in folder.glob("checkpoints/step_*/*"):
+        with contextlib.suppress(OSError):
+            there += path.stat().st_size
+    return max(0, checkpoint_bytes(config) - there)
 
 
 def check_ranks(config: Config, cluster: Cluster) -> list[str]:

@@ -44,11 +44,21 @@ def freeze_code(run_dir: Path) -> Path:
     folder = code_folder(run_dir)
     if folder.is_dir():
         return folder
-    temporary = folder.with_name(f".{folder.name}-{os.getpid()}")
+    temporary = _beside(folder)
     for package in PACKAGES:
         shutil.copytree(source_root() / package, temporary / package, ignore=LEFT_OUT)
-    temporary.rename(folder)
+    try:
+        temporary.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+        shutil.rmtree(temporary)  # another launch has made the same meanwhile
     return folder
+
+
+def _beside(path: Path) -> Path:
+    """A name that no other launch uses at the same time, on any machine."""
+    return path.with_name(f".{path.name}-{os.uname().nodename}-{os.getpid()}")
 
 
 def config_file(config: Config) -> Path:
@@ -61,7 +71,7 @@ def freeze_config(config: Config) -> Path:
     """Writes the resolved config; returns its file."""
     path = config_file(config)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
+    temporary = _beside(path)
     temporary.write_text(to_yaml(config), encoding="utf-8")
     temporary.replace(path)
     return path

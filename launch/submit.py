@@ -24,7 +24,7 @@ import submitit
 from submitit.core.utils import FailedJobError
 from submitit.helpers import DelayedSubmission, clean_env, environment_variables
 
-from emoverse.stages import DONE, stage_dir
+from emoverse.stages import BASE, DONE, stage_dir
 from launch import jobs, snapshot
 from launch.cluster import NO_ACCOUNT, Cluster, check_account
 from launch.jobs import EVAL
@@ -96,16 +96,23 @@ def steps_of(cluster: Cluster, stages: Sequence[str], *, evaluate: bool) -> tupl
 
 
 def unfinished(chain: Chain) -> Chain:
-    """The chain without stages that every run has finished; they wait in no queue."""
+    """The chain without stages that every run has finished; they wait in no queue.
 
-    def needed(step: Step) -> bool:
-        return any(
-            part == EVAL or not (stage_dir(run.config, part) / DONE).is_file()
-            for run in chain.runs
-            for part in step.parts
-        )
+    One that starts from an unfinished stage stays: its job finds out whether it is still right.
+    """
 
-    return replace(chain, steps=tuple(filter(needed, chain.steps)))
+    def needed(run: Run, part: str) -> bool:
+        if part == EVAL or not (stage_dir(run.config, part) / DONE).is_file():
+            return True
+        start = run.config.stages[part].start_from
+        return start != BASE and needed(run, start)
+
+    left = [
+        step
+        for step in chain.steps
+        if any(needed(r, part) for r in chain.runs for part in step.parts)
+    ]
+    return replace(chain, steps=tuple(left))
 
 
 # What is asked of the scheduler ----------------------------------------------------------------

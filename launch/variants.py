@@ -11,6 +11,7 @@ from itertools import product
 from pathlib import Path
 
 from emoverse.config import Config, load_config
+from emoverse.yaml_tree import split_words
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +45,7 @@ def make_runs(
     runs, names = [], []
     every_seed: Sequence[int | None] = seeds or (None,)
     for variant, seed in product(variants or [""], every_seed):
-        files, words = _split(variant)
+        files, words = split_words(variant.split())
         label = "-".join([*(file.stem for file in files), *map(_slug, words)])
         if seed is not None:
             words = [*words, f"run.seed={seed}"]
@@ -59,11 +60,6 @@ def make_runs(
             "every seed once"
         )
     return tuple(runs)
-
-
-def _split(variant: str) -> tuple[list[Path], list[str]]:
-    words = variant.split()
-    return [Path(word) for word in words if "=" not in word], [w for w in words if "=" in w]
 
 
 def _slug(word: str) -> str:

@@ -17,7 +17,6 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +24,7 @@ from emoverse.config import Config, load_config
 from emoverse.stages import stages_to_train
 from emoverse.stop import EXIT_STOPPED as STOPPED
 from emoverse.stop import STOP_SIGNALS, StopFlag, listen
+from emoverse.yaml_tree import split_words
 from launch import jobs
 from launch.jobs import EVAL
 from launch.preflight import check_run
@@ -52,10 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Trains or evaluates as the rank that the environment says. Returns the exit code."""
     args = parse(argv)
     with listen() as flag:  # before the imports: a signal during them stops at the first agreement
+        flag.began_before(args.spent_s)
         try:
             door = find_door(os.environ)
-            paths = [Path(item) for item in args.config if "=" not in item]
-            config = load_config(paths, [item for item in args.config if "=" in item])
+            config = load_config(*split_words(args.config))
             stages = () if args.evaluate and not args.stage else stages_to_train(config, args.stage)
         except (ValueError, FileNotFoundError) as error:
             print(error, file=sys.stderr)
@@ -69,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             door=door,
             max_requeues=args.max_requeues,
             logs=args.logs,
+            accept_changes=args.accept_changes,
         )
         code = job.begin()
         if code != DONE:
@@ -92,6 +93,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=int,
         default=jobs.MAX_REQUEUES,
         help="times that a job may begin again after a signal or a lost node (default %(default)s)",
+    )
+    parser.add_argument(
+        "--spent-s", type=float, default=0.0, help="seconds of train.max_minutes that have passed"
     )
     parser.add_argument("--end-with-input", action="store_true", help="leave when stdin ends")
     args, rest = parser.parse_known_args(argv)
@@ -141,6 +145,7 @@ class Job:
     door: Door
     max_requeues: int
     logs: str | None
+    accept_changes: bool = False
 
     @property
     def is_mine(self) -> bool:
@@ -152,13 +157,14 @@ class Job:
         if not self.is_mine:
             return DONE
         try:
-            for note in check_run(self.config, self.parts):
+            notes = check_run(self.config, self.parts, accept_changes=self.accept_changes)
+            for note in notes:
                 jobs.say(note)
             jobs.begin_start(self.config, self.parts, self.door, self.max_requeues, self._log())
         except (ValueError, FileNotFoundError) as error:
             print(error, file=sys.stderr)
             return WRONG_INPUT
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             print(error, file=sys.stderr)
             return FAULT
         nodes = os.environ.get("SLURM_JOB_NODELIST") or os.uname().nodename
@@ -237,14 +243,11 @@ class Job:
 
     def _note(self, code: int, **facts: Any) -> None:
         progress = jobs.saved_steps(self.config, self.parts)
-        jobs.add_event(
-            self.config.run.run_dir,
-            self.door.job or "",
-            "end",
-            code=code,
-            progress=progress,
-            **facts,
-        )
+        run_dir, job = self.config.run.run_dir, self.door.job or ""
+        try:
+            jobs.add_event(run_dir, job, "end", code=code, progress=progress, **facts)
+        except OSError as error:  # the work is done and saved, or not, whatever can be noted
+            jobs.say(f"the end of job {job} cannot be noted: {error}")
 
     def _log(self) -> str:
         if self.logs is not None:
@@ -277,7 +280,7 @@ def _work(job: Job, args: argparse.Namespace, flag: StopFlag) -> int:
 
     def evaluate(world: World) -> None:
         if EVAL in job.parts:
-            _evaluate(job.config, world)
+            _evaluate(job.config, world, flag)
 
     def check(world: World) -> None:
         if job.door.job is not None:
@@ -303,14 +306,18 @@ def _work(job: Job, args: argparse.Namespace, flag: StopFlag) -> int:
         return job.after_stop(requeued=job.door.job is not None and reason is None)
 
 
-def _evaluate(config: Config, world: "World") -> None:
+def _evaluate(config: Config, world: "World", flag: StopFlag) -> None:
     """Answers and scores the held-out records on all ranks; rank 0 writes the report."""
-    from emoverse.distributed import agree
+    from emoverse.distributed import agree, gather_rows
     from emoverse.evaluate import run
     from emoverse.report import write_report
 
     for number in STOP_SIGNALS:
         signal.signal(number, _stop_at_once)
+    if gather_rows(world, [flag.requested]).any():  # while it started, or in the last step before
+        why = flag.reason or "another process was told to stop"
+        print(f"evaluation not begun ({why})", flush=True)
+        raise SystemExit(STOPPED)
     # One rank alone has nobody to agree with inside, and its mistakes are wrong input too.
     with agree(world, "evaluation") if world.world_size == 1 else contextlib.nullcontext():
         run(config.run.run_dir, world=world, config=config)

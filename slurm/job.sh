@@ -23,7 +23,13 @@ if [ -z "${EMOVERSE_PYTHON:-}" ] && [ -x .venv/bin/python ]; then python=$PWD/.v
 # Arguments: KEY=VALUE overrides and config files, in any order; without a file the default one.
 words=("$@")
 config=
-for word in "$@"; do case $word in *=* | -*) ;; *) config=$word ;; esac; done
+for word in "$@"; do
+    case $word in
+    -*) ;;
+    *=*) case ${word%%=*} in */*) config=$word ;; esac ;; # a path such as runs/lr=1e-4/config.yaml
+    *) config=$word ;;
+    esac
+done
 if [ -z "$config" ] && [ "$PART" != build ]; then words=(configs/emoverse_4b.yaml "$@"); fi
 
 # Python that dies says where; the pool of threads is set by the worker from --cpus-per-task.

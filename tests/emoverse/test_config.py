@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from data_shards.tasks import TASKS, Task
+from emoverse import faults, lease
 from emoverse.config import Config, load_config, to_yaml
 from emoverse.config_errors import ConfigError
 from emoverse.config_values import parse_rate
-from emoverse.yaml_tree import ExactFloat, resolve_scalar
+from emoverse.yaml_tree import ExactFloat, resolve_scalar, split_words
+from launch import jobs
 
 GOOD = Path(__file__).with_name("good_config.yaml")
 
@@ -51,6 +53,20 @@ def test_later_files_and_overrides_win_from_left_to_right(tmp_path: Path) -> Non
     assert config.train.processes == 2
     assert config.stages["stage1"].optim.betas == (0.5, 0.9)
     assert config.stages["stage1"].optim.lr_lora == 1e-5
+
+
+@pytest.mark.parametrize("name", [faults.FOLDER, jobs.JOBS, jobs.EVAL, lease.FOLDER, "cache"])
+def test_no_stage_has_the_name_of_another_folder_of_the_run(name: str) -> None:
+    """A stage called faults would lose its checkpoints at the next start."""
+    with pytest.raises(ConfigError, match=rf"stages\.{name}: .* taken in the run directory"):
+        load_config([GOOD], [f"stages={{{name}: {{}}}}"])
+
+
+def test_a_path_may_hold_an_equals_sign() -> None:
+    words = ["a.yaml", "run.run_dir=runs/lr=1", "runs/lr=1e-4/config.yaml", "./x=1.yaml"]
+    paths, overrides = split_words(words)
+    assert paths == [Path("a.yaml"), Path("runs/lr=1e-4/config.yaml"), Path("x=1.yaml")]
+    assert overrides == ["run.run_dir=runs/lr=1"]
 
 
 def test_a_config_cannot_be_changed() -> None:

@@ -20,6 +20,7 @@ from emoverse.handover import folds_below, handed_over, label_of, read_fold
 from emoverse.models.emoverse import EmoVerse, build_model
 from emoverse.models.fold import Fold, check_folds, folded
 from emoverse.models.internvl2 import import_checkpoint
+from emoverse.stage_parts import is_done
 from emoverse.stages import merged_into
 from emoverse.train import Launch, train_in_group
 
@@ -137,6 +138,23 @@ def test_the_lineage_is_recorded_and_checked(
     shutil.copytree(other.run.run_dir / "stage1", run_dir / "stage1")
     with pytest.raises(OtherRun, match=r"was trained on \['stage1 step_.* now holds"):
         state_of(config, "stage2")
+
+
+def test_a_finished_stage_is_not_done_when_the_one_before_it_was_trained_again(
+    run_ranks: Ranks, tiny_config: MakeConfig
+) -> None:
+    config, other = tiny_config(), tiny_config("stages.stage1.optim.lr_lora=1e-3")
+    run_stages(run_ranks, config, "stage1", "stage2")
+    stage1 = config.run.run_dir / "stage1"
+    shutil.rmtree(stage1)
+    run_stages(run_ranks, config, "stage1", "stage2")  # the same weights again
+    shutil.rmtree(stage1)
+    run_stages(run_ranks, other, "stage1")
+    with pytest.raises(OtherRun, match=r"stage2 was trained from stage1 step_.* trained again"):
+        is_done(other, "stage2")
+    assert is_done(other, "stage2", accept_changes=True)
+    shutil.rmtree(stage1 / "checkpoints")  # somebody makes room: nothing is left to compare
+    assert is_done(other, "stage2")
 
 
 def test_an_earlier_checkpoint_is_not_handed_over_in_silence(

@@ -87,3 +87,31 @@ def test_large_weights_are_known_by_both_ends(
         )
     }
     assert len(prints) == 3  # the middle is not read
+
+
+def test_the_kept_changes_can_be_applied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where they end with an empty line, and under a user's own way to show changes."""
+    code, run = tmp_path / "code", tmp_path / "run"
+    code.mkdir()
+    run.mkdir()
+    commit(code)
+    (code / "a.py").write_text("x = 1\n\n")
+    commit_again = ("-c", "user.name=n", "-c", "user.email=e@x", "commit", "-qam", "second")
+    for words in (
+        commit_again,
+        ("config", "diff.external", "echo"),
+        ("config", "color.ui", "always"),
+    ):
+        subprocess.run(["git", "-C", str(code), *words], check=True)
+    (code / "a.py").write_text("x = 2\n\n")
+    monkeypatch.setattr(provenance, "__file__", str(code / "a.py"))
+    append_launch(run, describe_launch(stage="stage1"), work=run)
+    (patch,) = run.glob("*.diff")
+    subprocess.run(["git", "-C", str(code), "apply", "--reverse", str(patch)], check=True)
+    assert (code / "a.py").read_text() == "x = 1\n\n"
+
+
+def test_changes_in_any_encoding_do_not_end_a_training(tmp_path: Path) -> None:
+    commit(tmp_path)
+    (tmp_path / "a.py").write_bytes("# caf\u00e9\n".encode("latin-1"))
+    assert "+# caf\ufffd\n" in uncommitted_changes(tmp_path) + "\n"

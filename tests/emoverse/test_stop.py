@@ -40,6 +40,13 @@ def test_the_time_limit_is_a_wish_to_stop() -> None:
     assert flag.reason == "time limit of 1.5 minutes"
     now = 0.0
     assert flag.requested  # never false again
+    later = StopFlag(clock=lambda: now)
+    later.began_before(60.0)  # the stage before took a minute
+    later.limit(1.5)
+    now += 29.9
+    assert not later.requested
+    now += 0.1
+    assert later.requested
 
 
 def listener(body: str, before: str = "") -> subprocess.Popen[str]:

@@ -272,6 +272,21 @@ def test_changes_are_accepted_on_demand_and_remembered(
     assert train(run_ranks, tiny_config(), world_size=1) == [0]  # now it is this run
 
 
+@pytest.mark.parametrize("batch", [4, 16])
+def test_another_batch_size_is_never_accepted_within_a_stage(
+    run_ranks: Ranks, tiny_config: MakeConfig, batch: int
+) -> None:
+    """Step 4 of twice the samples is not where the checkpoint stands: some would be left out."""
+    config = tiny_config("train.global_batch_size=8", "stages.stage1.epochs=4")
+    assert train(run_ranks, config, world_size=1) == [0]
+    folder = config.run.run_dir / "stage1"
+    (folder / "DONE").unlink()
+    shutil.rmtree(find_checkpoint(folder / "checkpoints", print) or folder)
+    other = tiny_config(f"train.global_batch_size={batch}", "stages.stage1.epochs=4")
+    (reason, code) = train(run_ranks, other, world_size=1, accept_changes=True)[0]
+    assert code == 2 and "train.global_batch_size: the checkpoint" in reason
+
+
 # Ranks ----------------------------------------------------------------------------------------
 
 

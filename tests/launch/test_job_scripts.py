@@ -68,6 +68,9 @@ def test_outside_of_a_job_a_script_says_what_to_do(tmp_path: Path) -> None:
         (["run.seed=2"], ["configs/emoverse_4b.yaml", "run.seed=2"]),
         (["run.seed=2", "mine.yaml"], ["run.seed=2", "mine.yaml"]),
         (["a.yaml", "b.yaml", "run.name=x"], ["a.yaml", "b.yaml", "run.name=x"]),
+        (["runs/lr=1/a.yaml", "run.seed=2"], ["runs/lr=1/a.yaml", "run.seed=2"]),
+        (["a.yaml", "--accept-changes"], ["a.yaml", "--accept-changes"]),
+        (["run.run_dir=/r/a"], ["configs/emoverse_4b.yaml", "run.run_dir=/r/a"]),
     ],
 )
 def test_the_default_config(words: list[str], expected: list[str], tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from emoverse.answer_parts import PartWriter, remove_parts
 from launch import jobs
 from launch.jobs import MAX_STARTS_WITHOUT_PROGRESS, JobRecord, why_not_again
 from launch.rendezvous import Door
@@ -56,6 +57,22 @@ def test_starts_are_counted_over_lost_nodes(config: Any, monkeypatch: pytest.Mon
     for silent in (Door(launcher="slurm", job="7", rank=1), Door(launcher="nobody")):
         jobs.begin_start(config, ["stage1"], silent, 0, "LOG")
     assert len(jobs.read_job(config.run.run_dir, "7").starts) == 4
+
+
+def test_an_evaluation_that_keeps_answers_may_begin_again(config: Any) -> None:
+    """It has no checkpoints; a killed one goes on with the batches that are not answered yet."""
+    door = Door(launcher="slurm", job="7", address="n1", world_size=2)
+    target = config.run.run_dir / "eval/stage1"
+    for number in range(2 * MAX_STARTS_WITHOUT_PROGRESS):
+        jobs.begin_start(config, [jobs.EVAL], door, 20, "LOG")
+        with PartWriter(target / "parts", "identity", rank=0) as parts:
+            parts.write(number, [])
+    remove_parts(target / "parts")
+    (target / "predictions.jsonl").write_text("{}\n" * 40)
+    for _ in range(MAX_STARTS_WITHOUT_PROGRESS):
+        jobs.begin_start(config, [jobs.EVAL], door, 20, "LOG")
+    with pytest.raises(RuntimeError, match=r"job 7 does not begin again: .* saved nothing new"):
+        jobs.begin_start(config, [jobs.EVAL], door, 20, "LOG")
 
 
 def test_jobs_are_read_in_order_and_a_torn_line_is_left_out(tmp_path: Path) -> None:

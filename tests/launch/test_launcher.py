@@ -1,20 +1,26 @@
 """`emoverse launch` without a scheduler: dry runs, clusters, variants, and every refusal."""
 
+import dataclasses
+import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from data_shards.index import ShardIndex
 from data_shards.tasks import TASKS
 from emoverse.config import load_config
-from launch import cli, snapshot, submit
+from launch import cli, jobs, preflight, snapshot, submit
 from launch.cluster import load_cluster, split_overrides
 from launch.preflight import check_memory
+from launch.rendezvous import Door
 from launch.variants import make_runs
+from launch.worker import Job
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPECTED = Path(__file__).parent / "expected"
@@ -178,6 +184,75 @@ def test_a_run_directory_of_another_config_is_refused(
     assert not (tmp_path / "run/jobs").exists()
 
 
+def test_a_job_that_resumes_needs_no_room_for_what_it_has_saved(
+    shards: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It began with just enough, and its checkpoints lie there now; stage 2 is done."""
+    config = load_config([NANO], shards)
+    whole = preflight.checkpoint_bytes(config)
+    free = whole + preflight.OTHER_BYTES
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    assert preflight.check_disk(config, ["stage1"]) == []
+    kept = config.run.run_dir / "stage1/checkpoints/step_000007/optimizer.safetensors"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(b"x" * 1000)
+    done = config.run.run_dir / "stage2/DONE"
+    done.parent.mkdir()
+    done.touch()
+    free -= 1000
+    assert preflight.check_disk(config, ["stage1", "stage2"]) == []
+    free -= 1
+    with pytest.raises(ValueError, match="make room, lower"):
+        preflight.check_disk(config, ["stage1", "stage2"])
+
+
+def test_a_finished_stage_is_queued_again_only_behind_an_unfinished_one(
+    shards: list[str], tmp_path: Path
+) -> None:
+    """Stage 1 was removed to be trained otherwise: stage 2 is that of the old one."""
+    runs = make_runs([NANO], shards)
+    cluster = load_cluster(ROOT / "configs/cluster/a100.yaml")
+    steps = submit.steps_of(cluster, ["stage1", "stage2"], evaluate=True)
+    chain = submit.Chain(cluster=cluster, cluster_file=Path("a100.yaml"), runs=runs, steps=steps)
+
+    def left() -> list[str]:
+        return [step.name for step in submit.unfinished(chain).steps]
+
+    assert left() == ["stage1", "stage2", "eval"]
+    for stage in ("stage2", "stage1"):
+        (tmp_path / "run" / stage).mkdir(parents=True)
+        (tmp_path / "run" / stage / "DONE").touch()
+        assert left() == (["eval"] if stage == "stage1" else ["stage1", "stage2", "eval"])
+
+
+def test_a_run_directory_inside_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    config = load_config([NANO], [f"run.run_dir={tmp_path / 'file/run'}"])
+    with pytest.raises(ValueError, match=r"cannot write to .*/file on .*Not a directory"):
+        preflight.check_disk(config, [])
+
+
+def test_accepted_changes_pass_the_checks_of_a_job(
+    shards: list[str],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`sbatch slurm/stage1.sh CONFIG --accept-changes`: the script's check, then rank 0's."""
+    done = tmp_path / "run/stage1/DONE"
+    done.parent.mkdir(parents=True)
+    done.write_text('{"step": 1, "knobs": {"run.seed": 99}}')
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert jobs.main(["stage1", str(NANO), *shards, "--accept-changes"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'run/stage1/logs/7'}\n"
+    door = Door(launcher="slurm", job="7", address="n1", world_size=1)
+    refused = Job(
+        config=load_config([NANO], shards), parts=("stage1",), door=door, max_requeues=3, logs="L"
+    )
+    assert refused.begin() == 2 and "give --accept-changes" in capsys.readouterr().err
+    assert dataclasses.replace(refused, accept_changes=True).begin() == 0
+
+
 def test_damaged_index_files_are_found(
     shards: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -222,6 +297,26 @@ def test_the_frozen_code_runs_and_does_not_follow_edits(
         check=True,
     )
     assert done.stdout.split() == ["1", str(folder / "launch/__init__.py")]
+
+
+def test_two_launches_freeze_the_same_at_the_same_time(tmp_path: Path) -> None:
+    config = load_config([NANO], [f"run.run_dir={tmp_path / 'run'}"])
+    context = multiprocessing.get_context("fork")
+    begin = context.Barrier(2)
+
+    def freeze() -> None:
+        begin.wait(60)
+        snapshot.freeze_code(config.run.run_dir)
+        for _ in range(100):
+            assert load_config([snapshot.freeze_config(config)]) == config
+
+    both = [context.Process(target=freeze) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(60)
+    assert [process.exitcode for process in both] == [0, 0]
+    assert len(list((tmp_path / "run/jobs").iterdir())) == 2
 
 
 def test_overrides_are_sorted_by_what_they_are_for() -> None:

@@ -8,12 +8,15 @@ import sys
 import textwrap
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from launch import local, worker
-from launch.local import exit_code, rank_environment, run_ranks
+from emoverse.config import Config, load_config
+from emoverse.yaml_tree import split_words
+from launch import cli, local, worker
+from launch.local import exit_code, rank_environment, run_local, run_ranks
 from launch.progress import Screen
 from launch.worker import FAULT, STOPPED, WRONG_INPUT
 
@@ -136,6 +139,33 @@ def test_a_signal_reaches_all_ranks(tmp_path: Path, number: signal.Signals, hand
     assert signal.getsignal(number) is before
 
 
+@pytest.mark.parametrize("other", ["time.sleep(600)", "sys.exit(75)", "sys.exit(0)"])
+def test_a_signal_while_a_rank_starts_or_leaves_is_no_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    """Rank 0 has no handler and dies; rank 1 waits for it in vain, or ends in its own time."""
+    monkeypatch.setattr(local, "GRACE_AFTER_FAILURE_S", 0.3)
+    command = script(
+        f"""
+        told = []
+        if os.environ["RANK"] == "1":
+            signal.signal(signal.SIGTERM, lambda *_: told.append(1))
+        open({str(tmp_path)!r} + "/up" + os.environ["RANK"], "w").write("x")
+        while not told:
+            time.sleep(0.01)
+        {other}
+        """
+    )
+
+    def interrupt() -> None:
+        for rank in range(2):
+            wait_for(tmp_path / f"up{rank}")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=interrupt).start()
+    assert run_ranks(command, num_ranks=2, logs=tmp_path) == STOPPED
+
+
 def test_ranks_do_not_outlive_their_launcher(tmp_path: Path) -> None:
     rank = script(
         f"""
@@ -173,6 +203,83 @@ def test_a_wrong_config_is_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFix
         for number, handler in handlers.items():
             signal.signal(number, handler)
     assert "nonsense" in capsys.readouterr().err
+
+
+def test_a_run_directory_may_hold_an_equals_sign(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ranks get the config as a file of the run directory, and take it for a file."""
+    monkeypatch.chdir(tmp_path)
+    config = load_config([ROOT / "configs/debug_cpu.yaml"], ["run.run_dir=lr=1e-4"])
+    asked: list[list[str]] = []
+    monkeypatch.setattr(local, "run_ranks", lambda command, **_: asked.append(list(command)) or 0)
+    assert run_local(config, stages=["stage1"]) == 0
+    assert load_config(*split_words(worker.parse(asked[0][3:]).config)) == config
+
+
+def test_a_second_launcher_does_not_change_what_the_ranks_of_the_first_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It will be refused by the lease; until then it must not touch the config of the first."""
+    asked: list[str] = []
+    monkeypatch.setattr(local, "run_ranks", lambda command, **_: asked.append(command[3]) or 0)
+    first, second = (
+        load_config([ROOT / "configs/debug_cpu.yaml"], [f"run.run_dir={tmp_path}", word])
+        for word in ("run.seed=1", "run.seed=2")
+    )
+    for config in (first, second, first):
+        assert run_local(config, stages=["stage1"]) == 0
+    assert [load_config([Path(name)]) for name in asked] == [first, second, first]
+    assert len(list((tmp_path / "stage1/logs").iterdir())) == 2
+
+
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> Path:
+    """A program instead of Python for the ranks; it writes its arguments to the file returned."""
+    program, asked = tmp_path / "program", tmp_path / "asked"
+    program.write_text(f"#!/bin/sh\necho $* >> {asked}\n{code}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    return asked
+
+
+def debug_config(tmp_path: Path, *overrides: str) -> Config:
+    return load_config(
+        [ROOT / "configs/debug_cpu.yaml"], [f"run.run_dir={tmp_path / 'run'}", *overrides]
+    )
+
+
+def test_a_run_directory_that_cannot_be_made_is_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    words = [f"run.run_dir={tmp_path / 'file/run'}", f"data.shards={tmp_path}"]
+    assert cli.main(["train", str(ROOT / "configs/debug_cpu.yaml"), *words]) == WRONG_INPUT
+    said = capsys.readouterr().err
+    assert "run.run_dir: " in said and "Not a directory" in said and "Traceback" not in said
+
+
+def test_no_stage_begins_after_a_signal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It came too late for the last vote of stage 1, which ends as done all the same."""
+    asked = stand_in(tmp_path, monkeypatch, f"trap '' TERM; kill -USR2 {os.getpid()}; sleep 0.3")
+    assert run_local(debug_config(tmp_path), stages=["stage1", "stage2"]) == STOPPED
+    assert [line.split()[4] for line in asked.read_text().splitlines()] == ["stage1"]
+    said = capfd.readouterr().out
+    assert "stage2 is not begun; the same command goes on (SIGUSR2)" in said
+
+
+def test_the_time_limit_is_that_of_all_stages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = debug_config(tmp_path, "train.max_minutes=0.05")
+    asked = stand_in(tmp_path, monkeypatch, "sleep 0.8")
+    assert run_local(config, stages=["stage1"] * 9) == STOPPED
+    spent = [float(line.rpartition("=")[2]) for line in asked.read_text().splitlines()]
+    assert spent == sorted(spent) and spent[0] == 0 and len(spent) <= 4 and spent[-1] < 3.05
+    assert all(later - earlier > 0.7 for earlier, later in pairwise(spent))
+    said = capfd.readouterr().out
+    assert "stage1 is not begun; the same command goes on (time limit of 0.05 minutes)" in said
 
 
 def test_importing_the_worker_does_not_import_torch() -> None:

@@ -1,6 +1,7 @@
 """What a rank does around its work: begin, requeue, wait, end; and what it notes."""
 
 import json
+import signal
 import subprocess
 import sys
 import textwrap
@@ -9,7 +10,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from emoverse import evaluate
+from emoverse.distributed import World
+from emoverse.stop import StopFlag
 from launch import worker
 from launch.jobs import add_event, read_job
 from launch.rendezvous import Door
@@ -61,6 +66,29 @@ def test_only_rank_0_of_a_job_speaks(
     assert job(tmp_path, door).begin() == DONE
     assert job(tmp_path, door).end(FAULT) == FAULT
     assert capsys.readouterr().err == "" and not (tmp_path / "run").exists()
+
+
+def test_an_end_that_cannot_be_noted_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line on a full disk must not turn a finished stage into a failed job."""
+    (tmp_path / "run/jobs").mkdir(parents=True)
+    (tmp_path / "run/jobs/7.jsonl").symlink_to("/dev/full")
+    monkeypatch.setattr(worker, "requeue", lambda door: None)
+    assert job(tmp_path, SLURM).end(DONE) == DONE
+    said = capsys.readouterr().err
+    assert "cannot be noted" in said and "No space left" in said and "job 7 done" in said
+    assert job(tmp_path, SLURM).requeue() is None
+
+
+def test_a_start_that_cannot_be_noted_is_told_without_a_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run/jobs").mkdir(parents=True)
+    (tmp_path / "run/jobs/7.jsonl").symlink_to("/dev/full")
+    monkeypatch.setattr(worker, "check_run", lambda *_, **__: [])
+    assert job(tmp_path, SLURM).begin() == FAULT
+    assert "No space left" in capsys.readouterr().err
 
 
 def test_a_requeue_is_noted_before_the_scheduler_ends_us(
@@ -154,6 +182,21 @@ def test_a_rank_that_was_cut_off_leaves_when_its_job_runs_elsewhere(
     with pytest.raises(Left):
         job(tmp_path, SLURM).wait_for_verdict(quiet)
     assert len(naps) == 3
+
+
+def test_an_evaluation_does_not_begin_after_a_signal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It came while the rank started, or in the last step of the training before."""
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(evaluate, "run", lambda *_, **__: pytest.fail("must not begin"))
+    world = World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+    flag = StopFlag()
+    flag.handle(signal.SIGUSR2, None)
+    with pytest.raises(SystemExit) as stopped:
+        worker._evaluate(job(tmp_path, SLURM).config, world, flag)
+    assert stopped.value.code == STOPPED
+    assert capsys.readouterr().out == "evaluation not begun (SIGUSR2)\n"
 
 
 def test_the_environment_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
