@@ -186,10 +186,7 @@ def evaluate_checkpoint(
     with together:
         left = [number for number in range(len(batches)) if number not in known]
         mine = left[world.rank :: world.world_size]
-        # Ranks that share the weights in training share them here, idle ones too. Cached features
-        # need the whole tower on every rank: each computes those of other clips.
-        shared = config.train.zero_stage == 3 and world.world_size > 1
-        shared = shared and not config.model.cache_features
+        shared = _shares_weights(config, world)
         if mine or (left and shared):
             model = load_state(config, folder, world.device, defer=shared)
             with shared_weights(model, world, config.model.precision):
@@ -220,11 +217,24 @@ def evaluate_checkpoint(
     if world.is_main:
         for task, line in metrics["tasks"].items():
             log(f"{name}: {task} {one_line(line)}")
-        keep_judge(metrics, target / METRICS)
-        write_predictions(target / PREDICTIONS, predictions)
-        write_text_atomically(target / METRICS, json.dumps(metrics, indent=1) + "\n")
-        remove_parts(target / PARTS)
+        _write(target, metrics, predictions)
     return metrics
+
+
+def _shares_weights(config: Config, world: World) -> bool:
+    """Ranks that share the weights in training share them here, idle ones too.
+
+    Cached features need the whole tower on every rank: each computes those of other clips.
+    """
+    divided = config.train.zero_stage == 3 and world.world_size > 1
+    return divided and not config.model.cache_features
+
+
+def _write(target: Path, metrics: dict[str, Any], predictions: Sequence[Prediction]) -> None:
+    keep_judge(metrics, target / METRICS)
+    write_predictions(target / PREDICTIONS, predictions)
+    write_text_atomically(target / METRICS, json.dumps(metrics, indent=1) + "\n")
+    remove_parts(target / PARTS)
 
 
 def _conditions(config: Config, index: ShardIndex, world: World) -> dict[str, Any]:
