@@ -319,8 +319,42 @@ def test_a_wrong_copy_is_fetched_again_and_a_wrong_original_is_damage(
     assert reader.read(1, 0).key == "clip_3"
     # Side files are under the seal of index.json.
     flip(folder / "shard-000005.idx", 3)
-    with pytest.raises(ValueError, match=r"shard-000005\.idx: does not fit idx_sha256"):
+    with pytest.raises(
+        ValueError, match=rf"{server.url}/shard-000005\.idx: does not fit idx_sha256"
+    ):
         index.entries(5)
+    flip(folder / "shard-000005.idx", 3)  # put right there, and asked for again
+    assert len(index.entries(5)) == PER_SHARD
+
+
+def test_a_wrong_copy_of_a_side_file_is_fetched_again(server: Server, tmp_path: Path) -> None:
+    """What a power cut leaves: the right length, other bytes. No start would get further."""
+    first = open_index(server.url, options(tmp_path))
+    expected = first.entries(2).tolist(), first.keys(2)
+    for suffix in ("idx", "keys"):
+        path = cache_of(first).folder / f"shard-000002.{suffix}"
+        path.write_bytes(bytes(path.stat().st_size))
+    index = open_index(server.url, options(tmp_path))
+    assert (index.entries(2).tolist(), index.keys(2)) == expected
+    assert server.requests["shard-000002.idx"] == server.requests["shard-000002.keys"] == 2
+
+
+def test_a_file_may_be_removed_as_soon_as_it_is_there(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process may need its room before this one has opened it."""
+    index, path_of, removed = open_index(server.url, options(tmp_path)), ShardCache.path, Counter()
+
+    def remove_once(cache: ShardCache, name: str, size: int | None) -> Path:
+        path = path_of(cache, name, size)
+        if not removed[name]:
+            path.unlink()
+        removed[name] += 1
+        return path
+
+    monkeypatch.setattr(ShardCache, "path", remove_once)
+    assert ShardReader(index.folder, index).read(4, 1).key == "clip_13"
+    assert removed == {f"shard-000004.{suffix}": 2 for suffix in ("idx", "keys", "tar")}
 
 
 def flip(path: Path, at: int) -> None:
