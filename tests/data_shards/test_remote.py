@@ -27,7 +27,7 @@ from data_shards.index import ShardIndex
 from data_shards.plan import StageSpec, plan_stages
 from data_shards.reader import DamagedRecord, ShardReader
 from data_shards.record import Record, Video
-from data_shards.remote import CacheOptions, open_index
+from data_shards.remote import CacheOptions, default_cache_folder, open_index
 from data_shards.sampler import WeightedTaskSampler
 from data_shards.stream import StepStream, ViewOptions
 from data_shards.tasks import Task
@@ -141,6 +141,15 @@ def cache_of(index: ShardIndex) -> ShardCache:
 def test_addresses_are_told_from_folders() -> None:
     assert is_remote("http://host/a") and is_remote("s3://bucket/a")
     assert not is_remote("a/b") and not is_remote(Path("http://host")) and not is_remote("C:/a")
+
+
+def test_every_user_has_a_cache_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a shared machine the second user could not write into the folder of the first."""
+    folders = set()
+    for user in (1001, 1002):
+        monkeypatch.setattr(os, "getuid", lambda user=user: user)
+        folders.add(default_cache_folder())
+    assert len(folders) == 2
 
 
 def test_records_are_those_of_the_folder(built: Path, server: Server, tmp_path: Path) -> None:
