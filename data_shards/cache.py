@@ -72,7 +72,8 @@ class ShardCache:
                 # The mark is made under the lock that guards the room, so that it counts at once.
                 self._make_room(part, size or 0)
                 download(f"{self.url}/{name}", part, size)
-                part.replace(path)
+                with self._locked(".room"):  # whoever counts files sees it under one of its names
+                    part.replace(path)
             except BaseException:
                 part.unlink(missing_ok=True)
                 raise

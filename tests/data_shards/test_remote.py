@@ -260,6 +260,31 @@ def test_the_room_is_bounded(server: Server, tmp_path: Path) -> None:
         open_index(server.url, options(tmp_path, index.shards[0].bytes))
 
 
+def test_a_file_that_gets_its_name_during_a_count_is_counted(
+    server: Server, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two transfers, room for one: the first ends while the second looks at what is there."""
+    first, second = (folder / f"shard-00000{n}.tar" for n in (0, 1))
+    size = first.stat().st_size
+    cache = ShardCache(server.url, tmp_path / "cache", size * 3 // 2)
+    server.wait_s, list_all = 0.1, Path.iterdir
+
+    def slow_listing(path: Path) -> Iterator[Path]:
+        found, end = list(list_all(path)), time.monotonic() + 0.3
+        while time.monotonic() < end and not (cache.folder / first.name).exists():
+            time.sleep(0.01)
+        return iter(found)
+
+    transfer = threading.Thread(target=cache.path, args=(first.name, size))
+    transfer.start()
+    while not list(cache.folder.glob(".part-*")):
+        time.sleep(0.01)
+    monkeypatch.setattr(Path, "iterdir", slow_listing)
+    assert cache.path(second.name, second.stat().st_size).is_file()
+    transfer.join()
+    assert [path.name for path in cache.folder.glob("*.tar")] == [second.name]
+
+
 def size_of(path: Path) -> int:
     try:
         return path.stat().st_size
