@@ -94,7 +94,7 @@ def build_shards(
         ValueError: the folder is not empty, no or too large a record, a key that comes twice, or
             (strict) a clip that does not decode to the record's `num_frames` or was skipped.
     """
-    out_dir = Path(out_dir)
+    out_dir = Path(out_dir).resolve()  # a link stays, the folder behind it is replaced
     options = options or BuildOptions()
     if max_records_per_shard < 1 or max_bytes < 1:
         raise ValueError(
@@ -141,6 +141,12 @@ def _require_empty(out_dir: Path) -> None:
         raise ValueError(
             f"build: the output folder must be new or empty, found {out_dir}; remove it or name "
             "another one"
+        )
+    if out_dir == Path.cwd() or out_dir.is_mount():
+        what = "a mount point" if out_dir.is_mount() else "the working directory"
+        raise ValueError(
+            f"build: {out_dir} is {what}, which the finished folder cannot replace; name a folder "
+            "in it"
         )
 
 

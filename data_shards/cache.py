@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 from data_shards.fetch import download
 
@@ -72,12 +72,28 @@ class ShardCache:
                 # The mark is made under the lock that guards the room, so that it counts at once.
                 self._make_room(part, size or 0)
                 download(f"{self.url}/{name}", part, size)
-                part.replace(path)
+                with self._locked(".room"):  # whoever counts files sees it under one of its names
+                    part.replace(path)
             except BaseException:
                 part.unlink(missing_ok=True)
                 raise
             self.fetches += 1
         return path
+
+    def open(self, name: str, size: int | None) -> BinaryIO:
+        """The file of that name, like `path`; what is open can be read though it is removed.
+
+        Do not keep it open: it would keep its place on the disk when the cache removes it.
+        """
+        while True:
+            path = self.path(name, size)
+            with contextlib.suppress(FileNotFoundError):  # removed between the two calls
+                return path.open("rb")
+
+    def read(self, name: str, size: int | None) -> bytes:
+        """The content of a small file."""
+        with self.open(name, size) as file:
+            return file.read()
 
     def drop(self, name: str) -> None:
         """Forget a file whose content turned out to be wrong: the next `path` fetches it again."""

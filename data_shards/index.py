@@ -118,6 +118,9 @@ class Places(Protocol):
     def path(self, name: str, size: int | None) -> Path:
         """A file by its name in index.json; `size` is what it must have, None if nothing tells."""
 
+    def read(self, name: str, size: int | None) -> bytes:
+        """The content of a file, also where `path` may be gone again at once."""
+
     def drop(self, name: str) -> None:
         """The content of a file is wrong: fetch it again, if it was fetched."""
 
@@ -249,20 +252,28 @@ class ShardIndex:
         shard = bisect_right(self._first, ordinal) - 1
         return shard, ordinal - self._first[shard]
 
-    def path(self, name: str, size: int | None) -> Path:
-        """Where a file of the dataset is now; fetched first if it was not here."""
-        if self.places is None:
-            return self.folder / name
-        return self.places.path(name, size)
+    def _side_file(self, name: str, size: int | None, sha256: str) -> bytes | None:
+        """Content of a side file, None if it is not the one that index.json seals."""
+        for _ in range(1 if self.places is None else 2):
+            # Read, not mapped: a mapped file that is cut short ends the process without a word.
+            if self.places is None:
+                content = (self.folder / name).read_bytes()
+            else:
+                content = self.places.read(name, size)
+            if hashlib.sha256(content).hexdigest() == sha256:
+                return content
+            if self.places is not None:  # a copy may be wrong where the original is right
+                self.places.drop(name)
+        return None
 
     def _load_entries(self, shard: int) -> NDArray[np.void]:
         info = self.shards[shard]
-        path = self.path(sidecar(Path(info.name), ".idx").name, info.records * ENTRY_DTYPE.itemsize)
-        # Read, not mapped: a mapped file that somebody cuts short ends the process without a word.
-        content = path.read_bytes()
-        if hashlib.sha256(content).hexdigest() != info.idx_sha256:
+        name, size = sidecar(Path(info.name), ".idx").name, info.records * ENTRY_DTYPE.itemsize
+        path = f"{self.source}/{name}"
+        content = self._side_file(name, size, info.idx_sha256)
+        if content is None:
             raise ValueError(_changed(path, "idx_sha256"))
-        if len(content) != info.records * ENTRY_DTYPE.itemsize:
+        if len(content) != size:
             raise ValueError(_changed(path, "records"))
         entries: NDArray[np.void] = np.frombuffer(content, dtype=ENTRY_DTYPE)
         masks, counts = np.unique(entries["tasks"], return_counts=True)
@@ -278,11 +289,11 @@ class ShardIndex:
 
     def _load_keys(self, shard: int) -> tuple[str, ...]:
         info = self.shards[shard]
-        path = self.path(sidecar(Path(info.name), ".keys").name, None)
-        content = path.read_bytes()
-        keys = tuple(content.decode("ascii", errors="replace").splitlines())
-        if hashlib.sha256(content).hexdigest() != info.keys_sha256 or len(keys) != info.records:
-            raise ValueError(_changed(path, "keys_sha256 and records"))
+        name = sidecar(Path(info.name), ".keys").name
+        content = self._side_file(name, None, info.keys_sha256)
+        keys = () if content is None else tuple(content.decode("ascii", "replace").splitlines())
+        if len(keys) != info.records:
+            raise ValueError(_changed(f"{self.source}/{name}", "keys_sha256 and records"))
         for key in keys:
             validate_key(key)
         return keys
@@ -367,7 +378,7 @@ def _require_files(folder: Path, shard: ShardInfo) -> None:
             )
 
 
-def _changed(path: Path, field: str) -> str:
+def _changed(path: str, field: str) -> str:
     return (
         f"{path}: does not fit {field} in {INDEX_FILE}: the file was changed or damaged; copy the "
         "shard folder again or build it again"

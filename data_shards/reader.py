@@ -154,18 +154,8 @@ class ShardReader:
         cache, info = self.index.places, self.index.shards[shard]
         if not isinstance(cache, ShardCache):
             return _read_exactly(self._descriptor(shard), size, offset)
-        while True:
-            # Opened for every read: a file kept open would keep its place on the disk when the
-            # cache removes it.
-            path = cache.path(info.name, info.bytes)
-            try:
-                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            except FileNotFoundError:
-                continue  # removed between the two calls
-            try:
-                return _read_exactly(descriptor, size, offset)
-            finally:
-                os.close(descriptor)
+        with cache.open(info.name, info.bytes) as file:
+            return _read_exactly(file.fileno(), size, offset)
 
     def expect(self, shards: Iterable[int]) -> None:
         """These shards will be read soon, in this order: fetch them if they are not here."""

@@ -5,6 +5,7 @@ it (`ShardReader`) needs to know no more. Flow: config -> here -> index, plan, r
 """
 
 import hashlib
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +21,16 @@ _GIB: Final = 2**30
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheOptions:
-    """Where and how much: a folder on a local disk, shared by all processes of the machine."""
+    """Where and how much: a folder on a local disk, shared by a user's processes on the machine."""
 
     folder: Path
     max_bytes: int = 64 * _GIB
 
 
 def default_cache_folder() -> Path:
-    """Below the machine's folder for temporary files."""
-    return Path(tempfile.gettempdir()) / "emoverse-cache"
+    """Below the machine's folder for temporary files, one per user: nobody may write into that of
+    another one who has a job on the same machine."""
+    return Path(tempfile.gettempdir()) / f"emoverse-cache-{os.getuid()}"
 
 
 def open_index(place: str | Path, cache: CacheOptions | None = None) -> ShardIndex:

@@ -47,6 +47,9 @@ class TarPlaces:
     def path(self, name: str, size: int | None) -> Path:
         return self._tars.get(name, self._folder / name)
 
+    def read(self, name: str, size: int | None) -> bytes:
+        return self.path(name, size).read_bytes()
+
     def drop(self, name: str) -> None:
         """Nothing was copied, so nothing can be forgotten."""
 

@@ -146,7 +146,8 @@ class Unfinished:
 
 
 def work_folder(out_dir: Path) -> Path:
-    """Where an output folder is built."""
+    """Where an output folder is built: beside it, on the same file system."""
+    out_dir = out_dir.resolve()
     return out_dir.parent / f".{out_dir.name}.building"
 
 

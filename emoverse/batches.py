@@ -15,7 +15,7 @@ from torch import nn
 from data_shards.index import ShardIndex
 from data_shards.reader import ShardReader
 from data_shards.sampler import WeightedTaskSampler
-from data_shards.stream import Sample, StepStream, ViewOptions
+from data_shards.stream import Sample, StepStream, ViewOptions, view_frames
 from emoverse.collate import FrameShape
 from emoverse.config import Config
 from emoverse.encode import EncodeOptions, open_tokenizer
@@ -101,7 +101,8 @@ def build_loader(
         reader,
         view,
         on_damage=data.on_damage,
-        wants_frames=(lambda key, view: False)
+        # Grey frames must be as many as the true ones: some views tell it when they are decoded.
+        wants_frames=(lambda key, kind: view_frames(kind, view) is None)
         if blank
         else (features.wants_frames if features else None),
     )

@@ -259,6 +259,8 @@ def _visuals(
     """(pixels, features, number of frames); one of the first two is None, both of a waiting one."""
     if options.blank_frames:
         num_frames = 1 if sample.view == "peak" else options.frames_per_clip
+        if sample.frames is not None:  # the tiles of a peak, which only the picture tells
+            num_frames = len(sample.frames)
         if options.blank_feature is None:
             return blank_pixels(num_frames, options.image_size), None, num_frames
         grey = options.blank_feature

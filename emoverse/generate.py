@@ -23,7 +23,14 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from data_shards.index import ShardIndex
 from data_shards.reader import ShardReader
 from data_shards.record import Record
-from data_shards.stream import Sample, ViewOptions, decode_view, require_view, view_of
+from data_shards.stream import (
+    Sample,
+    ViewOptions,
+    decode_view,
+    require_view,
+    view_frames,
+    view_of,
+)
 from data_shards.tasks import build_query, format_answer
 from emoverse import distributed
 from emoverse.config import Config
@@ -244,9 +251,11 @@ class Answerer:
         record = self.reader.read(entry.shard, entry.slot)
         kind = view_of(record, entry.task, view)
         frames = None
-        if not options.blank_frames and (
-            features is None or features.wants_frames(record.key, kind)
-        ):
+        if options.blank_frames:
+            wanted = view_frames(kind, view) is None  # as many grey frames as there would be tiles
+        else:
+            wanted = features is None or features.wants_frames(record.key, kind)
+        if wanted:
             try:
                 frames = decode_view(record, kind, view)
             except ValueError as error:

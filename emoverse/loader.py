@@ -8,7 +8,7 @@ state: to resume is to start at another step, with any number of workers.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -75,21 +75,31 @@ class StepLoader:
         """
         if desk is not None:
             self._steps.watch = desk.ring.say
-        samples = {sample.position: sample for sample in self._steps.read(step)}
-        while True:
-            if desk is not None:
-                desk.clear()
-            frames = _Frames(self._steps, samples, self._frame_shape.image_size, desk)
-            try:
-                return make_batches(
-                    [encode_sample(s, self._tokenizer, self._encode) for s in samples.values()],
-                    pack_tokens=self._options.pack_tokens,
-                    loss_mode=self._options.loss_mode,
-                    frame_shape=self._frame_shape,
-                    pixels=frames.of,
-                )
-            except _Replaced as replaced:  # by a sample of another length: pack again
-                samples[replaced.sample.position] = replaced.sample
+        samples = self._steps.read(step)
+        try:
+            return self._pack(samples, desk)
+        except _Damaged:
+            # Substitutes have other lengths: pack again, when every sample is known to be whole.
+            return self._pack([self._decoded(sample) for sample in samples], desk)
+
+    def _pack(self, samples: Sequence[Sample], desk: Desk | None) -> list[Batch]:
+        """The packs of some samples; raises _Damaged at the first waiting one of damaged media."""
+        if desk is not None:
+            desk.clear()
+        frames = _Frames(self._steps, samples, self._frame_shape.image_size, desk)
+        return make_batches(
+            [encode_sample(sample, self._tokenizer, self._encode) for sample in samples],
+            pack_tokens=self._options.pack_tokens,
+            loss_mode=self._options.loss_mode,
+            frame_shape=self._frame_shape,
+            pixels=frames.of,
+        )
+
+    def _decoded(self, sample: Sample) -> Sample:
+        """The sample with its frames, or the first substitute that has some."""
+        while sample.waiting:
+            sample = self._steps.decode(sample)
+        return sample
 
     def zero_batch(self) -> Batch:
         """The pack of weight 0 for a rank that has fewer packs than the others."""
@@ -109,27 +119,23 @@ class StepLoader:
         yield from WorkerPool(self.batches, range(start, stop), self._options.pool)
 
 
-class _Replaced(Exception):
-    """The media of a sample are damaged and another one stands at its position."""
-
-    def __init__(self, sample: Sample) -> None:
-        super().__init__()
-        self.sample = sample
+class _Damaged(Exception):
+    """The media of a sample are damaged; another one stands at its position."""
 
 
 class _Frames:
     """The frames of a step's packs: decoded to where they stay, or copied if they are there."""
 
     def __init__(
-        self, steps: Steps, samples: Mapping[int, Sample], image_size: int, desk: Desk | None
+        self, steps: Steps, samples: Sequence[Sample], image_size: int, desk: Desk | None
     ) -> None:
         self._steps = steps
-        self._samples = samples  # by position
+        self._samples = {sample.position: sample for sample in samples}
         self._image_size = image_size
         self._desk = desk
 
     def of(self, examples: Sequence[Example]) -> NDArray[np.uint8]:
-        """uint8 [F, size, size, 3]; raises _Replaced at the first sample of damaged media."""
+        """uint8 [F, size, size, 3]; raises _Damaged at the first sample of damaged media."""
         size, start = self._image_size, 0
         num_frames = sum(example.num_frames for example in examples)
         shape = (num_frames, size, size, 3)
@@ -141,7 +147,6 @@ class _Frames:
                 place[:] = example.pixels_F
                 continue
             waiting = self._samples[example.position]
-            sample = self._steps.decode(waiting, place)
-            if sample.replaced > waiting.replaced:
-                raise _Replaced(sample)
+            if self._steps.decode(waiting, place).replaced > waiting.replaced:
+                raise _Damaged
         return pixels

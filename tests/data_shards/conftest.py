@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import shutil
 import socket
 import threading
 import time
@@ -10,15 +11,21 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from functools import partial
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from data_shards import fetch
+from data_shards.build import build_shards
 from data_shards.plan import StageSpec
+from data_shards.record import Record, Video
 from data_shards.tasks import Task, mask_of
+from data_shards.video import encode_mp4
 
 
 class MemoryTable:
@@ -257,3 +264,92 @@ def unused_url() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{probe.getsockname()[1]}/v1"
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight shards of three records, for reading only."""
+    frames = np.random.default_rng(0).integers(0, 255, (4, 32, 32, 3)).astype(np.uint8)
+    record = Record(
+        key="clip_0",
+        source="test",
+        split="train",
+        utterance="Hello.",
+        speaker="Ann",
+        sentiment=0.5,
+        emotion="joy",
+        tasks=(Task.MSA, Task.ER),
+        num_frames=4,
+        media=Video(mp4=encode_mp4(frames, 25)),
+    )
+    folder = tmp_path_factory.mktemp("remote") / "shards"
+    records = [replace(record, key=f"clip_{n}") for n in range(24)]
+    build_shards(records, folder, provenance={}, max_records_per_shard=3)
+    return folder
+
+
+class FileServer(ThreadingHTTPServer):
+    """Serves a folder with byte ranges, and fails as a test says."""
+
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), partial(_FileHandler, directory=str(folder)))
+        self.requests: Counter[str] = Counter()
+        self.failures = 0  # so many answers are 503
+        self.cuts = 0  # so many answers end in the middle
+        self.ranges = True
+        self.wait_s = 0.0
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class _FileHandler(SimpleHTTPRequestHandler):
+    server: FileServer
+
+    def do_GET(self) -> None:
+        name, server = self.path.lstrip("/"), self.server
+        server.requests[name] += 1
+        time.sleep(server.wait_s)
+        path = Path(self.directory) / name
+        if server.failures > 0:
+            server.failures -= 1
+            self.send_error(503)
+            return
+        if not path.is_file():
+            self.send_error(404)
+            return
+        content, start = path.read_bytes(), 0
+        if (asked := self.headers.get("Range")) and server.ranges:
+            start = int(asked.removeprefix("bytes=").removesuffix("-"))
+            self.send_response(206)
+        else:
+            self.send_response(200)
+        self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
+        content = content[start:]
+        if server.cuts > 0:
+            server.cuts -= 1
+            content = content[: len(content) // 2]
+        self.wfile.write(content)
+
+    def log_message(self, *_: Any) -> None:
+        """Quiet."""
+
+
+@pytest.fixture
+def folder(built: Path, tmp_path: Path) -> Path:
+    """A copy to change."""
+    return Path(shutil.copytree(built, tmp_path / "origin"))
+
+
+@pytest.fixture
+def server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
+    monkeypatch.setattr(fetch, "_PAUSE_S", 0.01)
+    server = FileServer(folder)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()

@@ -195,6 +195,35 @@ def test_a_bad_record_stops_the_build_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_link_to_an_empty_folder_is_filled(tmp_path: Path, mp4: bytes) -> None:
+    """As a project folder links to scratch; also one whose folder is not there yet."""
+    (tmp_path / "scratch" / "empty").mkdir(parents=True)
+    for name in ("empty", "new"):
+        link = tmp_path / name
+        link.symlink_to(tmp_path / "scratch" / name)
+        assert build_shards(make_records(mp4, 3), link, provenance={}).num_records == 3
+        assert link.is_symlink() and (tmp_path / "scratch" / name / "index.json").is_file()
+    assert sorted(path.name for path in (tmp_path / "scratch").iterdir()) == ["empty", "new"]
+
+
+def test_a_folder_that_cannot_be_replaced_is_refused_before_the_work(
+    tmp_path: Path, mp4: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never() -> Iterator[Record]:
+        raise AssertionError("no record may be asked for")
+        yield
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"is the working directory, .* name a folder in it"):
+        build_shards(never(), ".", provenance={})
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "volume")
+    (tmp_path / "volume").mkdir()
+    with pytest.raises(ValueError, match=r"volume is a mount point, .* name a folder in it"):
+        build_shards(never(), "volume", provenance={})
+    assert [path.name for path in tmp_path.iterdir()] == ["volume"]
+    assert build_shards(make_records(mp4, 1), "volume/a", provenance={}).num_records == 1
+
+
 def test_a_source_that_fails_or_is_empty_leaves_nothing(tmp_path: Path, mp4: bytes) -> None:
     def failing() -> Iterator[Record]:
         yield make_record(mp4, 0)

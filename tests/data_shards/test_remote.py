@@ -1,127 +1,31 @@
 """Remote shard folders: the same records as local ones, each file fetched once, in bounded room."""
 
-import http.server
 import json
-import multiprocessing
 import os
 import shutil
-import signal
-import threading
 import time
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from data_shards import fetch
 from data_shards.build import build_shards
-from data_shards.cache import CacheTooSmall, ShardCache
+from data_shards.cache import ShardCache
 from data_shards.fetch import download, is_remote
 from data_shards.index import ShardIndex
 from data_shards.plan import StageSpec, plan_stages
 from data_shards.reader import DamagedRecord, ShardReader
 from data_shards.record import Record, Video
-from data_shards.remote import CacheOptions, open_index
+from data_shards.remote import CacheOptions, default_cache_folder, open_index
 from data_shards.sampler import WeightedTaskSampler
 from data_shards.stream import StepStream, ViewOptions
 from data_shards.tasks import Task
 from data_shards.video import encode_mp4
 
 NUM_SHARDS, PER_SHARD = 8, 3
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    frames = np.random.default_rng(0).integers(0, 255, (4, 32, 32, 3)).astype(np.uint8)
-    record = Record(
-        key="clip_0",
-        source="test",
-        split="train",
-        utterance="Hello.",
-        speaker="Ann",
-        sentiment=0.5,
-        emotion="joy",
-        tasks=(Task.MSA, Task.ER),
-        num_frames=4,
-        media=Video(mp4=encode_mp4(frames, 25)),
-    )
-    folder = tmp_path_factory.mktemp("remote") / "shards"
-    records = [replace(record, key=f"clip_{n}") for n in range(NUM_SHARDS * PER_SHARD)]
-    build_shards(records, folder, provenance={}, max_records_per_shard=PER_SHARD)
-    return folder
-
-
-class Server(http.server.ThreadingHTTPServer):
-    """Serves a folder with byte ranges, and fails as a test says."""
-
-    daemon_threads = True
-    block_on_close = False
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
-        self.requests: Counter[str] = Counter()
-        self.failures = 0  # so many answers are 503
-        self.cuts = 0  # so many answers end in the middle
-        self.ranges = True
-        self.wait_s = 0.0
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
-
-
-class Handler(http.server.SimpleHTTPRequestHandler):
-    server: Server
-
-    def do_GET(self) -> None:
-        name, server = self.path.lstrip("/"), self.server
-        server.requests[name] += 1
-        time.sleep(server.wait_s)
-        path = Path(self.directory) / name
-        if server.failures > 0:
-            server.failures -= 1
-            self.send_error(503)
-            return
-        if not path.is_file():
-            self.send_error(404)
-            return
-        content, start = path.read_bytes(), 0
-        if (asked := self.headers.get("Range")) and server.ranges:
-            start = int(asked.removeprefix("bytes=").removesuffix("-"))
-            self.send_response(206)
-        else:
-            self.send_response(200)
-        self.send_header("Content-Length", str(len(content) - start))
-        self.end_headers()
-        content = content[start:]
-        if server.cuts > 0:
-            server.cuts -= 1
-            content = content[: len(content) // 2]
-        self.wfile.write(content)
-
-    def log_message(self, *_: Any) -> None:
-        """Quiet."""
-
-
-@pytest.fixture
-def folder(built: Path, tmp_path: Path) -> Path:
-    """A copy to change."""
-    return Path(shutil.copytree(built, tmp_path / "origin"))
-
-
-@pytest.fixture
-def server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(fetch, "_PAUSE_S", 0.01)
-    server = Server(folder)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
 
 
 def options(tmp_path: Path, max_bytes: int = 2**30) -> CacheOptions:
@@ -143,7 +47,16 @@ def test_addresses_are_told_from_folders() -> None:
     assert not is_remote("a/b") and not is_remote(Path("http://host")) and not is_remote("C:/a")
 
 
-def test_records_are_those_of_the_folder(built: Path, server: Server, tmp_path: Path) -> None:
+def test_every_user_has_a_cache_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a shared machine the second user could not write into the folder of the first."""
+    folders = set()
+    for user in (1001, 1002):
+        monkeypatch.setattr(os, "getuid", lambda user=user: user)
+        folders.add(default_cache_folder())
+    assert len(folders) == 2
+
+
+def test_records_are_those_of_the_folder(built: Path, server: Any, tmp_path: Path) -> None:
     local, index = ShardIndex.load(built), open_index(server.url, options(tmp_path))
     assert index.fingerprint == local.fingerprint
     assert read_all(index) == read_all(local) == read_all(index)
@@ -153,7 +66,7 @@ def test_records_are_those_of_the_folder(built: Path, server: Server, tmp_path: 
     assert server.requests["index.json"] == 2 and server.requests["shard-000001.tar"] == 1
 
 
-def test_a_dataset_built_anew_is_another_one(server: Server, folder: Path, tmp_path: Path) -> None:
+def test_a_dataset_built_anew_is_another_one(server: Any, folder: Path, tmp_path: Path) -> None:
     first = open_index(server.url, options(tmp_path))
     keys = [record.key for record in read_all(first)]
     shutil.rmtree(folder)
@@ -170,7 +83,7 @@ def test_a_dataset_built_anew_is_another_one(server: Server, folder: Path, tmp_p
     [({"failures": 3}, 4), ({"cuts": 3}, 4), ({"cuts": 1, "ranges": False}, 3)],
 )
 def test_broken_transfers_go_on(
-    server: Server, built: Path, tmp_path: Path, trouble: dict[str, Any], requests: int
+    server: Any, built: Path, tmp_path: Path, trouble: dict[str, Any], requests: int
 ) -> None:
     index = open_index(server.url, options(tmp_path))
     index.entries(0), index.keys(0)
@@ -181,7 +94,7 @@ def test_broken_transfers_go_on(
     assert server.requests["shard-000000.tar"] == requests
 
 
-def test_a_server_that_never_answers_well_is_an_error(server: Server, tmp_path: Path) -> None:
+def test_a_server_that_never_answers_well_is_an_error(server: Any, tmp_path: Path) -> None:
     index = open_index(server.url, options(tmp_path))
     server.failures = 10**9
     with pytest.raises(OSError, match=r"idx: 5 attempts in a row failed, .* 503"):
@@ -198,7 +111,7 @@ def test_a_server_that_never_answers_well_is_an_error(server: Server, tmp_path: 
 
 
 def test_what_is_missing_or_larger_is_said_at_once(
-    server: Server, folder: Path, tmp_path: Path
+    server: Any, folder: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(FileNotFoundError, match=r"none/index\.json: the server answers 404"):
         open_index(f"{server.url}/none", options(tmp_path))
@@ -212,98 +125,8 @@ def test_what_is_missing_or_larger_is_said_at_once(
         open_index("gopher://host/a", options(tmp_path))
 
 
-def test_the_room_is_bounded(server: Server, tmp_path: Path) -> None:
-    """Room for three shards: at no moment more, for two readers and their prefetch threads."""
-    index = open_index(server.url, options(tmp_path))
-    room = 3 * index.shards[0].bytes + 4096
-    index = open_index(server.url, options(tmp_path / "small", room))
-    cache, most, done = cache_of(index), 0, threading.Event()
-    for shard in range(NUM_SHARDS):
-        index.entries(shard), index.keys(shard)
-    server.wait_s = 0.05  # so that transfers overlap
-
-    def watch() -> None:
-        nonlocal most
-        while not done.is_set():
-            with cache._locked(".room"):  # nothing is removed between two looks at sizes
-                files = [path for path in cache.folder.iterdir() if path.is_file()]
-                most = max(most, sum(size_of(path) for path in files))
-            time.sleep(0.001)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    readers = [
-        threading.Thread(
-            target=read_all, args=(open_index(server.url, options(tmp_path / "small", room)),)
-        )
-        for _ in range(2)
-    ]
-    cache.prefetch((shard.name, shard.bytes) for shard in index.shards)
-    for reader in readers:
-        reader.start()
-    for reader in readers:
-        reader.join(60)
-        assert not reader.is_alive()
-    done.set()
-    watcher.join()
-    assert index.shards[0].bytes < most <= room
-    with pytest.raises(CacheTooSmall, match=r"data\.cache_gib: must hold two shards at least"):
-        open_index(server.url, options(tmp_path, index.shards[0].bytes))
-
-
-def size_of(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
-
-
-def _read_some(url: str, cache: CacheOptions, first: int) -> None:
-    index = open_index(url, cache)
-    reader = ShardReader(index.folder, index)
-    for number in range(index.num_records):
-        reader.read(*index.address((first + number) % index.num_records))
-
-
-def test_processes_of_a_machine_fetch_each_file_once(server: Server, tmp_path: Path) -> None:
-    server.wait_s = 0.01
-    context = multiprocessing.get_context("fork")
-    children = [
-        context.Process(target=_read_some, args=(server.url, options(tmp_path), 5 * child))
-        for child in range(4)
-    ]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(60)
-        assert child.exitcode == 0
-    requests = dict(server.requests)
-    assert requests.pop("index.json") == 4 and set(requests.values()) == {1}
-
-
-def test_what_a_killed_process_left_is_cleared(
-    server: Server, folder: Path, tmp_path: Path
-) -> None:
-    server.wait_s = 30.0
-    cache = ShardCache(server.url, tmp_path / "cache", 10**6)
-    child = multiprocessing.get_context("fork").Process(
-        target=cache.path, args=("shard-000000.tar", 10**5)
-    )
-    child.start()
-    while not list(cache.folder.glob(".part-*")):
-        time.sleep(0.01)
-    assert child.pid is not None
-    os.kill(child.pid, signal.SIGKILL)
-    child.join()
-    server.wait_s = 0.0
-    size = (folder / "shard-000001.tar").stat().st_size
-    cache.max_bytes = size + 10  # the left-over would not leave room enough
-    assert cache.path("shard-000001.tar", size).is_file()
-    assert not list(cache.folder.glob(".part-*"))
-
-
 def test_a_wrong_copy_is_fetched_again_and_a_wrong_original_is_damage(
-    server: Server, folder: Path, tmp_path: Path
+    server: Any, folder: Path, tmp_path: Path
 ) -> None:
     index = open_index(server.url, options(tmp_path))
     reader = ShardReader(index.folder, index)
@@ -319,8 +142,24 @@ def test_a_wrong_copy_is_fetched_again_and_a_wrong_original_is_damage(
     assert reader.read(1, 0).key == "clip_3"
     # Side files are under the seal of index.json.
     flip(folder / "shard-000005.idx", 3)
-    with pytest.raises(ValueError, match=r"shard-000005\.idx: does not fit idx_sha256"):
+    with pytest.raises(
+        ValueError, match=rf"{server.url}/shard-000005\.idx: does not fit idx_sha256"
+    ):
         index.entries(5)
+    flip(folder / "shard-000005.idx", 3)  # put right there, and asked for again
+    assert len(index.entries(5)) == PER_SHARD
+
+
+def test_a_wrong_copy_of_a_side_file_is_fetched_again(server: Any, tmp_path: Path) -> None:
+    """What a power cut leaves: the right length, other bytes. No start would get further."""
+    first = open_index(server.url, options(tmp_path))
+    expected = first.entries(2).tolist(), first.keys(2)
+    for suffix in ("idx", "keys"):
+        path = cache_of(first).folder / f"shard-000002.{suffix}"
+        path.write_bytes(bytes(path.stat().st_size))
+    index = open_index(server.url, options(tmp_path))
+    assert (index.entries(2).tolist(), index.keys(2)) == expected
+    assert server.requests["shard-000002.idx"] == server.requests["shard-000002.keys"] == 2
 
 
 def flip(path: Path, at: int) -> None:
@@ -345,7 +184,7 @@ def identity(stream: StepStream) -> list[tuple[int, str]]:
 
 
 def test_a_stream_is_the_local_one_and_fetches_in_the_order_of_the_plan(
-    server: Server, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: Any, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A cache of two blocks of two shards, two ranks: every shard about once."""
     monkeypatch.setattr("data_shards.stream.AHEAD_SAMPLES", 4)
@@ -358,7 +197,7 @@ def test_a_stream_is_the_local_one_and_fetches_in_the_order_of_the_plan(
 
 
 def test_the_next_shards_are_on_their_way(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     index = open_index(server.url, options(tmp_path))
     stream = stream_of(index)
@@ -382,7 +221,7 @@ def test_fsspec_opens_the_other_schemes(built: Path, tmp_path: Path) -> None:
 
 
 def test_the_index_of_a_server_is_checked_like_a_local_one(
-    server: Server, folder: Path, tmp_path: Path
+    server: Any, folder: Path, tmp_path: Path
 ) -> None:
     document = json.loads((folder / "index.json").read_text())
     document["shards"][0]["name"] = "../../outside.tar"

@@ -172,10 +172,18 @@ def test_blank_frames_keep_the_prompt(tokenizer: Tokenizer) -> None:
 
     grey = np.arange(TOKENS * 5, dtype=np.float32).reshape(TOKENS, 5)
     cached = encode_sample(
-        sample(view="peak"), tokenizer, options(tokenizer, blank_frames=True, blank_feature=grey)
+        sample(view="peak", frames=None),
+        tokenizer,
+        options(tokenizer, blank_frames=True, blank_feature=grey),
     )
     assert cached.pixels_F is None and cached.features is not None
     assert np.array_equal(cached.features, grey[None])
+
+    tiles = sample(view="peak", frames=3)  # only the picture tells how many
+    live = encode_sample(tiles, tokenizer, options(tokenizer))
+    blank = encode_sample(tiles, tokenizer, options(tokenizer, blank_frames=True))
+    assert blank.ids_T.tolist() == live.ids_T.tolist() and blank.num_frames == 3
+    assert blank.pixels_F is not None and (blank.pixels_F == BLANK_RGB).all()
 
 
 def test_cached_features_replace_frames(tokenizer: Tokenizer) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import multiprocessing
 import os
 import signal
+from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -266,12 +267,16 @@ def test_ranks_and_workers_share_the_plan_from_real_shards(
 
 @pytest.mark.parametrize("peak_tiles", [1, 4])
 def test_frames_are_decoded_to_their_place_also_where_media_are_damaged(
-    build: Callable[..., StepLoader], tokenizer: Tokenizer, tmp_path: Path, peak_tiles: int
+    build: Callable[..., StepLoader],
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    peak_tiles: int,
 ) -> None:
     """Packs first, pictures then: the batches of samples that were decoded beforehand.
 
     A substitute for a clip that does not decode has another length and maybe another number of
-    frames, so that the packs of its step have to be made again.
+    frames, so that the packs of its step have to be made again: once, however many there are.
     """
     index = build_shards(
         map(damaged_record, range(24)), tmp_path / "shards", provenance={}, max_records_per_shard=9
@@ -284,7 +289,15 @@ def test_frames_are_decoded_to_their_place_also_where_media_are_damaged(
     stream = StepStream(sampler, ShardReader(tmp_path / "shards", index), view, on_damage="replace")
     loader = build(stream, 0, pack_tokens=500)
     ring = SharedRing(1, 6 * 5 * SIZE * SIZE * 3)
+    decoded: list[int] = []  # positions
     replaced = packs = 0
+    decode = stream.decode
+
+    def note(sample: Sample, out: np.ndarray | None = None) -> Sample:
+        decoded.append(sample.position)
+        return decode(sample, out)
+
+    monkeypatch.setattr(stream, "decode", note)
     for step in range(len(stream)):
         samples = stream[step]
         encode = EncodeOptions(template="phi3-chat", tokens_per_frame=TOKENS, image_size=SIZE)
@@ -300,7 +313,10 @@ def test_frames_are_decoded_to_their_place_also_where_media_are_damaged(
         )
         desk = Desk(ring, [0])
         desk.begin()
+        decoded.clear()
         found = loader.batches(step, desk)
+        tries = Counter({one.position: 2 + one.replaced for one in samples})
+        assert Counter(decoded) <= tries, "a damaged clip makes no more than one pass in vain"
         assert plain(found) == plain(expected) == plain(loader.batches(step))
         for batch in found:
             assert batch.pixels is not None and ring.place(batch.pixels.numpy(), 0) is not None

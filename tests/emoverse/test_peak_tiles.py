@@ -2,10 +2,18 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from data_shards.build import build_shards
+from data_shards.index import ShardIndex
+from data_shards.reader import ShardReader
+from data_shards.record import Video
+from data_shards.video import encode_mp4
 from emoverse.config import Config
 from emoverse.distributed import World
 from emoverse.stop import StopFlag
@@ -15,26 +23,61 @@ MakeConfig = Callable[..., Config]
 Ranks = Callable[[Callable[[World], Any], int], list[Any]]
 
 
-def losses(run_ranks: Ranks, config: Config) -> list[float]:
-    """Trains stage 1 on two ranks; the loss of every step."""
+@pytest.fixture
+def wide_config(tiny_config: MakeConfig, tmp_path: Path) -> MakeConfig:
+    """`tiny_config` with clips twice as wide as high, whose peak is two tiles and a thumbnail."""
+    frames = np.random.default_rng(0).integers(0, 256, (8, 64, 128, 3)).astype(np.uint8)
+    media = Video(mp4=encode_mp4(frames, 8))
+    square = ShardIndex.load(tiny_config().data.shards)
+    reader = ShardReader(square.folder, square)
+    records = [reader.read(*square.address(number)) for number in range(square.num_records)]
+    wide = (replace(record, media=media) for record in records)
+    build_shards(wide, tmp_path / "wide", provenance={}, max_records_per_shard=12)
+
+    def make(*overrides: str, run: str = "run") -> Config:
+        return tiny_config(f"data.shards={tmp_path / 'wide'}", *overrides, run=run)
+
+    return make
+
+
+def notes(run_ranks: Ranks, config: Config, kind: str) -> list[dict[str, Any]]:
+    """Trains stage 1 on two ranks; the notes of one kind."""
 
     def train(world: World) -> int:
         return train_in_group(config, ("stage1",), world, launch=Launch(), flag=StopFlag())
 
     assert run_ranks(train, 2) == [0, 0]
     lines = (config.run.run_dir / "stage1" / "metrics.jsonl").read_text().splitlines()
-    return [r["loss"] for r in map(json.loads, lines) if r["kind"] == "step"]
+    return [r for r in map(json.loads, lines) if r["kind"] == kind]
 
 
 @pytest.mark.timeout(180)
 def test_tiles_train_and_data_workers_change_nothing(
-    run_ranks: Ranks, tiny_config: MakeConfig
+    run_ranks: Ranks, wide_config: MakeConfig
 ) -> None:
-    plain = losses(run_ranks, tiny_config(run="plain"))
-    tiled = losses(run_ranks, tiny_config("data.peak_tiles=6", run="tiled"))
-    worked = tiny_config("data.peak_tiles=6", "data.workers=1", run="worked")
-    assert losses(run_ranks, worked) == tiled
+    def losses(name: str, *changes: str) -> list[float]:
+        config = wide_config(*changes, run=name)
+        return [step["loss"] for step in notes(run_ranks, config, "step")]
+
+    plain = losses("plain")
+    tiled = losses("tiled", "data.peak_tiles=6")
+    assert losses("worked", "data.peak_tiles=6", "data.workers=1") == tiled
     assert tiled != plain and len(tiled) == len(plain)
+
+
+@pytest.mark.timeout(180)
+def test_the_text_only_twin_has_as_many_grey_tiles(
+    run_ranks: Ranks, wide_config: MakeConfig
+) -> None:
+    """Prompts of the same length, though only the pictures tell how many tiles they have."""
+
+    def lengths(name: str, *changes: str) -> list[float]:
+        config = wide_config(*changes, run=name)
+        return [some["tokens_per_pack"] for some in notes(run_ranks, config, "interval")]
+
+    seeing = lengths("seeing", "data.peak_tiles=6")
+    blind = lengths("blind", "data.peak_tiles=6", "model.blank_frames=true")
+    assert blind == seeing != lengths("plain")
 
 
 def test_the_largest_sample_is_known(tiny_config: MakeConfig) -> None:
