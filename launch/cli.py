@@ -54,6 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"emoverse {args.verb}: interrupted", file=sys.stderr)
         return FAULT
+    except OSError as error:  # a disk or a network fails, which a traceback does not explain
+        if args.debug:
+            traceback.print_exc()
+        notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
+        print(f"emoverse {args.verb}: {error}{notes}", file=sys.stderr)
+        return FAULT
     except Exception:
         traceback.print_exc()
         return FAULT

@@ -110,6 +110,25 @@ def test_a_fault_shows_its_traceback_and_ends_with_1(
     assert "Traceback" in err and "RuntimeError: the disk is on fire" in err
 
 
+def test_a_failing_disk_or_network_is_told_in_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(args: object) -> int:
+        error = OSError(28, "No space left on device", "/runs/a/plan.json")
+        error.add_note("while the plan was written")
+        raise error
+
+    full = cli.Verb(summary="", configure=lambda parser: None, handle=fail)
+    monkeypatch.setitem(cli.VERBS, "plan", full)
+    line = (
+        "emoverse plan: [Errno 28] No space left on device: '/runs/a/plan.json'; while the plan "
+        "was written\n"
+    )
+    assert call(capsys, "plan") == (1, "", line)
+    code, _, err = call(capsys, "--debug", "plan")
+    assert code == 1 and err.startswith("Traceback") and err.endswith(line)
+
+
 def test_plan_as_text_and_json(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["plan", GOOD, f"data.shards={shards}", "model.base=internvl2-4b"]
     code, text, _ = call(capsys, *words)
