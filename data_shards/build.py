@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from data_shards.index import ShardIndex, ShardInfo, write_index
 from data_shards.parallel import ordered_map
@@ -35,6 +35,8 @@ from data_shards.unfinished import Unfinished
 from data_shards.video import clip_indices, count_frames, decode_frames
 
 Amend = Callable[[Record], Record | Skipped]
+
+MAX_SHARD_BYTES: Final = 2**28
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +65,7 @@ def build_shards(
     options: BuildOptions | None = None,
     provenance: Mapping[str, Any],
     max_records_per_shard: int = 1000,
-    max_bytes: int = 2**28,
+    max_bytes: int = MAX_SHARD_BYTES,
     workers: int = 1,
     strict: bool = True,
     amend: Amend | None = None,

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from data_shards.build import BuildOptions, build_shards
+from data_shards.build import MAX_SHARD_BYTES, BuildOptions, build_shards
 from data_shards.curation import Amendments, read_curation
 from data_shards.draft import hash_file
 from data_shards.index import INDEX_FILE, ShardIndex
@@ -93,7 +93,7 @@ def run_build(args: argparse.Namespace) -> dict[str, Any]:
     )
     provenance = {**source.provenance, **_made_with(args)}
     began = time.monotonic()
-    index = _finished(args.out, options, provenance)
+    index = _finished(args.out, options, provenance, args.shard_records)
     already = index is not None
     if index is None:
         try:
@@ -123,14 +123,28 @@ def run_build(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _finished(out: Path, options: BuildOptions, provenance: Mapping[str, Any]) -> ShardIndex | None:
+def _finished(
+    out: Path, options: BuildOptions, provenance: Mapping[str, Any], max_records: int
+) -> ShardIndex | None:
     """The output folder, if it is what this command would build."""
     if not (out / INDEX_FILE).is_file():
         return None
     index = ShardIndex.load(out)
     found = {name: value for name, value in index.provenance.items() if name != "skipped"}
     same = found == json.loads(json.dumps(dict(provenance))) and index.options == asdict(options)
-    return index if same else None
+    return index if same and _cut_alike(index, max_records, MAX_SHARD_BYTES) else None
+
+
+def _cut_alike(index: ShardIndex, max_records: int, max_bytes: int) -> bool:
+    """Whether a build with these limits would have ended each shard where it ends."""
+    for shard, info in enumerate(index.shards):
+        if info.records > max_records:
+            return False
+        if info.records < max_records and shard + 1 < index.num_shards:
+            last, following = index.entries(shard)[-1], index.entries(shard + 1)[0]
+            if int(last["offset"]) + int(last["size"]) + int(following["size"]) <= max_bytes:
+                return False
+    return True
 
 
 @contextlib.contextmanager

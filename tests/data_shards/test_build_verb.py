@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from data_shards.build import build_shards
+from data_shards.build_verb import _cut_alike
+from data_shards.shard_writer import pack_record
+from data_shards.sources.synthetic import SyntheticOptions, synthetic_records
 from data_shards.unfinished import work_folder
 from launch import cli
 
@@ -58,5 +62,17 @@ def test_a_finished_build_is_only_reported(
         reports.append(json.loads(capsys.readouterr().out))
     assert [report["already_built"] for report in reports] == [False, True]
     assert reports[0]["fingerprint"] == reports[1]["fingerprint"]
-    assert cli.main([*words(out), "--seed", "1"]) == 2
-    assert "output folder must be new or empty" in capsys.readouterr().err
+    for change in ("--seed=1", "--shard-records=1", "--shard-records=9"):
+        assert cli.main([*words(out), change]) == 2
+        assert "output folder must be new or empty" in capsys.readouterr().err
+
+
+def test_shards_that_were_cut_by_their_size_are_those_of_the_same_limits(tmp_path: Path) -> None:
+    records = list(synthetic_records(SyntheticOptions(clips=9)))
+    limit = 2 * max(len(pack_record(record).blocks) for record in records)
+    index = build_shards(
+        records, tmp_path / "a", provenance={}, max_records_per_shard=8, max_bytes=limit
+    )
+    assert index.num_shards > 1 and max(info.records for info in index.shards) < 8
+    assert _cut_alike(index, 8, limit) and _cut_alike(index, 9, limit)
+    assert not _cut_alike(index, 8, 2 * limit) and not _cut_alike(index, 1, limit)
