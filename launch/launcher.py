@@ -9,6 +9,7 @@ from emoverse.stages import stages_to_train
 from emoverse.yaml_tree import split_words
 from launch.cluster import Cluster, load_cluster, split_overrides
 from launch.variants import make_runs
+from launch.worker import FLAGS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--exclude", default="", metavar="NODES", help="nodes not to use, such as a failing one"
     )
+    accept = "--accept-changes"
+    parser.add_argument(accept, action="store_true", help=FLAGS[accept])
     parser.add_argument(
         "--dry-run", action="store_true", help="print every script exactly, submit nothing"
     )
@@ -69,6 +72,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         cluster_file=args.cluster,
         runs=runs,
         steps=submit.steps_of(cluster, stages, evaluate=evaluate),
+        accept_changes=args.accept_changes,
     )
     report: dict[str, Any] = {
         "run_dir": str(chain.home),

@@ -80,6 +80,7 @@ class Chain:
     cluster_file: Path
     runs: tuple[Run, ...]
     steps: tuple[Step, ...]
+    accept_changes: bool = False  # jobs go on although settings differ from those of before
 
     @property
     def home(self) -> Path:
@@ -193,6 +194,7 @@ def job_of(chain: Chain, run: Run, step: Step) -> TrainJob:
             str(snapshot.config_file(run.config)),
             *(f"--stage={part}" for part in step.parts if part != EVAL),
             *(["--evaluate"] if EVAL in step.parts else []),
+            *(["--accept-changes"] if chain.accept_changes else []),
             f"--logs={log_folder(chain, step)}/%j_*_log.out",
             f"--max-requeues={chain.cluster.max_requeues}",
         ]
@@ -252,7 +254,7 @@ def preflight(chain: Chain) -> list[str]:
         checks += [
             partial(check_ranks, run.config, chain.cluster),
             partial(check_memory, run.config, chain.cluster),
-            *run_checks(run.config, parts, checksums=True),
+            *run_checks(run.config, parts, accept_changes=chain.accept_changes, checksums=True),
         ]
     notes = collect(checks)
     if chain.cluster.executor == "slurm":

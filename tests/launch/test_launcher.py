@@ -173,15 +173,25 @@ def test_an_account_from_the_environment_counts(
 
 
 def test_a_run_directory_of_another_config_is_refused(
-    shards: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+    shards: list[str],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Unless the changes are accepted, which the jobs are told, too."""
     done = tmp_path / "run/stage1/DONE"
     done.parent.mkdir(parents=True)
     done.write_text('{"step": 1, "knobs": {"run.seed": 99}}')
-    code, _, err = call(capsys, "launch", ROOT / "configs/cluster/local.yaml", NANO, *shards)
+    words = ["launch", ROOT / "configs/cluster/local.yaml", NANO, *shards]
+    code, _, err = call(capsys, *words)
     assert code == 2
     assert f"{done} belongs to another run" in err and "run.seed: saved 99, now 1" in err
     assert not (tmp_path / "run/jobs").exists()
+    chains: list[submit.Chain] = []
+    monkeypatch.setattr(submit, "submit", lambda chain: chains.append(chain) or [])
+    assert call(capsys, *words, "--accept-changes")[0] == 0
+    (chain,) = chains
+    assert "--accept-changes" in submit.job_of(chain, chain.runs[0], chain.steps[0]).words
 
 
 def test_a_job_that_resumes_needs_no_room_for_what_it_has_saved(
