@@ -121,6 +121,11 @@ def _fsspec(url: str, start: int, size: int | None) -> Iterator[bytes]:
         raise FileNotFoundError(
             f"{url}: {error}; check the address and the right to read it"
         ) from error
+    except OSError:
+        raise
+    except Exception as error:
+        # Drivers have errors of their own for a network that fails or keys that are missing.
+        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 _systems: dict[tuple[int, str], Any] = {}

@@ -22,7 +22,7 @@ section { background: var(--card); border: 1px solid var(--line); border-radius:
           padding: 1rem 1.25rem; margin: 1rem 0; overflow-x: auto }
 table { border-collapse: collapse } th, td { padding: .15rem .8rem .15rem 0; text-align: right }
 th { color: var(--soft); font-weight: 500 } th:first-child, td:first-child { text-align: left }
-td.note { text-align: left; color: var(--soft) }
+td.note { min-width: 14rem; text-align: left; color: var(--soft) }
 td.bar { min-width: 12rem; text-align: left } td.bar i { display: block; height: .7rem;
          background: var(--bar); border-radius: 2px }
 pre { white-space: pre-wrap; color: var(--soft) }

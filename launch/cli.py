@@ -166,7 +166,7 @@ def _part(summary: str, module: str) -> Verb:
 
 
 def _pretrain_arguments(parser: argparse.ArgumentParser) -> None:
-    _add_config(parser)
+    _add_config(parser, example="basics.steps=10")
     _add_json(parser)
 
 
@@ -327,12 +327,12 @@ VERBS = {
 }
 
 
-def _add_config(parser: argparse.ArgumentParser) -> None:
+def _add_config(parser: argparse.ArgumentParser, example: str = "stages.stage1.epochs=1") -> None:
     parser.add_argument(
         "config",
         nargs="+",
         metavar="CONFIG|KEY=VALUE",
-        help="YAML files and overrides such as stages.stage1.epochs=1, merged from left to right",
+        help=f"YAML files and overrides such as {example}, merged from left to right",
     )
 
 

@@ -4,6 +4,8 @@ import ast
 import re
 from pathlib import Path
 
+from emoverse.runfiles import FREE_KNOBS
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "reliability.md"
 NAMED = re.compile(r"`([\w/]+\.py)?(?:::(test_\w+))?`")
@@ -47,3 +49,10 @@ def test_every_promise_has_a_row() -> None:
         number for row in re.findall(r"^\| ([\d, ]+) \|", table, re.M) for number in row.split(", ")
     }
     assert numbers == set(promises)
+
+
+def test_every_knob_that_a_resumed_run_may_change_is_named() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    listed = text[text.index("Free to change:") : text.index("With `--accept-changes`")]
+    paths = {"model.base", "data.shards"}  # "paths whose content is the same"
+    assert set(re.findall(r"`((?:run|model|data)\.\w+)`", listed)) == FREE_KNOBS - paths

@@ -1,5 +1,6 @@
 """Remote shard folders: the same records as local ones, each file fetched once, in bounded room."""
 
+import io
 import json
 import os
 import shutil
@@ -218,6 +219,29 @@ def test_fsspec_opens_the_other_schemes(built: Path, tmp_path: Path) -> None:
     assert read_all(index) == read_all(ShardIndex.load(built))
     with pytest.raises(FileNotFoundError, match=r"nowhere/index\.json: .*check the address"):
         open_index(f"file://{tmp_path}/nowhere", options(tmp_path))
+
+
+def test_a_drivers_own_errors_are_failed_attempts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As botocore's, which are no OSError: a network that fails, or keys that are missing."""
+
+    class Driver:
+        failures = 1
+
+        def open(self, path: str, mode: str, cache_type: str) -> io.BytesIO:
+            self.failures -= 1
+            if self.failures >= 0:
+                raise RuntimeError("Could not connect to the endpoint")
+            return io.BytesIO(b"whole")
+
+    driver = Driver()
+    monkeypatch.setattr("data_shards.fetch._PAUSE_S", 0.0)
+    monkeypatch.setattr("data_shards.fetch._file_system", lambda url: (driver, url))
+    assert download("s3://bucket/a", tmp_path / "a", None) == 5
+    driver.failures = 99
+    with pytest.raises(OSError, match=r"5 attempts in a row failed, .*RuntimeError: Could not"):
+        download("s3://bucket/b", tmp_path / "b", None)
 
 
 def test_the_index_of_a_server_is_checked_like_a_local_one(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
 from data_shards.index import ShardIndex
 from data_shards.tasks import TASKS
@@ -48,6 +49,19 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
     assert "usage: emoverse" in out
     if verb not in ("train", "annotate", "build", "convert"):
         assert "--json" in out
+
+
+@pytest.mark.parametrize("verb", ["plan", "train", "pretrain"])
+def test_the_override_in_the_help_is_a_key_of_that_verb(
+    verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = " ".join(call(capsys, verb, "--help")[1].split())
+    key, _, value = text.partition("overrides such as ")[2].partition(",")[0].partition("=")
+    file = {"pretrain": "nano_pretrain.yaml"}.get(verb, "nano.yaml")
+    tree = YAML(typ="safe").load(Path("configs", file).read_text(encoding="utf-8"))
+    for part in key.split("."):
+        tree = tree[part]
+    assert isinstance(tree, int) and value.isdigit()
 
 
 @pytest.mark.parametrize("words", [[], ["fly"], ["plan"], ["plan", "x.yaml", "--fast"]])
