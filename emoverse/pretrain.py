@@ -10,6 +10,7 @@ Only this program trains all parameters; the stages train the projector and LoRA
 import json
 import multiprocessing
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -51,6 +52,7 @@ _LOG_EVERY = 50  # steps
 _LOSSES = "losses.json"  # from rank 0 to the parent, removed at the end
 _PROGRESS = "progress.json"  # there from the first stored part until the gates are passed
 _PARTS = ("new", "talk")
+_ALIGNED = "aligned"  # the base after the first part, which the second never touches
 
 # (generator, how many) -> one pack of that many examples and the weight by which its loss counts.
 Draw = Callable[[np.random.Generator, int], tuple[Packs, float]]
@@ -222,7 +224,7 @@ def _rank_main(rank: int, config: PretrainConfig, folder: str, meeting: str, par
         config_json = read_config_json(Path(folder))
         native = build_native(config_json)
     else:
-        native, config_json = import_checkpoint(folder, torch.float32)
+        native, config_json = import_checkpoint(Path(folder) / _ALIGNED, torch.float32)
     tokenizer = Tokenizer.load(folder)
     torch.manual_seed(config.seed)
     model = compose(native, config_json, None, train="all")
@@ -244,7 +246,8 @@ def _rank_main(rank: int, config: PretrainConfig, folder: str, meeting: str, par
         # By tokens, short answers would drown among captions.
         losses = run("talk", config.talk, pairs.TALK, "sample")
     if world.is_main:
-        export_checkpoint(model.native, config_json, folder)
+        target = Path(folder) / _ALIGNED if part == "new" else Path(folder)
+        export_checkpoint(model.native, config_json, target)
         (Path(folder) / _LOSSES).write_text(json.dumps(losses), encoding="ascii")
     shutdown()
 
@@ -282,9 +285,9 @@ def _prepare(config: PretrainConfig, folder: Path) -> None:
 def pretrain(config: PretrainConfig) -> dict[str, Any]:
     """Make a base in `config.out`. Returns its provenance with the gate figures.
 
-    The base is stored after `align` and again after `talk`; a run that ended early goes on behind
-    its last stored part when it is started again with the same config. The gates may differ: they
-    are measured last, and a base that missed them is measured again.
+    The base is stored after `align`, apart, and again after `talk`; a run that ended early goes on
+    behind its last stored part when it is started again with the same config. The gates may differ:
+    they are measured last, and a base that missed them is measured again.
 
     Raises:
         ValueError: `out` holds something else already, or the finished base misses a gate; then the
@@ -307,6 +310,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         )
         state = {"config": _trained_by(config), **asdict(progress)}
         (config.out / _PROGRESS).write_text(json.dumps(state) + "\n", encoding="utf-8")
+    shutil.rmtree(config.out / _ALIGNED, ignore_errors=True)
     figures = measure_gates(config.out, seed=config.seed, samples=config.gates.samples)
     provenance = {
         "made_by": "emoverse pretrain",

@@ -180,6 +180,28 @@ def test_a_killed_run_goes_on_after_its_first_part(
     assert {path.name for path in out.iterdir()} == FILES
 
 
+def test_a_run_killed_before_it_notes_the_second_part_does_not_train_it_twice(
+    made: dict[str, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "killed"
+    run_part = pretrain_module._run_part
+
+    def die_after_the_second(config: PretrainConfig, part: str) -> tuple[float, list[float]]:
+        found = run_part(config, part)
+        if part == "talk":
+            raise KeyboardInterrupt
+        return found
+
+    monkeypatch.setattr(pretrain_module, "_run_part", die_after_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(tiny(out))
+    monkeypatch.undo()
+    pretrain(tiny(out))
+    one = made["one"]["folder"]
+    assert (out / "model.safetensors").read_bytes() == (one / "model.safetensors").read_bytes()
+    assert {path.name for path in out.iterdir()} == FILES
+
+
 def test_gates_that_are_met_say_nothing() -> None:
     figures = {"probe_accuracy": 0.8, "caption_margin": 0.2, "dialogue_accuracy": 0.9}
     check_gates(figures, Gates(**figures, samples=1))
