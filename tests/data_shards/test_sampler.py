@@ -95,6 +95,26 @@ def test_image_samples_weigh_less_than_clips(make_sampler: MakeSampler) -> None:
         assert abs(frames[0] - frames[1]) <= 7
 
 
+def test_texts_decide_where_frames_do_not(memory_table: Any, make_sampler: MakeSampler) -> None:
+    """Longest first, by number of characters: the loads differ by less than one sample."""
+    plan = make_sampler().stage_plan
+    table = memory_table.of_classes({mask_of([MSA, ER, FER]): 200, mask_of([MSA, ER]): 200}, 50)
+    ranks = [
+        WeightedTaskSampler(
+            plan, table, global_batch_size=64, rank=rank, world_size=2, tokens_per_frame=1
+        )
+        for rank in range(2)
+    ]
+    for step in range(ranks[0].num_steps - 1):
+        loads = [
+            sum(
+                int(table.entries(s.placement.shard)["text_chars"][s.placement.slot]) for s in share
+            )
+            for share in (sampler.share(step) for sampler in ranks)
+        ]
+        assert abs(loads[0] - loads[1]) < 250
+
+
 def test_steps_do_not_depend_on_the_world_size(make_sampler: MakeSampler) -> None:
     def step(world: int) -> list[tuple[int, Any]]:
         shares = [make_sampler(rank=rank, world=world).share(3) for rank in range(world)]

@@ -154,6 +154,7 @@ def test_only_the_views_frames_are_decoded(built: Path, monkeypatch: pytest.Monk
 
     def counting(mp4: bytes, indices: Any, **options: Any) -> Any:
         counts[len(indices)] += 1
+        assert options["num_frames"] > 0  # a video with more or fewer frames is damage
         return decode_frames(mp4, indices, **options)
 
     monkeypatch.setattr(stream_module, "decode_frames", counting)
@@ -282,16 +283,20 @@ def test_damage_stops_and_says_where(folder: Path) -> None:
 def test_a_video_that_does_not_decode_is_damage(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The bytes are what the builder wrote, but the clip itself is broken."""
+    """The bytes are what the builder wrote, but the clip, or every one, is broken itself."""
+    tried: list[bytes] = []
 
     def broken(mp4: bytes, indices: Any, **options: Any) -> Any:
-        raise DamagedVideo("the frame at time stamp 7 is corrupt")
+        tried.append(mp4)
+        assert len(tried) < 9, "the attempts are not counted"
+        raise DamagedVideo("the frame at 7 is corrupt")
 
     monkeypatch.setattr(stream_module, "decode_frames", broken)
-    with pytest.raises(
-        DamagedSample, match="is damaged: mp4: the frame at time stamp 7 is corrupt"
-    ):
+    with pytest.raises(DamagedSample, match="is damaged: mp4: the frame at 7 is corrupt"):
         open_stream(folder)[0]
+    monkeypatch.setattr(stream_module, "MAX_ATTEMPTS", 2)
+    with pytest.raises(DamagedSample, match="2 substitutes are damaged too; build the shards"):
+        open_stream(folder, on_damage="replace")[0]
 
 
 def test_damage_is_replaced_by_the_same_task(folder: Path) -> None:

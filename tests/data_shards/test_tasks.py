@@ -1,5 +1,6 @@
 """The task vocabulary: format and parse are inverse, parse never raises, queries are exact."""
 
+import dataclasses
 import math
 import re
 
@@ -137,6 +138,7 @@ def test_answers_of_the_paper() -> None:
         (Task.ER, "happy, so happy", "joy", "text"),
         (Task.FER, "Lips part;Eyes narrowing", ("Lips part", "Eyes narrowing"), "spaces"),
         (Task.FER, "Smile; smile; ;Grinning.", ("Smile", "Grinning"), None),
+        (Task.FER, "Smile; smile", ("Smile",), "duplicate"),
         (Task.ERI, " He is\nglad. ", "He is glad.", "spaces"),
         (Task.ECPE, "3_happy, 1", (Pair(3, "joy", 1),), "spaces+synonym"),
         (Task.ECPE, "U3_joy,U1", (Pair(3, "joy", 1),), "utterance-prefix"),
@@ -252,6 +254,10 @@ def test_ecpe_query() -> None:
     )
     with_emotion = build_query(plain, Task.ECPE, give_emotion=True)
     assert with_emotion.endswith("Target 2: Won what? Emotion: surprise")
+    labelled = dataclasses.replace(
+        plain, emotion="joy"
+    )  # the label counts, the pairs only stand in for it
+    assert build_query(labelled, Task.ECPE, give_emotion=True).endswith("Emotion: joy")
 
 
 def test_ecpe_query_refuses() -> None:

@@ -254,6 +254,17 @@ def test_cut_keeps_target_and_gold_causes(tokenizer: Tokenizer) -> None:
         assert f"{number}. Anna: word" in text
 
 
+def test_what_comes_after_the_target_goes_last_and_from_its_end(tokenizer: Tokenizer) -> None:
+    early = record(turns=6, target=2, pairs=(Pair(2, "joy", 2),))
+    conversation = sample(Task.ECPE, record=early)
+    limit = len(encode_sample(conversation, tokenizer, options(tokenizer)).ids_T)
+    for gone in ([1], [1, 6], [1, 6, 5], [1, 6, 5, 4]):
+        opts = options(tokenizer, max_tokens=limit - 1)
+        cut = encode_sample(conversation, tokenizer, opts)
+        text, limit = tokenizer.decode(cut.ids_T), len(cut.ids_T)
+        assert [n for n in range(1, 7) if f"{n}. Anna: ..." in text] == sorted(gone)
+
+
 def test_room_for_the_answer(tokenizer: Tokenizer) -> None:
     conversation = sample(Task.ECPE, record=record(turns=6))
     length = len(encode_query(conversation, tokenizer, options(tokenizer)).ids_T)

@@ -74,6 +74,13 @@ def test_groups_have_their_rates_and_vectors_do_not_decay() -> None:
     assert [group["lr"] for group in optimizer.param_groups] == [2.5e-4, 5e-5, 5e-5]
 
 
+def test_the_optimizer_has_the_settings_of_the_stage() -> None:
+    """All of them: torch's defaults stand in silently for what is not passed on."""
+    unusual = SimpleNamespace(**{**vars(OPTIM), "betas": [0.7, 0.8], "eps": 1e-3})
+    for group in build_optimizer(parameter_groups(parts(), unusual), unusual).param_groups:
+        assert (group["betas"], group["eps"]) == ((0.7, 0.8), 1e-3)
+
+
 def test_nothing_to_train_is_refused() -> None:
     with pytest.raises(ValueError, match=r"nothing is trainable.*model.projector: full"):
         parameter_groups({}, OPTIM)

@@ -62,6 +62,9 @@ def test_the_inflated_count_of_baseline_models() -> None:
     by_name = {one.function: one for one in script_results(Task.MSA, zero)}
     assert by_name["compute_other_pos"].values["accuracy"] == pytest.approx(1.8387)  # left out
     assert by_name["other_sentiment"].values["accuracy"] == pytest.approx(100 / 101)
+    unknown = [one._replace(sentiment=None) for one in right]  # no number is no zero
+    by_name = {one.function: one for one in script_results(Task.MSA, unknown)}
+    assert by_name["compute_other_pos"].values["accuracy"] == pytest.approx(1.8387)
 
 
 def test_substring_search_of_baseline_models() -> None:
@@ -127,6 +130,8 @@ def test_any_integer_is_a_cause_for_baseline_models() -> None:
     assert found.values["f1"] == pytest.approx(2 * 0.5 / 1.5)  # the emotion is given away
     twice = [Text(one.key, "1 1", one.label) for one in ALL_SIX]
     assert other_ecf2(twice).values["f1"] == pytest.approx(4 / 3)
+    free = [*said, Text("no-pair", "1 2 3", "")]  # false causes of an empty label cost nothing
+    assert other_ecf2(free) == found
     silent = [Text(one.key, "none", one.label) for one in ALL_SIX]
     assert "divides by zero" in (other_ecf2(silent).undefined or "")
 

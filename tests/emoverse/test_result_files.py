@@ -87,6 +87,17 @@ def test_a_line_that_is_no_result_is_named(tmp_path: Path, line: Any, message: s
         read_results(path)
 
 
+def test_the_last_question_of_a_conversation_is_the_one_that_is_answered(tmp_path: Path) -> None:
+    """Earlier turns may ask for another task; a query that names two tasks says nothing."""
+    asked = [{"role": "user", "content": f"{name} Please"} for name in ("<sentiment>", "<emotion>")]
+    line = {"response": "Happy.", "label": "Happy.", "messages": asked}
+    (found,) = read_results(write(tmp_path / "turns.jsonl", line))
+    assert (found.row.task, found.question) == (Task.ER, "<emotion> Please")
+    both = swift2(query="<emotion> or <sentiment>?", response="Happy.", label="Happy.")
+    with pytest.raises(ValueError, match="the task is not known"):
+        read_results(write(tmp_path / "both.jsonl", both))
+
+
 def test_missing_and_empty_result_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such file; give a jsonl file"):
         read_results(tmp_path / "no.jsonl")

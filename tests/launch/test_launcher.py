@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -263,14 +264,57 @@ def test_accepted_changes_pass_the_checks_of_a_job(
     assert dataclasses.replace(refused, accept_changes=True).begin() == 0
 
 
+@pytest.mark.parametrize("suffix", ["idx", "keys"])
 def test_damaged_index_files_are_found(
-    shards: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+    suffix: str, shards: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    idx = tmp_path / "shards/shard-000001.idx"
-    idx.write_bytes(bytes(len(idx.read_bytes())))
+    damaged = tmp_path / f"shards/shard-000001.{suffix}"
+    damaged.write_bytes(bytes(len(damaged.read_bytes())))
     code, _, err = call(capsys, "launch", ROOT / "configs/cluster/local.yaml", NANO, *shards)
     assert code == 2
-    assert "data.shards: " in err and "shard-000001.idx" in err
+    assert "data.shards: " in err and f"shard-000001.{suffix}" in err
+
+
+@pytest.mark.parametrize("num_runs", [1, 2])
+def test_a_chain_is_queued_as_a_whole_or_not_at_all(
+    num_runs: int,
+    shards: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The scheduler takes two steps and refuses the third: the two must not run."""
+    runs = make_runs([NANO], shards, seeds=list(range(num_runs)))
+    cluster = load_cluster(ROOT / "configs/cluster/a100.yaml")
+    steps = submit.steps_of(cluster, ["stage1", "stage2"], evaluate=True)
+    chain = submit.Chain(cluster=cluster, cluster_file=Path("a100.yaml"), runs=runs, steps=steps)
+    queued: list[str] = []
+    asked: list[str | None] = []
+
+    def accept(chain: submit.Chain, step: submit.Step, code: Path, dependency: str | None) -> Any:
+        asked.append(dependency)
+        if step.scores:
+            raise submit.FailedJobError("sbatch: error: Batch job submission failed")
+        found = [f"{len(asked)}_{task}" for task in range(num_runs)]
+        queued.extend(found)
+        return [SimpleNamespace(job_id=job) for job in found]
+
+    cancelled: list[list[str]] = []
+    monkeypatch.setattr(submit, "_submit_step", accept)
+    monkeypatch.setattr(subprocess, "run", lambda words, **_: cancelled.append(words))
+    with pytest.raises(ValueError, match="refused a job, so none is queued: sbatch: error"):
+        submit.submit(chain)
+    assert cancelled == [["scancel", *queued]] and len(queued) == 2 * num_runs
+    after = "afterok" if num_runs == 1 else "aftercorr"
+    assert asked == [None, f"{after}:1", f"{after}:2"]
+
+
+def test_a_frozen_config_is_never_written_over(tmp_path: Path) -> None:
+    """A job that waits reads its own, also when another one is queued for the same run."""
+    configs = [
+        load_config([NANO], [f"run.run_dir={tmp_path / 'run'}", f"train.keep_checkpoints={kept}"])
+        for kept in (2, 3)
+    ]
+    files = [snapshot.freeze_config(config) for config in configs]
+    assert [load_config([file]) for file in files] == configs
 
 
 def test_the_variables_of_a_surrounding_job_are_not_passed_on(

@@ -175,6 +175,23 @@ def test_save_and_load(adapted: Make, config_json: dict[str, Any], tmp_path: Pat
     assert torch.equal(logits(other, config_json), logits(native, config_json))
 
 
+def test_the_seed_is_that_of_the_run_and_nothing_else_draws_from_it(
+    config_json: dict[str, Any], make_settings: Make
+) -> None:
+    """Two seeds give two adapters, and the generator of the training is left as it was."""
+    drawn = []
+    for seed in (1, 2):
+        torch.manual_seed(0)
+        before = torch.random.get_rng_state()
+        native = build_native(config_json, seed=1)
+        architecture = Architecture.from_config_json(config_json)
+        torch.random.set_rng_state(before)
+        attach_lora(native, architecture, make_settings().lora, "frozen", seed=seed)
+        assert torch.equal(torch.random.get_rng_state(), before)
+        drawn.append({n: p for n, p in native.named_parameters() if ".lora_A." in n})
+    assert drawn[0] and not any(torch.equal(p, drawn[1][n]) for n, p in drawn[0].items())
+
+
 def test_save_given_values(adapted: Make, tmp_path: Path) -> None:
     native = adapted(fill=3)
     values = {n: torch.zeros_like(p) for n, p in native.named_parameters() if p.requires_grad}
@@ -193,6 +210,12 @@ def test_load_refusals(
     save_adapter(adapted(), tmp_path, base="nano")
     with pytest.raises(ValueError, match=r"has r 8, the config asks for 4; set model.lora"):
         load_adapter(adapted(r=4), tmp_path)
+    strong = make_settings()
+    strong.lora.alpha = 64  # the shapes fit, the scale would be another
+    native = build_native(config_json, seed=1)
+    attach_lora(native, Architecture.from_config_json(config_json), strong.lora, "full")
+    with pytest.raises(ValueError, match=r"has lora_alpha 32, the config asks for 64"):
+        load_adapter(native, tmp_path)
     with pytest.raises(ValueError, match="other layers than the config trains"):
         load_adapter(adapted(projector="frozen"), tmp_path)
     wide = make_tiny("phi3" if "Phi3" in str(config_json) else "internlm2", mlp=96)
