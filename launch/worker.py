@@ -152,6 +152,12 @@ class Job:
         """Is there a job, and does this rank speak for it?"""
         return self.door.job is not None and self.door.rank == 0
 
+    @property
+    def began_empty(self) -> bool:
+        """Did this job find no saved step at its first start? Then what is there now is its own."""
+        starts = jobs.read_job(self.config.run.run_dir, self.door.job or "").starts
+        return bool(starts) and starts[0]["progress"] == 0
+
     def begin(self) -> int:
         """Rank 0 checks what the run needs and notes the start; its exit code if that fails."""
         if not self.is_mine:
@@ -289,7 +295,7 @@ def _work(job: Job, args: argparse.Namespace, flag: StopFlag) -> int:
                     jobs.say(note)
 
     launch = Launch(
-        resume=not args.fresh,
+        resume=not args.fresh or job.began_empty,
         take_over=args.take_over,
         accept_changes=args.accept_changes,
         check=check,

@@ -122,6 +122,23 @@ def test_the_bound_is_asked_before_the_scheduler(
     assert reason is not None and "saved nothing new" in reason
 
 
+@pytest.mark.parametrize(("first", "resumes"), [(0, True), (5, False)])
+def test_a_requeued_job_that_began_afresh_goes_on(
+    first: int, resumes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--fresh refuses what was there before the job, not what the job itself has saved."""
+    from emoverse import train
+
+    add_event(tmp_path / "run", "7", "start", start=0, progress=first)
+    add_event(tmp_path / "run", "7", "start", start=1, progress=8)
+    found: list[Any] = []
+    monkeypatch.setattr(train, "train_stages", lambda *_, launch, flag: found.append(launch) or 0)
+    for door in (SLURM, Door(launcher="nobody")):
+        args = worker.parse(["config.yaml", "--stage=stage1", "--fresh"])
+        assert worker._work(job(tmp_path, door), args, StopFlag()) == DONE
+    assert [launch.resume for launch in found] == [resumes, False]
+
+
 def test_the_code_of_a_stopped_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     local = Door(launcher="submitit", job="9", world_size=2, address="127.0.0.1")
     assert job(tmp_path, local).after_stop(requeued=True) == REQUEUE_CODE
