@@ -205,15 +205,57 @@ def test_an_evaluation_does_not_begin_after_a_signal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It came while the rank started, or in the last step of the training before."""
-    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
     monkeypatch.setattr(evaluate, "run", lambda *_, **__: pytest.fail("must not begin"))
     world = World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
     flag = StopFlag()
     flag.handle(signal.SIGUSR2, None)
     with pytest.raises(SystemExit) as stopped:
-        worker._evaluate(job(tmp_path, SLURM).config, world, flag)
+        worker._evaluate(job(tmp_path, SLURM), world, flag)
     assert stopped.value.code == STOPPED
     assert capsys.readouterr().out == "evaluation not begun (SIGUSR2)\n"
+
+
+def test_an_evaluation_that_waits_for_other_ranks_is_requeued_at_once(tmp_path: Path) -> None:
+    """The main thread is inside a collective, where no handler of Python runs."""
+    code = f"""
+        import ctypes, sys, torch
+        sys.path.insert(0, {str(ROOT / "tests/launch")!r})
+        from pathlib import Path
+        from emoverse import evaluate
+        from emoverse.distributed import World
+        from emoverse.stop import listen
+        from launch import worker
+        from test_worker import SLURM, job
+
+        def blocked(*_, **__):
+            print("up", flush=True)
+            mutex = ctypes.create_string_buffer(64)
+            for _ in range(2):  # taken twice: a wait that no signal interrupts
+                ctypes.CDLL(None).pthread_mutex_lock(mutex)
+
+        evaluate.run = blocked
+        worker.requeue, worker.WAIT_FOR_END_S = lambda door: None, 0.1
+        world = World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+        with listen() as flag:
+            worker._evaluate(job(Path({str(tmp_path)!r}), SLURM, ("eval",)), world, flag)
+        """
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "up\n"
+        process.send_signal(signal.SIGUSR2)
+        _, said = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == STOPPED, said
+    assert "job 7 stopped and requeued" in said
+    (event,) = read_job(tmp_path / "run", "7").events
+    assert (event["code"], event["requeued"]) == (STOPPED, True)
 
 
 def test_the_environment_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
