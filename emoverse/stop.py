@@ -28,6 +28,8 @@ class StopFlag:
         self._started = clock()
         self._limit_s: float | None = None
         self._reason: str | None = None
+        # Set at the first signal by a thread, also while the main thread waits in a collective.
+        self.heard = threading.Event()
 
     def limit(self, minutes: float | None) -> None:
         """The time is up this long after the flag was made; None is no limit."""
@@ -68,7 +70,7 @@ def listen() -> Iterator[StopFlag]:
     # Python runs handlers between two of its own instructions, so not while the main thread waits
     # in a collective. The wake-up descriptor is written by the C handler, and a thread reads it.
     wakeup = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-    watcher = threading.Thread(target=_end_at_second, args=(read,), daemon=True)
+    watcher = threading.Thread(target=_watch, args=(read, flag.heard), daemon=True)
     watcher.start()
     try:
         yield flag
@@ -80,8 +82,8 @@ def listen() -> Iterator[StopFlag]:
         watcher.join()
 
 
-def _end_at_second(read: int) -> None:
-    """Ends this process at the second wish to stop."""
+def _watch(read: int, heard: threading.Event) -> None:
+    """Tells of the first wish to stop, and ends this process at the second one."""
     first: float | None = None
     with open(read, "rb", buffering=0) as source:
         while received := source.read(1):
@@ -90,6 +92,7 @@ def _end_at_second(read: int) -> None:
             now = time.monotonic()
             if first is None:
                 first = now
+                heard.set()
             elif now - first > ONE_WISH_S:
                 os.write(2, b"second signal: leaving at once, the last checkpoint is good\n")
                 os._exit(EXIT_STOPPED)

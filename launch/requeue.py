@@ -21,14 +21,17 @@ def requeue(door: Door) -> str | None:
     """Requeues the job of this door.
 
     Returns:
-        None once the scheduler has accepted it, else why the job stays stopped.
+        None once the job is in the queue again, whoever put it there, else why it stays stopped.
     """
     if door.launcher == "submitit":
         return None  # the exit code tells its controller
     if door.launcher != "slurm" or door.job is None:
         return "it was not started by srun; the same command resumes"
     try:
-        state = job_state(_scontrol("show", "job", "--oneliner", door.job))
+        said = _scontrol("show", "job", "--oneliner", door.job)
+        if num_restarts(said) > door.start:
+            return None  # counted already: it is the scheduler or an operator who has requeued it
+        state = job_state(said)
         if state not in LIVING_STATES:
             return f"the scheduler says that it is {state}"
         _scontrol("requeue", door.job)
@@ -42,6 +45,12 @@ def job_state(text: str) -> str:
     """The state in the output of `scontrol show job`."""
     found = re.search(r"\bJobState=(\w+)", text)
     return found.group(1) if found else "UNKNOWN"
+
+
+def num_restarts(text: str) -> int:
+    """How often the job has been put back, in the output of `scontrol show job`."""
+    found = re.search(r"\bRestarts=(\d+)", text)
+    return int(found.group(1)) if found else 0
 
 
 def _scontrol(*arguments: str) -> str:

@@ -37,7 +37,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         FileNotFoundError: the folder holds no run.
     """
-    folders = [args.run] if _is_run(args.run) else sorted(filter(_is_run, args.run.glob("*")))
+    # A run directory may also hold the variants of a later launch.
+    folders = [folder for folder in (args.run, *sorted(args.run.glob("*"))) if _is_run(folder)]
     if not folders:
         raise FileNotFoundError(
             f"{args.run}: no run here; a run directory has a config.yaml or a {JOBS} folder, give "

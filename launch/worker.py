@@ -10,20 +10,19 @@ torch.
 import argparse
 import contextlib
 import os
-import signal
 import sys
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from emoverse.config import Config, load_config
 from emoverse.stages import stages_to_train
 from emoverse.stop import EXIT_STOPPED as STOPPED
-from emoverse.stop import STOP_SIGNALS, StopFlag, listen
+from emoverse.stop import StopFlag, listen
 from emoverse.yaml_tree import split_words
 from launch import jobs
 from launch.jobs import EVAL
@@ -151,6 +150,12 @@ class Job:
     def is_mine(self) -> bool:
         """Is there a job, and does this rank speak for it?"""
         return self.door.job is not None and self.door.rank == 0
+
+    @property
+    def began_empty(self) -> bool:
+        """Did this job find no saved step at its first start? Then what is there now is its own."""
+        starts = jobs.read_job(self.config.run.run_dir, self.door.job or "").starts
+        return bool(starts) and starts[0]["progress"] == 0
 
     def begin(self) -> int:
         """Rank 0 checks what the run needs and notes the start; its exit code if that fails."""
@@ -280,7 +285,7 @@ def _work(job: Job, args: argparse.Namespace, flag: StopFlag) -> int:
 
     def evaluate(world: World) -> None:
         if EVAL in job.parts:
-            _evaluate(job.config, world, flag)
+            _evaluate(job, world, flag)
 
     def check(world: World) -> None:
         if job.door.job is not None:
@@ -289,7 +294,7 @@ def _work(job: Job, args: argparse.Namespace, flag: StopFlag) -> int:
                     jobs.say(note)
 
     launch = Launch(
-        resume=not args.fresh,
+        resume=not args.fresh or job.began_empty,
         take_over=args.take_over,
         accept_changes=args.accept_changes,
         check=check,
@@ -301,33 +306,49 @@ def _work(job: Job, args: argparse.Namespace, flag: StopFlag) -> int:
     try:
         return train_stages(job.config, stages, launch=launch, flag=flag)
     except SystemExit:
-        # The evaluation was told to stop: every rank for itself, there is nothing to agree about.
-        reason = job.requeue() if job.is_mine else None
-        return job.after_stop(requeued=job.door.job is not None and reason is None)
+        return _stop_evaluation(job)  # it was told to stop before it began
 
 
-def _evaluate(config: Config, world: "World", flag: StopFlag) -> None:
+def _stop_evaluation(job: Job) -> int:
+    """Every rank for itself: all answers are kept, there is nothing to agree about."""
+    reason = job.requeue() if job.is_mine else None
+    return job.after_stop(requeued=job.door.job is not None and reason is None)
+
+
+def _evaluate(job: Job, world: "World", flag: StopFlag) -> None:
     """Answers and scores the held-out records on all ranks; rank 0 writes the report."""
     from emoverse.distributed import agree, gather_rows
     from emoverse.evaluate import run
     from emoverse.report import write_report
 
-    for number in STOP_SIGNALS:
-        signal.signal(number, _stop_at_once)
     if gather_rows(world, [flag.requested]).any():  # while it started, or in the last step before
         why = flag.reason or "another process was told to stop"
         print(f"evaluation not begun ({why})", flush=True)
         raise SystemExit(STOPPED)
+    threading.Thread(target=_leave_when_told, args=(job, flag), daemon=True).start()
     # One rank alone has nobody to agree with inside, and its mistakes are wrong input too.
     with agree(world, "evaluation") if world.world_size == 1 else contextlib.nullcontext():
-        run(config.run.run_dir, world=world, config=config)
+        run(job.config.run.run_dir, world=world, config=job.config)
     with agree(world, "report"):
         if world.is_main:
-            print(write_report(config.run.run_dir), flush=True)
+            print(write_report(job.config.run.run_dir), flush=True)
 
 
-def _stop_at_once(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(STOPPED)
+def _leave_when_told(job: Job, flag: StopFlag) -> None:
+    """Ends this process after the first signal.
+
+    In a thread: a rank that has answered its share waits for the others inside a collective, where
+    no handler runs, and the job must be requeued before the scheduler's patience is over.
+    """
+    flag.heard.wait()
+    code = FAULT
+    try:
+        code = _stop_evaluation(job)
+    except Exception:
+        traceback.print_exc()
+    with contextlib.suppress(OSError):  # a full disk
+        sys.stdout.flush()
+    os._exit(code)
 
 
 def _end_with_input() -> None:

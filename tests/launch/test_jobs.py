@@ -121,6 +121,17 @@ def test_a_cancelled_job_stays_cancelled(scontrol: Path) -> None:
     assert "requeue" not in (scontrol / "asked").read_text()
 
 
+def test_a_job_that_was_requeued_from_outside_is_left_alone(scontrol: Path) -> None:
+    """`scontrol requeue` by hand, or a pre-emption without a signal before it."""
+    says = f"JobId=4711 JobState=COMPLETING Reason=None Requeue=1 Restarts={DOOR.start + 1}"
+    (scontrol / "says").write_text(says)
+    assert requeue(DOOR) is None
+    assert "requeue" not in (scontrol / "asked").read_text()
+    # A cancelled job looks the same, but for this number.
+    (scontrol / "says").write_text(says.replace(f"={DOOR.start + 1}", f"={DOOR.start}"))
+    assert requeue(DOOR) == "the scheduler says that it is COMPLETING"
+
+
 def test_a_refusal_is_a_reason(scontrol: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (scontrol / "says").write_text("JobState=RUNNING")
     (scontrol / "refuses").touch()

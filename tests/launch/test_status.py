@@ -119,6 +119,10 @@ def test_a_folder_of_variants(
     jobs.write_submission(tmp_path / "other", "9_1", parts=["stage1"], logs="L", waits_for=None)
     report = json.loads(call(capsys, "status", tmp_path, "--json")[1])
     assert [Path(one["run_dir"]).name for one in report["runs"]] == ["other", "run"]
+    # Launched below a run that was there before: its own lines and theirs.
+    jobs.write_submission(run_dir / "seed1", "9_0", parts=["stage1"], logs="L", waits_for=None)
+    report = json.loads(call(capsys, "status", run_dir, "--json")[1])
+    assert [Path(one["run_dir"]).name for one in report["runs"]] == ["run", "seed1"]
 
 
 def test_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -122,6 +122,23 @@ def test_the_bound_is_asked_before_the_scheduler(
     assert reason is not None and "saved nothing new" in reason
 
 
+@pytest.mark.parametrize(("first", "resumes"), [(0, True), (5, False)])
+def test_a_requeued_job_that_began_afresh_goes_on(
+    first: int, resumes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--fresh refuses what was there before the job, not what the job itself has saved."""
+    from emoverse import train
+
+    add_event(tmp_path / "run", "7", "start", start=0, progress=first)
+    add_event(tmp_path / "run", "7", "start", start=1, progress=8)
+    found: list[Any] = []
+    monkeypatch.setattr(train, "train_stages", lambda *_, launch, flag: found.append(launch) or 0)
+    for door in (SLURM, Door(launcher="nobody")):
+        args = worker.parse(["config.yaml", "--stage=stage1", "--fresh"])
+        assert worker._work(job(tmp_path, door), args, StopFlag()) == DONE
+    assert [launch.resume for launch in found] == [resumes, False]
+
+
 def test_the_code_of_a_stopped_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     local = Door(launcher="submitit", job="9", world_size=2, address="127.0.0.1")
     assert job(tmp_path, local).after_stop(requeued=True) == REQUEUE_CODE
@@ -188,15 +205,57 @@ def test_an_evaluation_does_not_begin_after_a_signal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It came while the rank started, or in the last step of the training before."""
-    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
     monkeypatch.setattr(evaluate, "run", lambda *_, **__: pytest.fail("must not begin"))
     world = World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
     flag = StopFlag()
     flag.handle(signal.SIGUSR2, None)
     with pytest.raises(SystemExit) as stopped:
-        worker._evaluate(job(tmp_path, SLURM).config, world, flag)
+        worker._evaluate(job(tmp_path, SLURM), world, flag)
     assert stopped.value.code == STOPPED
     assert capsys.readouterr().out == "evaluation not begun (SIGUSR2)\n"
+
+
+def test_an_evaluation_that_waits_for_other_ranks_is_requeued_at_once(tmp_path: Path) -> None:
+    """The main thread is inside a collective, where no handler of Python runs."""
+    code = f"""
+        import ctypes, sys, torch
+        sys.path.insert(0, {str(ROOT / "tests/launch")!r})
+        from pathlib import Path
+        from emoverse import evaluate
+        from emoverse.distributed import World
+        from emoverse.stop import listen
+        from launch import worker
+        from test_worker import SLURM, job
+
+        def blocked(*_, **__):
+            print("up", flush=True)
+            mutex = ctypes.create_string_buffer(64)
+            for _ in range(2):  # taken twice: a wait that no signal interrupts
+                ctypes.CDLL(None).pthread_mutex_lock(mutex)
+
+        evaluate.run = blocked
+        worker.requeue, worker.WAIT_FOR_END_S = lambda door: None, 0.1
+        world = World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+        with listen() as flag:
+            worker._evaluate(job(Path({str(tmp_path)!r}), SLURM, ("eval",)), world, flag)
+        """
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "up\n"
+        process.send_signal(signal.SIGUSR2)
+        _, said = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == STOPPED, said
+    assert "job 7 stopped and requeued" in said
+    (event,) = read_job(tmp_path / "run", "7").events
+    assert (event["code"], event["requeued"]) == (STOPPED, True)
 
 
 def test_the_environment_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
