@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from emoverse.config import Config, load_config
+from emoverse.stop import STOP_SIGNALS
 from emoverse.yaml_tree import split_words
 from launch import cli, local, worker
 from launch.local import exit_code, rank_environment, run_local, run_ranks
@@ -196,7 +197,7 @@ def test_ranks_do_not_outlive_their_launcher(tmp_path: Path) -> None:
 def test_a_wrong_config_is_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("run: {name: x}\nnonsense: 1\n")
-    handlers = {number: signal.getsignal(number) for number in worker.STOP_SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:
         assert worker.main([str(path), "--stage", "stage1"]) == WRONG_INPUT
     finally:
