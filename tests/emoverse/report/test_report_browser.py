@@ -183,8 +183,9 @@ def test_the_page_of_the_ablations_opens_filled_and_quiet(browser: Any, tmp_path
     row["ours"] = [{"value": 80.0, "low": 70.0, "high": 90.0, "n": 9}, None]
     table = {"number": "VI", "title": "t", "columns": ["a", "b"], "rows": [row], "note": "n"}
     line = {"what": "data", "paper": "p", "ours": "o"}
-    conditions = {"lines": [line], "unequal_protocols": []}
+    conditions = {"lines": [line], "unequal_protocols": [], "unfinished": ["m2se/stage2"]}
     result = {"tables": [table], "effects": [effect], "conditions": conditions}
+    result |= {"failed": {"x": "<i>out of memory</i>"}}
     path = tmp_path / "ablations.html"
     path.write_text(render_ablations(result), encoding="utf-8")
     page = browser.new_page(viewport={"width": 900, "height": 700})
@@ -196,6 +197,8 @@ def test_the_page_of_the_ablations_opens_filled_and_quiet(browser: Any, tmp_path
     assert page.locator("#tables tbody tr").count() == 1
     assert "80.00" in page.locator("#tables").inner_text()
     assert "a <b> c" in page.locator("#effects").inner_text()
+    warnings = page.locator("#tables .warning").all_inner_texts()
+    assert "<i>out of memory</i>" in warnings[0] and "m2se/stage2" in warnings[1]
     page.locator("#theme").click()
     page.close()
     assert complaints == []
