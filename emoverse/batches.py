@@ -53,7 +53,7 @@ class FeatureStream:
     def __len__(self) -> int:
         return len(self._stream)
 
-    def read(self, step: int) -> list[Sample]:
+    def __getitem__(self, step: int) -> list[Sample]:
         samples = self._stream[step]
         for sample in samples:
             if sample.frames is not None:
@@ -61,6 +61,9 @@ class FeatureStream:
                 computed = compute_features(self._model, sample.frames, self._tower)
                 self._features.cache.put(ordinal, sample.view, computed)
         return samples
+
+    def read(self, step: int) -> list[Sample]:
+        return self[step]
 
     def decode(self, sample: Sample, out: NDArray[np.uint8] | None = None) -> Sample:
         raise AssertionError(f"{sample.record.key}: the frames were decoded in read()")

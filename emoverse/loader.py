@@ -29,6 +29,8 @@ class Steps(Protocol):
 
     def __len__(self) -> int: ...
 
+    def __getitem__(self, step: int) -> list[Sample]: ...
+
     def read(self, step: int) -> list[Sample]: ...
 
     def decode(self, sample: Sample, out: NDArray[np.uint8] | None = None) -> Sample: ...
@@ -75,12 +77,11 @@ class StepLoader:
         """
         if desk is not None:
             self._steps.watch = desk.ring.say
-        samples = self._steps.read(step)
         try:
-            return self._pack(samples, desk)
+            return self._pack(self._steps.read(step), desk)
         except _Damaged:
             # Substitutes have other lengths: pack again, when every sample is known to be whole.
-            return self._pack([self._decoded(sample) for sample in samples], desk)
+            return self._pack(self._steps[step], desk)
 
     def _pack(self, samples: Sequence[Sample], desk: Desk | None) -> list[Batch]:
         """The packs of some samples; raises _Damaged at the first waiting one of damaged media."""
@@ -94,12 +95,6 @@ class StepLoader:
             frame_shape=self._frame_shape,
             pixels=frames.of,
         )
-
-    def _decoded(self, sample: Sample) -> Sample:
-        """The sample with its frames, or the first substitute that has some."""
-        while sample.waiting:
-            sample = self._steps.decode(sample)
-        return sample
 
     def zero_batch(self) -> Batch:
         """The pack of weight 0 for a rank that has fewer packs than the others."""

@@ -202,10 +202,10 @@ test_any_jpeg, test_any_jpeg_at_length = tiers(
 def test_claims_are_counted_wherever_they_stand() -> None:
     require_modest_claims(CLIP)
     most = (MAX_CLAIMS + 1).to_bytes(4, "big")
-    table = b"\0\0\0\x24moov\0\0\0\x1cXXXX\0\0\0\0\0\0\0\1"
+    table = b"\0\0\0\x24moov\0\0\0\x1cNAME\0\0\0\0\0\0\0\1"
     for box in (b"stsz", b"stz2"):
         with pytest.raises(ValueError, match="the headers of the video claim"):
-            require_modest_claims(table.replace(b"XXXX", box) + most + bytes(8))
+            require_modest_claims(table.replace(b"NAME", box) + most + bytes(8))
     # Media data is not searched, and what is behind it is.
     media = b"\0\0\0\x18mdatstsz" + bytes(8) + most
     require_modest_claims(media)
