@@ -30,7 +30,7 @@ $(VENV)/.installed: setup.py constraints.txt
 	touch $@
 
 demo: setup
-	$(BIN)/python -m launch.demo
+	$(BIN)/python -m launch.verbs.demo
 
 test: setup
 	$(PYTEST) -m "not slurm and not browser and not demo and not aot and not gpu and not slow" $(PYTEST_ARGS)

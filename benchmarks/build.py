@@ -29,11 +29,11 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from data_shards.build import BuildOptions, build_shards
-from data_shards.draft import Clip, Draft, MediaOptions, make_record
-from data_shards.recipe import Recipe
+from data_shards.build.build import BuildOptions, build_shards
+from data_shards.build.clip_record import Clip, Draft, MediaOptions, make_record
+from data_shards.build.source_item import Recipe
+from data_shards.media.video import clip_indices, encode_mp4
 from data_shards.tasks import Task
-from data_shards.video import clip_indices, encode_mp4
 
 FPS, FRAMES, SIZE = 25, 75, (240, 320)  # 3 s, about the median of an utterance
 CUT_S = (0.6, 2.6)  # the span that is cut out of each clip

@@ -18,8 +18,8 @@ from statistics import median
 import numpy as np
 from numpy.typing import NDArray
 
-from data_shards.plan import StagePlan, StageSpec, plan_stages
-from data_shards.sampler import WeightedTaskSampler
+from data_shards.plan.plan import StagePlan, StageSpec, plan_stages
+from data_shards.plan.sampler import WeightedTaskSampler
 from data_shards.tasks import TASKS, mask_of
 
 MSA, ER, FER, ERI, ECPE = TASKS

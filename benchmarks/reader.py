@@ -23,9 +23,9 @@ Start = Callable[[float], object]  # from nothing to the first record at a share
 
 def our_cases(folder: Path) -> dict[str, Case]:
     """Reading from the page cache, in order unless it says so."""
-    import data_shards.reader
-    from data_shards.index import ShardIndex
-    from data_shards.reader import ShardReader
+    import data_shards.shards.reader
+    from data_shards.shards.index import ShardIndex
+    from data_shards.shards.reader import ShardReader
 
     index = ShardIndex.load(folder)
     tars = [folder / shard.name for shard in index.shards]
@@ -53,11 +53,11 @@ def our_cases(folder: Path) -> dict[str, Case]:
         return len(everything)
 
     def by_zlib() -> int:
-        fast, data_shards.reader.crc32 = data_shards.reader.crc32, zlib.crc32
+        fast, data_shards.shards.reader.crc32 = data_shards.shards.reader.crc32, zlib.crc32
         try:
             return sum(1 for address in everything if reader.members(*address))
         finally:
-            data_shards.reader.crc32 = fast
+            data_shards.shards.reader.crc32 = fast
 
     return {
         "raw read, 1 MiB at a time": raw,
@@ -113,7 +113,7 @@ class Peers:
 
         def start(share: float) -> object:
             """It has no resume: what comes before is read and dropped."""
-            from data_shards.index import ShardIndex
+            from data_shards.shards.index import ShardIndex
 
             number = int(share * (ShardIndex.load(self._folder).num_records - 1))
             return next(itertools.islice(open_it(), number, None))
@@ -173,7 +173,7 @@ class Peers:
 
 
 def write_mds(streaming: Any, out: Path, folder: Path) -> None:
-    from data_shards.reader import iter_plain
+    from data_shards.shards.reader import iter_plain
 
     with streaming.MDSWriter(out=str(out), columns={"json": "bytes", "mp4": "bytes"}) as writer:
         for _, members in iter_plain(folder):

@@ -23,9 +23,9 @@ SHARES = (0.0, 0.01, 0.99)
 
 def plan_of(folder: Path, batch: int = 64) -> tuple[Any, Any]:
     """(index, sampler of rank 0 of 8) of a stage with the rates above."""
-    from data_shards.index import ShardIndex
-    from data_shards.plan import StageSpec, plan_stages
-    from data_shards.sampler import WeightedTaskSampler
+    from data_shards.plan.plan import StageSpec, plan_stages
+    from data_shards.plan.sampler import WeightedTaskSampler
+    from data_shards.shards.index import ShardIndex
     from data_shards.tasks import Task
 
     index = ShardIndex.load(folder)
@@ -37,7 +37,7 @@ def plan_of(folder: Path, batch: int = 64) -> tuple[Any, Any]:
 
 def our_starts(folder: Path, frames: int, size: int) -> dict[str, Callable[[float], object]]:
     """From nothing (index loaded, stage planned, state read) to a place in the stage."""
-    from data_shards.reader import ShardReader
+    from data_shards.shards.reader import ShardReader
     from data_shards.stream import StepStream, ViewOptions
 
     def share_at(share: float) -> tuple[Any, Any, Any]:
@@ -135,7 +135,7 @@ def prefix_error(tasks: list[int]) -> float:
 
 def rate_errors(work: Path, problems: dict[str, str]) -> dict[str, tuple[float, float]]:
     """Samples off in the worst window of 100 and in the worst prefix, over 15,000 samples."""
-    from data_shards.rates import TaskOrder
+    from data_shards.plan.rates import TaskOrder
     from data_shards.tasks import Task
 
     order = TaskOrder(dict(zip((Task.MSA, Task.ER, Task.FER), RATES, strict=True)))

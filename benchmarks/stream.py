@@ -30,10 +30,10 @@ STEP = (4 * COUNT, SIZE, SIZE, 3)  # the frames of four clips
 
 def build(folder: Path, clips: list[bytes], records: int) -> None:
     """Our shard folder; its tars are what webdataset and Energon read, too."""
-    from data_shards.build import build_shards
-    from data_shards.record import Record, Video
+    from data_shards.build.build import build_shards
+    from data_shards.media.video import count_frames
+    from data_shards.shards.record import Record, Video
     from data_shards.tasks import Task
-    from data_shards.video import count_frames
 
     lengths = [count_frames(clip) for clip in clips]
 
@@ -90,10 +90,10 @@ class Steps(torch.utils.data.Dataset[Any]):
 
 def transports(folder: Path, clips: int) -> dict[str, Callable[[], int]]:
     """The same decoding in two processes: what they differ by is the way to the trainer."""
-    from data_shards.build import extract_frames
-    from data_shards.index import ShardIndex
-    from data_shards.reader import ShardReader
-    from emoverse.workers import PoolOptions, WorkerPool
+    from data_shards.build.build import extract_frames
+    from data_shards.shards.index import ShardIndex
+    from data_shards.shards.reader import ShardReader
+    from emoverse.data.workers import PoolOptions, WorkerPool
 
     index = ShardIndex.load(folder)
     reader = ShardReader(folder, index)
@@ -151,10 +151,10 @@ def transport_ms(rows: dict[str, Row], name: str) -> float:
 
 def pipelines(folder: Path, limit: int, problems: dict[str, str]) -> dict[str, Callable[[], int]]:
     """Clips on disk to frames in the trainer, two workers, four clips per step."""
-    from data_shards.index import ShardIndex
-    from data_shards.reader import ShardReader
+    from data_shards.shards.index import ShardIndex
+    from data_shards.shards.reader import ShardReader
     from data_shards.stream import ViewOptions, decode_view
-    from emoverse.workers import PoolOptions, WorkerPool
+    from emoverse.data.workers import PoolOptions, WorkerPool
 
     index = ShardIndex.load(folder)
     reader = ShardReader(folder, index)
@@ -205,7 +205,7 @@ def pyav_frames(clip: bytes, cv2: Any) -> np.ndarray:
     """The loop that most code has: decode all, keep eight."""
     import av
 
-    from data_shards.video import clip_indices
+    from data_shards.media.video import clip_indices
 
     with av.open(io.BytesIO(clip)) as container:
         container.streams.video[0].thread_type = "NONE"
@@ -218,7 +218,7 @@ def pyav_frames(clip: bytes, cv2: Any) -> np.ndarray:
 
 
 def run(work: Path, args: argparse.Namespace) -> None:
-    from data_shards.index import ENTRY_DTYPE
+    from data_shards.shards.index import ENTRY_DTYPE
 
     problems: dict[str, str] = {}
     clips = make_clips([(240, 320), (360, 480), (360, 640)], args.clips, 8)

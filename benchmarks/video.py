@@ -85,7 +85,7 @@ def dropped_share(clips: list[bytes]) -> float:
     """Share of packets that nothing refers to: they can be left out."""
     import av
 
-    from data_shards.packets import Packets, avc_length_bytes, slice_kinds
+    from data_shards.media.packets import Packets, avc_length_bytes, slice_kinds
 
     references = []
     for clip in clips:
@@ -100,9 +100,9 @@ def decoders(problems: dict[str, str]) -> dict[str, Callable[[bytes], object]]:
     """Name -> clip bytes to frames."""
     import av
 
-    from data_shards.checksum import crc32
-    from data_shards.pixels import jpeg_decode_into, jpeg_encode, resize_frame
-    from data_shards.video import clip_indices, decode_frames
+    from data_shards.media.pixels import jpeg_decode_into, jpeg_encode, resize_frame
+    from data_shards.media.video import clip_indices, decode_frames
+    from data_shards.shards.checksum import crc32
 
     cv2, decord = load("cv2", problems), load("decord", problems)
     torchcodec = load("torchcodec.decoders", problems)
@@ -185,7 +185,7 @@ def decoders(problems: dict[str, str]) -> dict[str, Callable[[bytes], object]]:
 
 def opencv(cv2: object, clip: bytes, frames: int, resize: Callable[[object], object]) -> object:
     """VideoCapture reads files only; grab() decodes, retrieve() converts."""
-    from data_shards.video import clip_indices
+    from data_shards.media.video import clip_indices
 
     wanted, found = set(clip_indices(frames, COUNT)), []
     with tempfile.NamedTemporaryFile(suffix=".mp4", dir="/dev/shm") as file:

@@ -18,14 +18,14 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from data_shards.index import ShardIndex
-from data_shards.pixels import jpeg_decode_into, resize_frame, tile_image
-from data_shards.plan import Placement
-from data_shards.reader import DamagedRecord, ShardReader
-from data_shards.record import Frames, Record
-from data_shards.sampler import Slot, WeightedTaskSampler
+from data_shards.media.pixels import jpeg_decode_into, resize_frame, tile_image
+from data_shards.media.video import clip_indices, decode_frames
+from data_shards.plan.plan import Placement
+from data_shards.plan.sampler import Slot, WeightedTaskSampler
+from data_shards.shards.index import ShardIndex
+from data_shards.shards.reader import DamagedRecord, ShardReader
+from data_shards.shards.record import Frames, Record
 from data_shards.tasks import Task
-from data_shards.video import clip_indices, decode_frames
 
 View = Literal["clip", "peak"]
 OnDamage = Literal["stop", "replace"]

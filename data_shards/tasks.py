@@ -92,7 +92,7 @@ class TurnLike(Protocol):
 
 
 class QuerySource(Protocol):
-    """What a query needs of a record; `data_shards.record.Record` offers it."""
+    """What a query needs of a record; `data_shards.shards.record.Record` offers it."""
 
     @property
     def key(self) -> str: ...

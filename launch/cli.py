@@ -102,13 +102,13 @@ def build_parser(words: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def _build_arguments(parser: argparse.ArgumentParser) -> None:
-    from data_shards.build_verb import add_build_arguments
+    from data_shards.build.cli import add_build_arguments
 
     add_build_arguments(parser, _add_json)
 
 
 def _build(args: argparse.Namespace) -> int:
-    from data_shards.build_verb import run_build
+    from data_shards.build.cli import run_build
 
     return _resumable("build", lambda: _print_result(run_build(args), args))
 
@@ -171,7 +171,7 @@ def _pretrain_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _pretrain(args: argparse.Namespace) -> int:
-    from emoverse.pretrain import run
+    from emoverse.nano.pretrain import run
 
     paths, overrides = _split(args.config)
     return _print_result(run(paths, overrides), args)
@@ -186,8 +186,8 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from emoverse.config import load_config
-    from launch.plan_report import make_plan, plan_text, write_order
+    from emoverse.config.schema import load_config
+    from launch.verbs.plan import make_plan, plan_text, write_order
 
     config = load_config(*_split(args.config))
     index, plan, report = make_plan(config)
@@ -211,8 +211,8 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from emoverse.config import load_config
-    from emoverse.stages import stages_to_train
+    from emoverse.config.schema import load_config
+    from emoverse.training.stages import stages_to_train
 
     # Before torch is imported: a wrong config is told at once.
     config = load_config(*_split(args.config))
@@ -226,14 +226,14 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    from launch.evaluation import add_arguments
+    from launch.verbs.evaluate import add_arguments
 
     add_arguments(parser)
     _add_json(parser)
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from launch.evaluation import paper_text, report_text, run
+    from launch.verbs.evaluate import paper_text, report_text, run
 
     def text(states: Mapping[str, Any]) -> str:
         return "\n".join([report_text(states), *([paper_text(states)] if args.paper else [])])
@@ -257,8 +257,8 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from emoverse.report import write_report
-    from emoverse.summary import summary_text
+    from emoverse.report.report import write_report
+    from emoverse.report.summary import summary_text
 
     systems = {}
     for word in args.system:
@@ -275,12 +275,12 @@ def _report(args: argparse.Namespace) -> int:
 # Verb -> kind -> its line in the help and its module; `ok` false in a result: run it again.
 _KINDS = {
     "annotate": {
-        "fer": ("facial expressions from action units", "data_shards.annotate.fer_verb"),
-        "reasons": ("why people feel so, from served models", "data_shards.annotate.reasons_verb"),
+        "fer": ("facial expressions from action units", "data_shards.annotate.fer"),
+        "reasons": ("why people feel so, from served models", "data_shards.annotate.reasons_cli"),
     },
     "convert": {
-        "export": ("a shard folder as ms-swift data", "data_shards.swift_export"),
-        "import": ("ms-swift data as a shard folder", "data_shards.convert"),
+        "export": ("a shard folder as ms-swift data", "data_shards.sources.swift_export"),
+        "import": ("ms-swift data as a shard folder", "data_shards.build.convert"),
     },
 }
 
@@ -292,9 +292,9 @@ VERBS = {
     ),
     "annotate": _by_kind("annotate", "derive labels that a corpus lacks"),
     "convert": _by_kind("convert", "ms-swift training data, both ways"),
-    "lint": _part("check every record of a shard folder", "data_shards.lint"),
-    "preview": _part("show some records of a shard folder", "data_shards.preview"),
-    "stats": _part("count what a shard folder holds", "data_shards.stats"),
+    "lint": _part("check every record of a shard folder", "data_shards.inspection.lint"),
+    "preview": _part("show some records of a shard folder", "data_shards.inspection.preview"),
+    "stats": _part("count what a shard folder holds", "data_shards.inspection.stats"),
     "pretrain": Verb(
         summary="train the nano base model from nothing",
         configure=_pretrain_arguments,
@@ -310,15 +310,17 @@ VERBS = {
         configure=_train_arguments,
         handle=_train,
     ),
-    "launch": _part("submit both stages and the evaluation to a cluster", "launch.launcher"),
-    "status": _part("say where a run and its jobs stand, from files", "launch.status"),
+    "launch": _part("submit both stages and the evaluation to a cluster", "launch.verbs.launch"),
+    "status": _part("say where a run and its jobs stand, from files", "launch.verbs.status"),
     "evaluate": Verb(
         summary="answer and score the held-out records of a run",
         configure=_evaluate_arguments,
         handle=_evaluate,
     ),
-    "ablate": _part("run the paper's ablations and lay the tables beside it", "launch.ablate"),
-    "export": _part("write a trained state as a model that others load", "emoverse.export"),
+    "ablate": _part(
+        "run the paper's ablations and lay the tables beside it", "launch.verbs.ablate"
+    ),
+    "export": _part("write a trained state as a model that others load", "emoverse.export.export"),
     "report": Verb(
         summary="write a run's report.html and summary.json",
         configure=_report_arguments,
@@ -342,7 +344,7 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 
 def _split(words: Sequence[str]) -> tuple[list[Path], list[str]]:
     """Config files and overrides; at least one file."""
-    from emoverse.yaml_tree import split_words
+    from emoverse.config.yaml_source import split_words
 
     paths, overrides = split_words(words)
     if not paths:

@@ -20,10 +20,10 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from emoverse.config import Config, to_yaml
-from emoverse.stages import stage_dir
-from emoverse.stop import EXIT_STOPPED as STOPPED
-from emoverse.stop import STOP_SIGNALS
+from emoverse.config.schema import Config, to_yaml
+from emoverse.training.shutdown import EXIT_STOPPED as STOPPED
+from emoverse.training.shutdown import STOP_SIGNALS
+from emoverse.training.stages import stage_dir
 from launch.progress import Screen, shown
 from launch.worker import DONE, FAULT, WRONG_INPUT, rank_defaults
 

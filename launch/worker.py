@@ -19,19 +19,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from emoverse.config import Config, load_config
-from emoverse.stages import stages_to_train
-from emoverse.stop import EXIT_STOPPED as STOPPED
-from emoverse.stop import StopFlag, listen
-from emoverse.yaml_tree import split_words
-from launch import jobs
-from launch.jobs import EVAL
-from launch.preflight import check_run
-from launch.rendezvous import Door, find_door
-from launch.requeue import REQUEUE_CODE, requeue
+from emoverse.config.schema import Config, load_config
+from emoverse.config.yaml_source import split_words
+from emoverse.training.shutdown import EXIT_STOPPED as STOPPED
+from emoverse.training.shutdown import StopFlag, listen
+from emoverse.training.stages import stages_to_train
+from launch.context import Door, find_door
+from launch.slurm import job_log
+from launch.slurm.job_log import EVAL
+from launch.slurm.preflight import check_run
+from launch.slurm.requeue import REQUEUE_CODE, requeue
 
 if TYPE_CHECKING:
-    from emoverse.distributed import World
+    from emoverse.engine.distributed import World
 
 DONE, FAULT, WRONG_INPUT = 0, 1, 2
 # How a user may want a training to start, whatever the door.
@@ -90,7 +90,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--max-requeues",
         type=int,
-        default=jobs.MAX_REQUEUES,
+        default=job_log.MAX_REQUEUES,
         help="times that a job may begin again after a signal or a lost node (default %(default)s)",
     )
     parser.add_argument(
@@ -154,7 +154,7 @@ class Job:
     @property
     def began_empty(self) -> bool:
         """Did this job find no saved step at its first start? Then what is there now is its own."""
-        starts = jobs.read_job(self.config.run.run_dir, self.door.job or "").starts
+        starts = job_log.read_job(self.config.run.run_dir, self.door.job or "").starts
         return bool(starts) and starts[0]["progress"] == 0
 
     def begin(self) -> int:
@@ -164,8 +164,8 @@ class Job:
         try:
             notes = check_run(self.config, self.parts, accept_changes=self.accept_changes)
             for note in notes:
-                jobs.say(note)
-            jobs.begin_start(self.config, self.parts, self.door, self.max_requeues, self._log())
+                job_log.say(note)
+            job_log.begin_start(self.config, self.parts, self.door, self.max_requeues, self._log())
         except (ValueError, FileNotFoundError) as error:
             print(error, file=sys.stderr)
             return WRONG_INPUT
@@ -173,7 +173,7 @@ class Job:
             print(error, file=sys.stderr)
             return FAULT
         nodes = os.environ.get("SLURM_JOB_NODELIST") or os.uname().nodename
-        jobs.say(
+        job_log.say(
             f"job {self.door.job}, start {self.door.start + 1}, {', '.join(self.parts)}: "
             f"{self.door.world_size} ranks on {nodes}, meeting at {self.door.address}:"
             f"{self.door.port}; log {self._log()}"
@@ -183,9 +183,9 @@ class Job:
     def requeue(self) -> str | None:
         """Rank 0 puts the stopped job back into the queue; the reason if it does not."""
         assert self.door.job is not None
-        run_dir, progress = self.config.run.run_dir, jobs.saved_steps(self.config, self.parts)
-        history = jobs.read_job(run_dir, self.door.job)
-        reason = jobs.why_not_again(history, progress, self.max_requeues)
+        run_dir, progress = self.config.run.run_dir, job_log.saved_steps(self.config, self.parts)
+        history = job_log.read_job(run_dir, self.door.job)
+        reason = job_log.why_not_again(history, progress, self.max_requeues)
         # Noted first: once the scheduler has accepted, this process may end at any moment.
         self._note(STOPPED, requeued=not reason, reason=reason)
         if reason is None:
@@ -193,9 +193,9 @@ class Job:
             if reason is not None:
                 self._note(STOPPED, requeued=False, reason=reason)
         if reason is None:
-            jobs.say(f"job {self.door.job} stopped and requeued; it resumes from what it saved")
+            job_log.say(f"job {self.door.job} stopped and requeued; it resumes from what it saved")
         else:
-            jobs.say(f"job {self.door.job} stopped and is not requeued: {reason}")
+            job_log.say(f"job {self.door.job} stopped and is not requeued: {reason}")
         return reason
 
     def after_stop(self, requeued: bool) -> int:
@@ -221,7 +221,7 @@ class Job:
         if self.is_mine:
             reason = "lost contact to another rank"
             self._note(FAULT, requeued=False, reason=reason)
-            jobs.say(f"{reason}: waiting for the scheduler to say whether its node is gone")
+            job_log.say(f"{reason}: waiting for the scheduler to say whether its node is gone")
         deadline = time.monotonic() + WAIT_FOR_VERDICT_S
         while not flag.requested and time.monotonic() < deadline and not self._succeeded():
             time.sleep(0.5)
@@ -230,7 +230,7 @@ class Job:
 
     def _succeeded(self) -> bool:
         """Has the job begun again elsewhere, because this node is the one that was cut off?"""
-        starts = jobs.read_job(self.config.run.run_dir, self.door.job or "").starts
+        starts = job_log.read_job(self.config.run.run_dir, self.door.job or "").starts
         return any(start["start"] > self.door.start for start in starts)
 
     def end(self, code: int) -> int:
@@ -238,26 +238,26 @@ class Job:
         if self.is_mine and code in (DONE, FAULT, WRONG_INPUT):
             self._note(code, requeued=False)
             if code == DONE:
-                jobs.say(f"job {self.door.job} done; {self._next()}")
+                job_log.say(f"job {self.door.job} done; {self._next()}")
             else:
-                jobs.say(
+                job_log.say(
                     f"job {self.door.job} failed with exit code {code} and is not requeued, since "
                     f"it would fail again; see {self._log()}"
                 )
         return code
 
     def _note(self, code: int, **facts: Any) -> None:
-        progress = jobs.saved_steps(self.config, self.parts)
+        progress = job_log.saved_steps(self.config, self.parts)
         run_dir, job = self.config.run.run_dir, self.door.job or ""
         try:
-            jobs.add_event(run_dir, job, "end", code=code, progress=progress, **facts)
+            job_log.add_event(run_dir, job, "end", code=code, progress=progress, **facts)
         except OSError as error:  # the work is done and saved, or not, whatever can be noted
-            jobs.say(f"the end of job {job} cannot be noted: {error}")
+            job_log.say(f"the end of job {job} cannot be noted: {error}")
 
     def _log(self) -> str:
         if self.logs is not None:
             return self.logs.replace("%j", self.door.job or "")
-        return f"{jobs.log_folder(self.config, self.parts[0], self.door.job or '')}/rank_*.log"
+        return f"{job_log.log_folder(self.config, self.parts[0], self.door.job or '')}/rank_*.log"
 
     def _next(self) -> str:
         if EVAL in self.parts:
@@ -272,10 +272,10 @@ class Job:
 
 
 def _work(job: Job, args: argparse.Namespace, flag: StopFlag) -> int:
-    from emoverse.distributed import World, from_main
-    from emoverse.health import check_nodes
-    from emoverse.memory import memory_need
-    from emoverse.train import Launch, train_stages
+    from emoverse.engine.distributed import World, from_main
+    from emoverse.engine.health import check_nodes
+    from emoverse.estimate.memory import memory_need
+    from emoverse.training.train import Launch, train_stages
 
     def requeue_together(world: World) -> int:
         if job.door.job is None:
@@ -291,7 +291,7 @@ def _work(job: Job, args: argparse.Namespace, flag: StopFlag) -> int:
         if job.door.job is not None:
             for note in check_nodes(world, memory_need(job.config, world.world_size)):
                 if world.is_main:
-                    jobs.say(note)
+                    job_log.say(note)
 
     launch = Launch(
         resume=not args.fresh or job.began_empty,
@@ -317,9 +317,9 @@ def _stop_evaluation(job: Job) -> int:
 
 def _evaluate(job: Job, world: "World", flag: StopFlag) -> None:
     """Answers and scores the held-out records on all ranks; rank 0 writes the report."""
-    from emoverse.distributed import agree, gather_rows
-    from emoverse.evaluate import run
-    from emoverse.report import write_report
+    from emoverse.engine.distributed import agree, gather_rows
+    from emoverse.evaluation.evaluate import run
+    from emoverse.report.report import write_report
 
     if gather_rows(world, [flag.requested]).any():  # while it started, or in the last step before
         why = flag.reason or "another process was told to stop"

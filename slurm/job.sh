@@ -45,6 +45,6 @@ echo "$(date -Is) job $SLURM_JOB_ID ($SLURM_JOB_NAME), start $((${SLURM_RESTART_
 logs=
 if [ "$PART" != build ]; then
     # Reads the config, so a mistake in it ends the job here, before any rank starts.
-    logs=$("$python" -m launch.jobs "$PART" "${words[@]}")
+    logs=$("$python" -m launch.slurm.job_log "$PART" "${words[@]}")
     echo "log: $logs/rank_0.log and one per further rank; status: emoverse status ${logs%/"$PART"/logs/*}"
 fi

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-from data_shards.index import ENTRY_DTYPE, ShardIndex, ShardInfo, sidecar, write_index
+from data_shards.shards.index import ENTRY_DTYPE, ShardIndex, ShardInfo, sidecar, write_index
 from data_shards.tasks import Task, mask_of
 
 # No deadline: machines are busy. The same examples everywhere: a red test is red for everybody.

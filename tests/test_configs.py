@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from data_shards.index import ShardIndex
+from data_shards.shards.index import ShardIndex
 from data_shards.tasks import Task
-from emoverse.config import load_config, load_model, to_yaml
-from emoverse.paper_tables import TABLES as PAPER_TABLES
-from emoverse.paper_tables import variants
-from emoverse.pretrain_config import PretrainConfig
-from launch.plan_report import make_plan, plan_text
+from emoverse.config.schema import load_config, load_model, to_yaml
+from emoverse.nano.pretrain_config import PretrainConfig
+from emoverse.paper.tables import TABLES as PAPER_TABLES
+from emoverse.paper.tables import variants
+from launch.verbs.plan import make_plan, plan_text
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 PRETRAIN = [path for path in sorted(CONFIGS.glob("*.yaml")) if "pretrain" in path.name]

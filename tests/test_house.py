@@ -31,24 +31,24 @@ MAY_IMPORT = {
 MODEL_LIBRARIES = {"torch", "transformers", "deepspeed", "peft", "sentencepiece"}
 # Each giant has its own files, so that it can be replaced, and traced, in one place.
 GIANTS = {
-    "deepspeed": ("emoverse/engine.py",),
-    "submitit": ("launch/submit.py",),
-    "webdataset": ("data_shards/build.py", "data_shards/reader.py"),
+    "deepspeed": ("emoverse/engine/deepspeed_engine.py",),
+    "submitit": ("launch/slurm/submit.py",),
+    "webdataset": ("data_shards/build/build.py", "data_shards/shards/reader.py"),
     "flash_attn": ("emoverse/kernels/",),
     "triton": ("emoverse/kernels/",),
-    "peft": ("emoverse/models/lora.py",),
-    "av": ("data_shards/video.py", "data_shards/packets.py"),
+    "peft": ("emoverse/models/adapters.py",),
+    "av": ("data_shards/media/video.py", "data_shards/media/packets.py"),
 }
 # What must answer without torch.
 TORCH_FREE = (
-    "data_shards.index",
-    "data_shards.plan",
+    "data_shards.shards.index",
+    "data_shards.plan.plan",
     "data_shards.tasks",
-    "emoverse.config",
+    "emoverse.config.schema",
     "emoverse.models.architecture",
-    "emoverse.stages",
+    "emoverse.training.stages",
     "launch.cli",
-    "launch.plan_report",
+    "launch.verbs.plan",
 )
 
 

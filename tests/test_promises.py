@@ -4,7 +4,7 @@ import ast
 import re
 from pathlib import Path
 
-from emoverse.runfiles import FREE_KNOBS
+from emoverse.run_dir.run_files import FREE_KNOBS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "reliability.md"

@@ -23,7 +23,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from emoverse.kernels import attention
-from emoverse.models.lean import make_lean
+from emoverse.models.lean_layers import make_lean
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ALPHA, DROPOUT = 32, 0.05

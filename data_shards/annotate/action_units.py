@@ -1,6 +1,6 @@
 """FER labels: the peak frame of a clip and the phrases of its face (equations 1 to 3 of the paper).
 
-In: the faces of a clip (`data_shards.openface`) and its emotion. Out: a `FerAnnotation`, or the
+In: the faces of a clip (`openface.py`) and its emotion. Out: a `FerAnnotation`, or the
 reason why there is none. Pure functions; what the paper leaves open is a field of `FerOptions`.
 Flow: openface -> here -> fer_verb.
 """
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_shards.annotate.au_phrases import EMOTION_TABLES, PHRASE_TABLES
-from data_shards.openface import INTENSITY_AUS, PRESENCE_AUS, Faces
+from data_shards.annotate.openface import INTENSITY_AUS, PRESENCE_AUS, Faces
 from data_shards.tasks import EMOTIONS
 
 PresenceRule = Literal["c", "r_positive", "r_threshold"]

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
-from data_shards.index import ShardIndex
-from data_shards.reader import ShardReader
-from data_shards.record import Record, Video
+from data_shards.shards.index import ShardIndex
+from data_shards.shards.reader import ShardReader
+from data_shards.shards.record import Record, Video
 
 PROGRAMS: Final = {"single": "FeatureExtraction", "multi": "FaceLandmarkVidMulti"}
 _LIMIT_S: Final = 600.0  # for one clip; OpenFace takes a few times the clip's length

@@ -16,18 +16,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from data_shards.annotate.answers import AnswerCache, question_id
+from data_shards.annotate.answer_cache import AnswerCache, question_id
 from data_shards.annotate.endpoint import ChatClient, Endpoint, Patience, Refused, Unanswered
 from data_shards.annotate.reason_prompts import (
     PROMPT_VERSION,
     describe_messages,
     infer_messages,
 )
-from data_shards.index import ShardIndex
-from data_shards.pixels import jpeg_encode, resize_frame
-from data_shards.reader import ShardReader
-from data_shards.record import Frames, Record
-from data_shards.video import clip_indices, decode_frames
+from data_shards.media.pixels import jpeg_encode, resize_frame
+from data_shards.media.video import clip_indices, decode_frames
+from data_shards.shards.index import ShardIndex
+from data_shards.shards.reader import ShardReader
+from data_shards.shards.record import Frames, Record
 
 READY: Final = "file"  # the model of a text that came from a file
 _GIVE_UP_AFTER: Final = 20  # clips in a row without an answer: the server is gone

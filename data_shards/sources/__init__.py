@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from data_shards.recipe import Recipe, Skipped
-from data_shards.record import Record
+from data_shards.build.source_item import Recipe, Skipped
+from data_shards.shards.record import Record
 
 # Name on the command line -> module; imported only when it is called.
 SOURCES: Final[Mapping[str, str]] = {

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
-from data_shards.draft import Clip, Draft
+from data_shards.build.clip_record import Clip, Draft
 from data_shards.jsonl import read_utf8
-from data_shards.record import Turn
+from data_shards.shards.record import Turn
 from data_shards.sources.raw_files import find_files, find_one, parse_time, repair_text
 from data_shards.tasks import EMOTIONS, Pair, Task
 

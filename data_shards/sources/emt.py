@@ -14,9 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, get_args
 
-from data_shards.draft import Clip, Draft, MediaOptions, hash_file, make_record
+from data_shards.build.clip_record import Clip, Draft, MediaOptions, hash_file, make_record
+from data_shards.build.source_item import FileRecipe
 from data_shards.jsonl import read_rows
-from data_shards.recipe import FileRecipe
 from data_shards.sources import Source
 from data_shards.sources.ecf import (
     SPLITS_OF,

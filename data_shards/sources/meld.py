@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from data_shards.draft import Clip, Draft
+from data_shards.build.clip_record import Clip, Draft
 from data_shards.jsonl import read_utf8
 from data_shards.sources.raw_files import csv_rows, find_files, find_one, parse_time, repair_text
 from data_shards.tasks import EMOTIONS, Task

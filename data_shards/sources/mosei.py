@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from data_shards.draft import Clip, Draft
+from data_shards.build.clip_record import Clip, Draft
 from data_shards.sources.mosei_files import (
     CSD_EMOTIONS,
     Interval,

@@ -18,13 +18,13 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from PIL import Image
 
-from data_shards.draft import hash_file
+from data_shards.build.clip_record import hash_file
+from data_shards.build.source_item import FileRecipe, Recipe, Skipped
 from data_shards.jsonl import read_rows, read_utf8
-from data_shards.recipe import FileRecipe, Recipe, Skipped
-from data_shards.record import Record, Turn, Video
+from data_shards.media.video import count_frames, encode_mp4
+from data_shards.shards.record import Record, Turn, Video
 from data_shards.sources import Source
 from data_shards.tasks import IDENTIFIER, TASKS, Task, parse_answer
-from data_shards.video import count_frames, encode_mp4
 
 _MEDIA_TAG: Final = re.compile(r"\s*(<video>(</video>)?|<image>(</image>)?|<img>|</img>)\s*")
 _PREFIX: Final = re.compile(r"the person(?: in (?:the )?video)? says:\s*", re.IGNORECASE)

@@ -13,12 +13,12 @@ from functools import partial
 import numpy as np
 
 from data_shards.annotate.action_units import FerAnnotation, FerOptions, annotate_fer
-from data_shards.openface import format_openface, read_openface
-from data_shards.recipe import Recipe
-from data_shards.record import Record, Video
+from data_shards.annotate.openface import format_openface, read_openface
+from data_shards.build.source_item import Recipe
+from data_shards.media.video import encode_mp4
+from data_shards.shards.record import Record, Video
 from data_shards.sources import Source
 from data_shards.tasks import TASKS, Task
-from data_shards.video import encode_mp4
 from data_shards.world import scene as world
 from data_shards.world.expression import measure
 from data_shards.world.face import Person, draw_person

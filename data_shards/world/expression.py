@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from data_shards.annotate.au_phrases import EMOTION_TABLES
-from data_shards.openface import INTENSITY_AUS, PRESENCE_AUS, Faces
+from data_shards.annotate.openface import INTENSITY_AUS, PRESENCE_AUS, Faces
 from data_shards.world.face import ACTION_UNITS, MAX_INTENSITY
 
 COLUMN = {unit: i for i, unit in enumerate(ACTION_UNITS)}

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_shards.annotate.au_phrases import PHRASE_TABLES
-from data_shards.record import Turn
+from data_shards.media.video import clip_indices
+from data_shards.shards.record import Turn
 from data_shards.tasks import EMOTIONS, INSTRUCTION
-from data_shards.video import clip_indices
 from data_shards.world import describe, expression, grammar
 from data_shards.world.face import ACTION_UNITS, Person, Pose, draw_light, draw_person, render
 from data_shards.world.scene import IMAGE_SIZE

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_shards.record import Turn
+from data_shards.shards.record import Turn
 from data_shards.tasks import Pair
 from data_shards.world import expression, grammar
 from data_shards.world.face import ACTION_UNITS, Person, Pose, draw_light, draw_person, render

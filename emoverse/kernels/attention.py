@@ -137,7 +137,7 @@ def varlen_attention(
         return packed
     if backend == "triton":
         # Triton is missing on many machines without a GPU: loaded only where it runs.
-        from emoverse.kernels.attention_triton import triton_varlen
+        from emoverse.kernels.triton_ops.attention import triton_varlen
 
         return triton_varlen(
             *(q_TNH, k_TKH, v_TKH, cu_seqlens, max_seqlen), causal=causal, scale=scale

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from emoverse import distributed
+from emoverse.engine import distributed
 
 # Most logits that exist at a time: 256 MB of fp32.
 MAX_LOGITS = 1 << 26

@@ -238,6 +238,6 @@ def unpack(tensors: Sequence[Tensor | None], count: int) -> Linears:
 
 def _triton() -> Any:
     # Triton is missing on many machines without a GPU: loaded only where it runs.
-    from emoverse.kernels import lora_triton
+    from emoverse.kernels.triton_ops import lora as lora_triton
 
     return lora_triton

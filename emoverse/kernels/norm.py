@@ -79,6 +79,6 @@ def _scale(residual_TD: Tensor, rstd_T: Tensor, weight_D: Tensor) -> Tensor:
 
 def _triton() -> Any:
     # Triton is missing on many machines without a GPU: loaded only where it runs.
-    from emoverse.kernels import norm_triton
+    from emoverse.kernels.triton_ops import norm
 
-    return norm_triton
+    return norm

@@ -51,6 +51,6 @@ def _rotate(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor, direction: int) -> No
 
 def _triton() -> Any:
     # Triton is missing on many machines without a GPU: loaded only where it runs.
-    from emoverse.kernels import rope_triton
+    from emoverse.kernels.triton_ops import rope
 
-    return rope_triton
+    return rope

@@ -56,6 +56,6 @@ def _activate(gate_up_TF2: Tensor) -> Tensor:
 
 def _triton() -> Any:
     # Triton is missing on many machines without a GPU: loaded only where it runs.
-    from emoverse.kernels import swiglu_triton
+    from emoverse.kernels.triton_ops import swiglu
 
-    return swiglu_triton
+    return swiglu

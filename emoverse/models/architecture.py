@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from emoverse.models.released_config import (
+from emoverse.models.internvl.released_config import (
     FAMILIES,
     first_name,
     new_config,

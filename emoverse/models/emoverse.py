@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from transformers import InternVLForConditionalGeneration
 
 from data_shards.tasks import TASKS
-from emoverse import distributed
+from emoverse.engine import distributed
 from emoverse.kernels import attention
 from emoverse.kernels.backend import kernel_backend
 from emoverse.kernels.head import sums_by_group, supervised_cross_entropy
+from emoverse.models.adapters import AdapterSettings, attach_lora, is_adapter
 from emoverse.models.architecture import Architecture, base_folder
-from emoverse.models.fold import Fold
-from emoverse.models.internvl2 import Deferred, import_checkpoint, import_deferred
-from emoverse.models.lean import is_lean, make_lean
-from emoverse.models.lora import AdapterSettings, attach_lora, is_adapter
+from emoverse.models.internvl.checkpoint import Deferred, import_checkpoint, import_deferred
+from emoverse.models.lean_layers import is_lean, make_lean
+from emoverse.models.merge import Fold
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from emoverse.models.architecture import Architecture
-from emoverse.models.fold import LORA_A, LORA_B, Fold, check_folds
-from emoverse.models.internvl2 import native_shapes, split_rows
-from emoverse.models.internvl2_keys import Link, links
+from emoverse.models.internvl.checkpoint import native_shapes, split_rows
+from emoverse.models.internvl.tensor_names import Link, links
+from emoverse.models.merge import LORA_A, LORA_B, Fold, check_folds
 
 SETTINGS_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 # Settings that change the mathematics of an adapter; only plain LoRA is understood.

@@ -20,12 +20,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from data_shards import fetch
-from data_shards.build import build_shards
-from data_shards.plan import StageSpec
-from data_shards.record import Record, Video
+from data_shards.build.build import build_shards
+from data_shards.media.video import encode_mp4
+from data_shards.plan.plan import StageSpec
+from data_shards.shards import fetch
+from data_shards.shards.record import Record, Video
 from data_shards.tasks import Task, mask_of
-from data_shards.video import encode_mp4
 
 
 class MemoryTable:

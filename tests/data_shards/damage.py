@@ -19,9 +19,9 @@ from typing import Any, Literal
 import av
 import numpy as np
 
-from data_shards.index import ENTRY_DTYPE, ShardIndex
-from data_shards.reader import untar
-from data_shards.video import encode_mp4
+from data_shards.media.video import encode_mp4
+from data_shards.shards.index import ENTRY_DTYPE, ShardIndex
+from data_shards.shards.reader import untar
 
 KEY = "clip_1"  # the victim: record (0, 1), between two others
 TAR, IDX = "shard-000000.tar", "shard-000000.idx"

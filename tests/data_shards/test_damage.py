@@ -14,15 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_shards.build import build_shards
-from data_shards.index import ShardIndex
-from data_shards.lint import lint
-from data_shards.reader import DamagedRecord, ShardReader
-from data_shards.record import Record, Video
-from data_shards.shard_writer import pack_record
+from data_shards.build.build import build_shards
+from data_shards.inspection.lint import lint
+from data_shards.media.video import encode_mp4
+from data_shards.shards.index import ShardIndex
+from data_shards.shards.reader import DamagedRecord, ShardReader
+from data_shards.shards.record import Record, Video
+from data_shards.shards.writer import pack_record
 from data_shards.stream import ViewOptions, decode_view
 from data_shards.tasks import Task
-from data_shards.video import encode_mp4
 
 # Test folders are no packages; the corpus is a file of its own for its length.
 _spec = importlib.util.spec_from_file_location("damage", Path(__file__).with_name("damage.py"))

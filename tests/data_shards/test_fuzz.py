@@ -20,14 +20,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_shards.build import build_shards
-from data_shards.index import ENTRY_DTYPE, ShardIndex
-from data_shards.mp4_boxes import MAX_CLAIMS, require_modest_claims
-from data_shards.pixels import jpeg_decode, jpeg_encode
-from data_shards.reader import DamagedRecord, ShardReader, untar
-from data_shards.record import Record, Video, from_members, to_members
+from data_shards.build.build import build_shards
+from data_shards.media.mp4_boxes import MAX_CLAIMS, require_modest_claims
+from data_shards.media.pixels import jpeg_decode, jpeg_encode
+from data_shards.media.video import DamagedVideo, count_frames, decode_frames, encode_mp4
+from data_shards.shards.index import ENTRY_DTYPE, ShardIndex
+from data_shards.shards.reader import DamagedRecord, ShardReader, untar
+from data_shards.shards.record import Record, Video, from_members, to_members
 from data_shards.tasks import Task
-from data_shards.video import DamagedVideo, count_frames, decode_frames, encode_mp4
 
 FRAMES = np.random.default_rng(0).integers(0, 255, (8, 32, 32, 3)).astype(np.uint8)
 CLIP = encode_mp4(FRAMES, 25, gop=4)

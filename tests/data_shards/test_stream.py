@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 
 from data_shards import stream as stream_module
-from data_shards.build import BuildOptions, build_shards
-from data_shards.index import ShardIndex
-from data_shards.pixels import resize_frame, tile_image
-from data_shards.plan import StageSpec, plan_stages
-from data_shards.reader import ShardReader
-from data_shards.record import Record, Video
-from data_shards.sampler import WeightedTaskSampler
+from data_shards.build.build import BuildOptions, build_shards
+from data_shards.media.pixels import resize_frame, tile_image
+from data_shards.media.video import DamagedVideo, clip_indices, decode_frames, encode_mp4
+from data_shards.plan.plan import StageSpec, plan_stages
+from data_shards.plan.sampler import WeightedTaskSampler
+from data_shards.shards.index import ShardIndex
+from data_shards.shards.reader import ShardReader
+from data_shards.shards.record import Record, Video
 from data_shards.stream import (
     DamagedSample,
     Sample,
@@ -30,7 +31,6 @@ from data_shards.stream import (
     view_of,
 )
 from data_shards.tasks import Task
-from data_shards.video import DamagedVideo, clip_indices, decode_frames, encode_mp4
 
 NUM_RECORDS = 24
 NUM_FRAMES = 10

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_shards.record import Record, Turn, Video
+from data_shards.shards.record import Record, Turn, Video
 from data_shards.tasks import (
     EMOTIONS,
     IDENTIFIER,

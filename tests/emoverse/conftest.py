@@ -20,16 +20,16 @@ import numpy as np
 import pytest
 import torch
 
-from data_shards.build import build_shards
-from data_shards.record import Record, Turn, Video
+from data_shards.build.build import build_shards
+from data_shards.media.video import encode_mp4
+from data_shards.shards.record import Record, Turn, Video
 from data_shards.tasks import EMOTIONS, TASKS, Pair, build_query, format_answer
-from data_shards.video import encode_mp4
-from emoverse.config import Config, load_config
-from emoverse.distributed import World, shutdown
+from emoverse.config.schema import Config, load_config
+from emoverse.engine.distributed import World, shutdown
 from emoverse.models.emoverse import build_model
-from emoverse.models.internvl2 import build_native, export_checkpoint
-from emoverse.models.released_config import new_config
-from emoverse.train_tokenizer import train_tokenizer
+from emoverse.models.internvl.checkpoint import build_native, export_checkpoint
+from emoverse.models.internvl.released_config import new_config
+from emoverse.nano.train_tokenizer import train_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -39,7 +39,7 @@ def _rank_main(
 ) -> None:
     # A forked child that uses the parent's thread pool hangs; one thread never touches it.
     torch.set_num_threads(1)
-    from emoverse.engine import start_process_group
+    from emoverse.engine.deepspeed_engine import start_process_group
 
     try:
         start_process_group(world, timeout_s=timeout_s)
@@ -59,7 +59,7 @@ def run_ranks(tmp_path: Path) -> Callable[..., list[Any]]:
     """`run_ranks(work, world_size, limit_s=150)` -> what `work(world)` returned on each rank."""
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  (imported once, not per rank)
 
-    import emoverse.engine  # noqa: F401
+    import emoverse.engine.deepspeed_engine  # noqa: F401
 
     meetings = iter(range(1000))
 

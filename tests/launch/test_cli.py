@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from data_shards.index import ShardIndex
+from data_shards.shards.index import ShardIndex
 from data_shards.tasks import TASKS
 from launch import cli
 

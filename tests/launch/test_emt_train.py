@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_shards.index import ShardIndex
-from data_shards.openface import format_openface
-from data_shards.parallel import ordered_map
+from data_shards.annotate.openface import format_openface
+from data_shards.build.worker_pool import ordered_map
+from data_shards.media.video import encode_mp4
+from data_shards.shards.index import ShardIndex
 from data_shards.sources.ecf import ALL_FILE, MELD_FILE, load_ecf
 from data_shards.sources.meld import MeldRow, read_meld
 from data_shards.sources.synthetic import compose_reason
-from data_shards.video import encode_mp4
 from data_shards.world import scene as world
 from data_shards.world.expression import choose_units, measure
 from data_shards.world.face import draw_person

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from emoverse.config import Config, load_config
-from emoverse.stop import STOP_SIGNALS
-from emoverse.yaml_tree import split_words
+from emoverse.config.schema import Config, load_config
+from emoverse.config.yaml_source import split_words
+from emoverse.training.shutdown import STOP_SIGNALS
 from launch import cli, local, worker
 from launch.local import exit_code, rank_environment, run_local, run_ranks
 from launch.progress import Screen

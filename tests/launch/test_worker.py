@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from emoverse import evaluate
-from emoverse.distributed import World
-from emoverse.stop import StopFlag
+from emoverse.engine.distributed import World
+from emoverse.evaluation import evaluate
+from emoverse.training.shutdown import StopFlag
 from launch import worker
-from launch.jobs import add_event, read_job
-from launch.rendezvous import Door
-from launch.requeue import REQUEUE_CODE
+from launch.context import Door
+from launch.slurm.job_log import add_event, read_job
+from launch.slurm.requeue import REQUEUE_CODE
 from launch.worker import DONE, FAULT, STOPPED, Job, prepare_environment
 
 ROOT = Path(worker.__file__).parents[1]
@@ -127,7 +127,7 @@ def test_a_requeued_job_that_began_afresh_goes_on(
     first: int, resumes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """--fresh refuses what was there before the job, not what the job itself has saved."""
-    from emoverse import train
+    from emoverse.training import train
 
     add_event(tmp_path / "run", "7", "start", start=0, progress=first)
     add_event(tmp_path / "run", "7", "start", start=1, progress=8)

@@ -22,9 +22,9 @@ from typing import Any
 
 import pytest
 
-from emoverse.checkpoint import find_checkpoint
+from emoverse.run_dir.checkpoint import find_checkpoint
 from launch import cli
-from launch.jobs import read_job
+from launch.slurm.job_log import read_job
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "unshare", "nsenter", "ip")

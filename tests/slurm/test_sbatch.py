@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from data_shards.remote import open_index
+from data_shards.shards.open import open_index
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_shards.video import encode_mp4
+from data_shards.media.video import encode_mp4
 
 SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from data_shards.draft import Clip
+from data_shards.build.clip_record import Clip
 from data_shards.sources.ecf import (
     EcfClips,
     EcfCorpus,

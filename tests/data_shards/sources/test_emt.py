@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from data_shards.index import ShardIndex
-from data_shards.reader import ShardReader
-from data_shards.recipe import FileRecipe
-from data_shards.record import Record
+from data_shards.build.source_item import FileRecipe
+from data_shards.shards.index import ShardIndex
+from data_shards.shards.reader import ShardReader
+from data_shards.shards.record import Record
 from data_shards.sources import emt
 from launch import cli
 

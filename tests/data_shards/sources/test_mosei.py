@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_shards.draft import make_record
-from data_shards.record import Record
+from data_shards.build.clip_record import make_record
+from data_shards.media.video import encode_mp4
+from data_shards.shards.record import Record
 from data_shards.sources.mosei import (
     EmotionRule,
     MoseiClips,
@@ -33,7 +34,6 @@ from data_shards.sources.mosei_files import (
     read_transcript,
 )
 from data_shards.tasks import Task
-from data_shards.video import encode_mp4
 
 HAPPY, SAD, ANGRY = 0, 1, 2
 ODD_IDS = ("-3g5yACwYnA", "a_b__c_", "00123")  # '-' first, '_' inside, digits with leading zeros

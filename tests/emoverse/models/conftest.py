@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from emoverse.models.emoverse import EmoVerse, compose
-from emoverse.models.internvl2 import build_native
-from emoverse.models.released_config import new_config
+from emoverse.models.internvl.checkpoint import build_native
+from emoverse.models.internvl.released_config import new_config
 
 CONTEXT = 96
 TOKENS = 4  # visual tokens of a 56-pixel frame

@@ -18,8 +18,8 @@ from emoverse.models.architecture import (
     parameter_counts,
     read_config_json,
 )
-from emoverse.models.internvl2_keys import links
-from emoverse.models.released_config import new_config
+from emoverse.models.internvl.released_config import new_config
+from emoverse.models.internvl.tensor_names import links
 
 
 def product(shape: tuple[int, ...]) -> int:
@@ -178,7 +178,7 @@ def test_folders(tmp_path: Path, make_tiny: Callable[..., dict[str, Any]]) -> No
 
 def test_free_of_torch() -> None:
     code = (
-        "import sys, emoverse.models.architecture, emoverse.models.internvl2_keys;"
+        "import sys, emoverse.models.architecture, emoverse.models.internvl.tensor_names;"
         "heavy = {'torch', 'transformers', 'numpy', 'peft'} & set(sys.modules); assert not heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])

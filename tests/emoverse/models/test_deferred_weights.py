@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from emoverse.distributed import World
+from emoverse.engine.distributed import World
 from emoverse.models.emoverse import EmoVerse, build_model
-from emoverse.models.internvl2 import build_native, export_checkpoint, import_deferred
+from emoverse.models.internvl.checkpoint import build_native, export_checkpoint, import_deferred
 
 Make = Callable[..., Any]
 
@@ -46,7 +46,7 @@ def test_adapters_start_as_without_deferring(base: Path, make_settings: Make) ->
 
 
 def train(model: EmoVerse, world: World, packs: list[Any], stage: int, dtype: str) -> Any:
-    from emoverse.engine import Engine, deepspeed_config
+    from emoverse.engine.deepspeed_engine import Engine, deepspeed_config
 
     groups = [
         {"name": part, "params": [p for _, p in named], "lr": 1e-2, "initial_lr": 1e-2}

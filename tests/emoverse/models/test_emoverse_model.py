@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from data_shards.tasks import TASKS
+from emoverse.models.adapters import trainable_names
 from emoverse.models.emoverse import IMAGENET_MEAN, IMAGENET_STD, EmoVerse, compose
-from emoverse.models.internvl2 import build_native
-from emoverse.models.lora import trainable_names
+from emoverse.models.internvl.checkpoint import build_native
 
 Make = Callable[..., Any]
 

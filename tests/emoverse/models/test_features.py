@@ -26,7 +26,7 @@ from emoverse.models.features import (
     record_ordinals,
     vision_fingerprint,
 )
-from emoverse.models.internvl2 import build_native
+from emoverse.models.internvl.checkpoint import build_native
 
 Make = Callable[..., Any]
 KEY = CacheKey(

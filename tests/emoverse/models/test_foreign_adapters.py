@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from emoverse.export.layouts import write_internvl2
+from emoverse.models.adapters import write_adapter
 from emoverse.models.foreign_adapters import plain_name, read_adapter
-from emoverse.models.internvl2 import import_checkpoint, open_checkpoint
-from emoverse.models.layouts import write_internvl2
-from emoverse.models.lora import write_adapter
+from emoverse.models.internvl.checkpoint import import_checkpoint, open_checkpoint
 
 
 def foreign(family: str, folder: Path, prefix: str, original: Any, **settings: Any) -> None:

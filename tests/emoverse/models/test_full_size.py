@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from emoverse.models.architecture import REGISTRY, parameter_counts
-from emoverse.models.internvl2_keys import links
-from emoverse.models.released_config import new_config
-from emoverse.models.released_files import ShardWriter, open_weights
+from emoverse.models.internvl.released_config import new_config
+from emoverse.models.internvl.released_files import ShardWriter, open_weights
+from emoverse.models.internvl.tensor_names import links
 
 GB = 10**9
 SIZES = REGISTRY["internvl2-4b"]

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from emoverse.distributed import World
+from emoverse.engine.distributed import World
 from emoverse.kernels import head
 from emoverse.models.emoverse import compose
-from emoverse.models.internvl2 import build_native
+from emoverse.models.internvl.checkpoint import build_native
 
 Make = Callable[..., Any]
 
@@ -31,7 +31,7 @@ def test_stages_agree(
 
     Two packs a step: gradients add up before the update.
     """
-    from emoverse.engine import Engine, deepspeed_config
+    from emoverse.engine.deepspeed_engine import Engine, deepspeed_config
 
     config = make_tiny("phi3")
     shares = [[samples[2], samples[2]], [samples[1], samples[4]], [samples[0], samples[3]]]
@@ -95,7 +95,7 @@ def test_chunks_of_logits_under_zero_3(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each chunk gathers the head: ranks with fewer supervised rows must not leave the others."""
-    from emoverse.engine import Engine, deepspeed_config
+    from emoverse.engine.deepspeed_engine import Engine, deepspeed_config
 
     config = make_tiny("phi3")
 

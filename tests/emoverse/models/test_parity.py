@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from emoverse.models.adapters import merge_adapters
 from emoverse.models.architecture import Architecture
 from emoverse.models.emoverse import EmoVerse, compose
-from emoverse.models.internvl2 import import_checkpoint, join_rows
-from emoverse.models.internvl2_keys import links
-from emoverse.models.lora import merge_adapters
+from emoverse.models.internvl.checkpoint import import_checkpoint, join_rows
+from emoverse.models.internvl.tensor_names import links
 
 Make = Callable[..., Any]
 TOLERANCE = 5e-5

@@ -15,10 +15,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from emoverse.models import emoverse, internvl2
+from emoverse.export.layouts import write_internvl2
+from emoverse.models import emoverse
 from emoverse.models.emoverse import compose
-from emoverse.models.internvl2 import import_checkpoint, open_checkpoint
-from emoverse.models.layouts import write_internvl2
+from emoverse.models.internvl import checkpoint
+from emoverse.models.internvl.checkpoint import import_checkpoint, open_checkpoint
 
 TOLERANCE = 5e-5
 BOTH = ("short", "long")
@@ -202,7 +203,7 @@ def test_another_tower_does_not_load(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Biases of two layers would be left over, a last norm would lack numbers: names, both ways."""
-    right = internvl2.native_config
+    right = checkpoint.native_config
 
     def wrong(*arguments: Any) -> Any:
         config = right(*arguments)
@@ -211,9 +212,9 @@ def test_another_tower_does_not_load(
 
     released = open_checkpoint(folder_of("phi3"))
     with torch.device("meta"):
-        native = internvl2.InternVLForConditionalGeneration(wrong(released.config_json, 96))
+        native = checkpoint.InternVLForConditionalGeneration(wrong(released.config_json, 96))
     assert len(set(native.state_dict()) ^ set(released.shapes)) == apart
-    monkeypatch.setattr(internvl2, "native_config", wrong)
+    monkeypatch.setattr(checkpoint, "native_config", wrong)
     with pytest.raises(AssertionError):
         import_checkpoint(released.folder)
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from emoverse.models.internvl2 import import_checkpoint
-from emoverse.models.native_config import native_config
+from emoverse.models.internvl.checkpoint import import_checkpoint
+from emoverse.models.internvl.native_config import native_config
 
 
 @pytest.mark.parametrize(

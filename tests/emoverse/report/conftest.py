@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_shards.build import build_shards
-from data_shards.record import Record, Turn, Video
+from data_shards.build.build import build_shards
+from data_shards.media.video import encode_mp4
+from data_shards.shards.record import Record, Turn, Video
 from data_shards.tasks import EMOTIONS, TASKS, Answer, Pair, Task, build_query, format_answer
-from data_shards.video import encode_mp4
-from emoverse.baselines import majority_rows
-from emoverse.config import Config, load_config, to_yaml
-from emoverse.predictions import Prediction, write_predictions
-from emoverse.scoring import Row
+from emoverse.config.schema import Config, load_config, to_yaml
+from emoverse.evaluation.baselines import majority_rows
+from emoverse.evaluation.metrics import Row
+from emoverse.evaluation.predictions import Prediction, write_predictions
 
 NUM_CLIPS, NUM_FRAMES = 36, 20
 PHRASES = ("Brow lower", "Cheek raise", "Lip corner pull", "Lips part", "Inner brow raise")

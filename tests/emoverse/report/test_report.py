@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from data_shards.record import Frames, Record
+from data_shards.shards.record import Frames, Record
 from data_shards.tasks import TASKS, Task
-from emoverse.metric_table import METRICS, primary
-from emoverse.predictions import read_predictions, rows_of_task
-from emoverse.report import write_report
-from emoverse.report_charts import Series, line_chart, nice_ticks, share_chart, thin_out
-from emoverse.report_clips import HARD_PER_TASK, NUM_CLIPS, playable_mp4
-from emoverse.significance import score
-from emoverse.summary import Evaluation, majority_rows_of, summary_text
+from emoverse.evaluation.intervals import score
+from emoverse.evaluation.predictions import read_predictions, rows_of_task
+from emoverse.evaluation.registry import METRICS, primary
+from emoverse.report.charts import Series, line_chart, nice_ticks, share_chart, thin_out
+from emoverse.report.clips import HARD_PER_TASK, NUM_CLIPS, playable_mp4
+from emoverse.report.report import write_report
+from emoverse.report.summary import Evaluation, majority_rows_of, summary_text
 
 MakeRun = Callable[..., Path]
 WEAK = {"base": 0.1, "stage1": 0.35, "stage2": 0.4}
@@ -187,8 +187,8 @@ def test_extracted_frames_become_a_playable_clip(records: list[Record]) -> None:
 
     import numpy as np
 
-    from data_shards.pixels import jpeg_encode
-    from data_shards.video import count_frames
+    from data_shards.media.pixels import jpeg_encode
+    from data_shards.media.video import count_frames
 
     jpeg = jpeg_encode(np.zeros((57, 45, 3), dtype=np.uint8))
     stored = dataclasses.replace(records[0], media=Frames(jpegs=(jpeg,) * 4, peak_jpeg=jpeg))
@@ -212,5 +212,5 @@ def test_charts_thin_out_long_curves_and_survive_empty_ones() -> None:
 
 
 def test_the_report_needs_no_torch() -> None:
-    code = "import sys, emoverse.report; sys.exit('torch' in sys.modules)"
+    code = "import sys, emoverse.report.report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from emoverse.ablation_page import render_ablations
-from emoverse.report import write_report
+from emoverse.paper.ablation_page import render_ablations
+from emoverse.report.report import write_report
 
 pytestmark = pytest.mark.browser
 MakeRun = Callable[..., Path]

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from data_shards.tasks import Task
-from emoverse.report import write_report
-from emoverse.report_curves import read_curves
-from emoverse.report_incidents import read_incidents
-from emoverse.summary import load_run_config
+from emoverse.report.curves import read_curves
+from emoverse.report.incidents import read_incidents
+from emoverse.report.report import write_report
+from emoverse.report.summary import load_run_config
 from launch.cli import main
 
 MakeRun = Callable[..., Path]

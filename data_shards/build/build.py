@@ -1,0 +1,327 @@
+"""Records to a shard folder: tars that any WebDataset reader can iterate, plus the index.
+
+In: an iterator, read once, of records or of recipes (functions that make one record, called in
+worker processes). Out: a finished folder, published by one rename. Equal items and options give
+equal bytes for any number of workers. A build that is killed goes on behind its last finished
+shard when it is started again. Memory: a few records per worker, one shard's entries, all keys.
+Flow: sources, annotate -> here -> index, reader.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from data_shards.build.journal import Unfinished
+from data_shards.build.source_item import (
+    BY_CHOICE,
+    SKIPPED_FILE,
+    Recipe,
+    Skipped,
+    Stamp,
+    count_skipped,
+    skipped_lines,
+    stamp,
+)
+from data_shards.build.worker_pool import ordered_map
+from data_shards.media.pixels import jpeg_encode, resize_frame
+from data_shards.media.video import clip_indices, count_frames, decode_frames
+from data_shards.shards.index import ShardIndex, ShardInfo, write_index
+from data_shards.shards.record import SCHEMA_VERSION, Frames, Record, Video
+from data_shards.shards.writer import Packed, ShardWriter, pack_record
+
+Amend = Callable[[Record], Record | Skipped]
+
+MAX_SHARD_BYTES: Final = 2**28
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuildOptions:
+    """How media are stored; index.json records it."""
+
+    frames: Literal["video", "extracted"] = "video"  # mp4, or the sampled frames as JPEG
+    frames_per_clip: int = 8  # number of frames, if extracted
+    frame_size: int = 448  # height and width in pixels, if extracted
+    jpeg_quality: int = 90  # 1 to 100, if extracted
+
+    def __post_init__(self) -> None:
+        if self.frames not in ("video", "extracted"):
+            raise ValueError(f"frames: must be 'video' or 'extracted', found {self.frames!r}")
+        if self.frames_per_clip < 1 or self.frame_size < 1 or not 1 <= self.jpeg_quality <= 100:
+            raise ValueError(
+                "frames_per_clip and frame_size must be at least 1 and jpeg_quality 1 to 100, "
+                f"found {self.frames_per_clip}, {self.frame_size} and {self.jpeg_quality}"
+            )
+
+
+def build_shards(
+    items: Iterable[Record | Skipped | Recipe],
+    out_dir: Path | str,
+    *,
+    options: BuildOptions | None = None,
+    provenance: Mapping[str, Any],
+    max_records_per_shard: int = 1000,
+    max_bytes: int = MAX_SHARD_BYTES,
+    workers: int = 1,
+    strict: bool = True,
+    amend: Amend | None = None,
+    fresh: bool = False,
+    progress: Callable[[int], None] | None = None,
+    notice: Callable[[str], None] | None = None,
+) -> ShardIndex:
+    """Write a shard folder and load its index.
+
+    Args:
+        items: the same items in the same order at every start; a recipe must be picklable if there
+            is more than one worker.
+        provenance: where the records come from; JSON values, kept in index.json as they are, with
+            `skipped` (source -> reason -> count) added if clips were left out. A build that was
+            killed goes on only with the same provenance and options.
+        max_bytes: size at which a tar ends, unless a single record is larger.
+        workers: processes that run recipes and pack records; 1 = this process.
+        strict: stop at a clip that cannot be a record; otherwise leave it out and list it in
+            skipped.jsonl.
+        amend: applied to every record before it is stored (curation, annotations).
+        fresh: throw away what a killed build has left.
+        progress: called with the number of items done so far, once per item, and first with those
+            that an earlier start has finished.
+        notice: called with a sentence when finished shards of an earlier start are made again,
+            because a media file has changed since.
+
+    Raises:
+        ValueError: the folder is not empty, no or too large a record, a key that comes twice, or
+            (strict) a clip that does not decode to the record's `num_frames` or was skipped.
+    """
+    out_dir = Path(out_dir).resolve()  # a link stays, the folder behind it is replaced
+    options = options or BuildOptions()
+    if max_records_per_shard < 1 or max_bytes < 1:
+        raise ValueError(
+            "max_records_per_shard and max_bytes must be at least 1, found "
+            f"{max_records_per_shard} and {max_bytes}"
+        )
+    if workers < 1:
+        raise ValueError(f"build: workers must be at least 1, found {workers}")
+    _require_empty(out_dir)
+    limits = {"max_records_per_shard": max_records_per_shard, "max_bytes": max_bytes}
+    identity = {
+        "schema_version": SCHEMA_VERSION,
+        "options": asdict(options),
+        "provenance": dict(provenance),
+        "limits": limits,
+    }
+    work = Unfinished.open(out_dir, identity, fresh=fresh)
+    try:
+        source = iter(items)
+        again = work.drop_outdated(source, notice)
+        run = _Run(work, max_records_per_shard, max_bytes, strict, progress)
+        prepare = partial(_prepare, options, amend, strict)
+        with closing(ordered_map(prepare, chain(again, source), workers=workers)) as results:
+            shards = run.write(results)
+        rows = run.skipped
+        if rows:
+            text = skipped_lines(rows)
+            (work.shards / SKIPPED_FILE).write_text(text, encoding="ascii")
+            provenance = {**provenance, "skipped": count_skipped(rows)}
+        write_index(work.shards, shards, options=asdict(options), provenance=provenance)
+        ShardIndex.load(work.shards)
+        work.publish(out_dir)
+    except BaseException:
+        if work.has_finished():
+            work.close()
+        else:
+            work.remove()
+        raise
+    return ShardIndex.load(out_dir)
+
+
+def _require_empty(out_dir: Path) -> None:
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise ValueError(
+            f"build: the output folder must be new or empty, found {out_dir}; remove it or name "
+            "another one"
+        )
+    if out_dir == Path.cwd() or out_dir.is_mount():
+        what = "a mount point" if out_dir.is_mount() else "the working directory"
+        raise ValueError(
+            f"build: {out_dir} is {what}, which the finished folder cannot replace; name a folder "
+            "in it"
+        )
+
+
+def extract_frames(record: Record, count: int, size: int, quality: int) -> Record:
+    """The record with its video replaced by JPEGs: `count` clip frames and the peak frame.
+
+    Raises:
+        ValueError: no video to extract from, or it is damaged; names the key.
+    """
+    if not isinstance(record.media, Video):
+        raise ValueError(f"record {record.key}: frames can be extracted from a video only")
+    wanted = list(clip_indices(record.num_frames, count))
+    if record.peak_frame is not None:
+        wanted.append(record.peak_frame)
+    try:
+        frames = decode_frames(record.media.mp4, wanted)
+    except ValueError as error:
+        raise ValueError(f"record {record.key}: {error}") from error
+    jpegs = [jpeg_encode(resize_frame(frame, size), quality) for frame in frames]
+    peak = jpegs[count] if record.peak_frame is not None else None
+    return replace(record, media=Frames(jpegs=tuple(jpegs[:count]), peak_jpeg=peak))
+
+
+def _prepare(
+    options: BuildOptions,
+    amend: Amend | None,
+    strict: bool,
+    item: Record | Skipped | Recipe,
+) -> tuple[Packed | Skipped, Stamp | None]:
+    """Everything that costs time, for one item; runs in the workers.
+
+    The stamp is taken first: a file that changes while it is read counts as changed.
+    """
+    before = stamp(item)
+    return _packed(options, amend, strict, item), before
+
+
+def _packed(
+    options: BuildOptions, amend: Amend | None, strict: bool, item: Record | Skipped | Recipe
+) -> Packed | Skipped:
+    made = item if isinstance(item, (Record, Skipped)) else item()
+    if amend is not None and isinstance(made, Record):
+        made = amend(made)
+    if isinstance(made, Skipped):
+        return made
+    try:
+        return pack_record(_stored_form(made, options))
+    except ValueError as error:
+        if strict:
+            raise
+        detail = str(error).removeprefix(f"record {made.key}: ")
+        return Skipped(
+            key=made.key,
+            source=made.source,
+            split=made.split,
+            reason="media-damaged",
+            detail=detail,
+        )
+
+
+def _stored_form(record: Record, options: BuildOptions) -> Record:
+    if isinstance(record.media, Video):
+        try:
+            num_frames = count_frames(record.media.mp4)
+        except ValueError as error:
+            raise ValueError(
+                f"record {record.key}: {error}; remove the clip or make it again"
+            ) from error
+        if num_frames != record.num_frames:
+            raise ValueError(
+                f"record {record.key}: num_frames must be what the video has, found "
+                f"{record.num_frames}, the video has {num_frames}"
+            )
+    if options.frames == "video":
+        return record
+    return extract_frames(record, options.frames_per_clip, options.frame_size, options.jpeg_quality)
+
+
+class _Run:
+    """One start of a build: writes what is left, shard by shard, and marks each when it is whole.
+
+    A shard holds consecutive records; how many is decided by the limits alone, so that a build that
+    was interrupted cuts its shards where any other would.
+    """
+
+    def __init__(
+        self,
+        work: Unfinished,
+        max_records: int,
+        max_bytes: int,
+        strict: bool,
+        progress: Callable[[int], None] | None,
+    ) -> None:
+        self._work = work
+        self._limits = max_records, max_bytes
+        self._strict = strict
+        self._progress = progress
+        self._shards: list[ShardInfo] = [shard.info for shard in work.finished]
+        self._seen = {key for shard in work.finished for key in shard.keys}
+        self._items = work.finished[-1].items if work.finished else 0
+        # Since the last finished shard: left out, and how the media of each item looked.
+        self._since: list[Skipped] = []
+        self._media: list[Stamp | None] = []
+        self.skipped = [row for shard in work.finished for row in shard.skipped]
+
+    def write(
+        self, results: Iterable[tuple[Packed | Skipped, Stamp | None]]
+    ) -> tuple[ShardInfo, ...]:
+        """Write the results of all items behind the last finished shard; the folder's shards."""
+        if self._items and self._progress is not None:
+            self._progress(self._items)
+        writer: ShardWriter | None = None
+        try:
+            for result, before in results:
+                if isinstance(result, Skipped):
+                    self._leave_out(result)
+                else:
+                    self._require_new(result.key)
+                    if writer is not None and writer.is_full(len(result.blocks), *self._limits):
+                        self._finish(writer)
+                        writer = None
+                    if writer is None:
+                        name = f"shard-{len(self._shards):06d}.tar"
+                        writer = ShardWriter(self._work.shards / name)
+                    writer.add(result)
+                    self._seen.add(result.key)
+                self._items += 1
+                self._media.append(before)
+                if self._progress is not None:
+                    self._progress(self._items)
+            if writer is not None:
+                self._finish(writer)
+                writer = None
+        finally:
+            if writer is not None:
+                writer.close()
+        if not self._shards:
+            why = f"; {self._left_out()}" if self.skipped else ""
+            raise ValueError(
+                f"build: the source gave no record; check its path, split and limits{why}"
+            )
+        return tuple(self._shards)
+
+    def _left_out(self) -> str:
+        """How many clips were left out and why, with the first one: there will be no list."""
+        counts = Counter(row.reason for row in self.skipped)
+        listed = ", ".join(f"{number} {reason}" for reason, number in counts.most_common())
+        return f"left out were {listed}; the first: {self.skipped[0]}"
+
+    def _require_new(self, key: str) -> None:
+        if key in self._seen:
+            raise ValueError(
+                f"record {key}: a key must be unique in the dataset, found it twice; rename one "
+                "of the records in its source"
+            )
+
+    def _leave_out(self, row: Skipped) -> None:
+        if self._strict and row.reason != BY_CHOICE:
+            raise ValueError(
+                f"record {row.key}: {row.reason}: {row.detail}; without strict the clip would be "
+                "left out and listed"
+            )
+        self._since.append(row)
+        self.skipped.append(row)
+
+    def _finish(self, writer: ShardWriter) -> None:
+        info = writer.finish()
+        self._work.mark(
+            len(self._shards),
+            info=info,
+            items=self._items,
+            skipped=self._since,
+            media=self._media,
+        )
+        self._shards.append(info)
+        self._since, self._media = [], []

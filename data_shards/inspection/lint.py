@@ -1,0 +1,283 @@
+"""Is a shard folder whole and good? Checks every file, every record's bytes, structure and content.
+
+In: a shard folder. Out: a `LintReport` with all problems found, not only the first, and with what
+is odd but usable; the bad records as a quarantine list that `build --curation` reads. Reading
+checks checksums too; this is for whoever copied or built a folder, before a run finds out.
+Flow: build -> here; `emoverse lint DIR [--decode] [--quarantine FILE]`.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_shards.build.curation import Decision, write_curation
+from data_shards.inspection.lint_content import ContentChecks, ContentLimits
+from data_shards.media.pixels import jpeg_decode
+from data_shards.media.video import decode_frames
+from data_shards.shards.index import INDEX_FILE, LENGTH_MAX, ShardIndex, ShardInfo, sidecar
+from data_shards.shards.reader import DamagedRecord, ShardReader
+from data_shards.shards.record import Frames, Record, Video
+from data_shards.tasks import tasks_in
+
+_END_OF_TAR: Final = 1024  # two empty blocks
+_SHOWN_WARNINGS: Final = 20  # lines for people; the JSON has all
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """One thing that is wrong; what does not apply is empty."""
+
+    shard: str  # file name of the tar
+    key: str
+    offset: int | None  # of the record in the tar, bytes
+    cause: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LintReport:
+    """What `lint` looked at and what it found."""
+
+    folder: str
+    shards: int  # listed in index.json
+    records: int  # read and checked
+    decoded: int  # clips decoded in full; 0 unless asked for
+    problems: tuple[Problem, ...]
+    warnings: tuple[Problem, ...] = ()  # odd, but usable: a person should look
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object: the fields and `ok`."""
+        lists = {
+            name: [asdict(p) for p in getattr(self, name)] for name in ("problems", "warnings")
+        }
+        return {"ok": self.ok, **asdict(self), **lists}
+
+    def quarantine(self, *, strict: bool = False) -> list[Decision]:
+        """One decision to drop per bad record, with all its causes; `strict`: also the odd ones."""
+        causes: dict[str, list[str]] = {}
+        for problem in (*self.problems, *(self.warnings if strict else ())):
+            if problem.key:
+                causes.setdefault(problem.key, []).append(problem.cause)
+        return [
+            Decision(key=key, action="drop", reason="; ".join(found))
+            for key, found in causes.items()
+        ]
+
+
+def lint(
+    folder: Path | str,
+    *,
+    decode: bool = False,
+    limits: ContentLimits | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> LintReport:
+    """Check a shard folder.
+
+    Args:
+        decode: also decode every frame of every clip.
+        limits: the durations that are usual.
+        progress: called with the number of records done so far, once per record.
+
+    Raises:
+        FileNotFoundError: no folder, or no index.json in it.
+    """
+    folder = Path(folder)
+    index, problems = _open(folder)
+    if index is None:
+        return LintReport(
+            folder=str(folder), shards=0, records=0, decoded=0, problems=tuple(problems)
+        )
+    problems += _unlisted(folder, index)
+    reader = ShardReader(folder, index, max_open=1)
+    seen: set[str] = set()
+    content = ContentChecks(limits or ContentLimits())
+    warnings: list[Problem] = []
+    records = decoded = 0
+    for shard, info in enumerate(index.shards):
+        broken = list(_file_problems(folder, info))
+        problems += broken
+        if not all(path.is_file() for path in _files(folder, info)):
+            continue
+        try:
+            entries, keys = index.entries(shard), index.keys(shard)
+        except ValueError as error:
+            problems.append(_problem(info.name, "", None, str(error)))
+            continue
+        if not broken:
+            problems += _gap_problems(folder / info.name, entries)
+        for slot, key in enumerate(keys):
+            at = (info.name, key, int(entries[slot]["offset"]))
+            if key in seen:
+                problems.append(_problem(*at, "the key comes twice in the dataset"))
+            seen.add(key)
+            try:
+                record = reader.read(shard, slot)
+            except DamagedRecord as error:
+                problems.append(_problem(*at, error.cause))
+            else:
+                causes = list(_record_causes(record, entries[slot], index.options))
+                findings = list(content.findings(record))
+                causes += [finding.cause for finding in findings if finding.is_error]
+                warnings += [_problem(*at, f.cause) for f in findings if not f.is_error]
+                if decode and not any(finding.is_error for finding in findings):
+                    decoded += 1
+                    causes += _decode_causes(record)
+                problems += [_problem(*at, cause) for cause in causes]
+            records += 1
+            if progress is not None:
+                progress(records)
+    reader.close()
+    return LintReport(
+        folder=str(folder),
+        shards=index.num_shards,
+        records=records,
+        decoded=decoded,
+        problems=tuple(problems),
+        warnings=tuple(warnings),
+    )
+
+
+def _problem(shard: str, key: str, offset: int | None, cause: str) -> Problem:
+    return Problem(shard=shard, key=key, offset=offset, cause=cause)
+
+
+def _open(folder: Path) -> tuple[ShardIndex | None, list[Problem]]:
+    """The index; None with the reason when index.json itself is unusable."""
+    try:
+        return ShardIndex.load(folder), []
+    except (FileNotFoundError, ValueError) as error:
+        if not (folder / INDEX_FILE).is_file():
+            raise
+        cause = str(error)
+    # `load` stops at the first file that is missing or short; here all of them shall be named.
+    try:
+        document = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+        shards = tuple(ShardInfo.from_json(item) for item in document["shards"])
+        index = ShardIndex(folder, shards, document["options"], document["provenance"])
+    except (ValueError, KeyError, TypeError):
+        return None, [_problem("", "", None, cause)]
+    named = any(True for info in shards for _ in _file_problems(folder, info))
+    return index, [] if named else [_problem("", "", None, cause)]
+
+
+def _unlisted(folder: Path, index: ShardIndex) -> list[Problem]:
+    listed = {info.name for info in index.shards}
+    found = sorted(path.name for path in folder.glob("*.tar") if path.name not in listed)
+    return [_problem(name, "", None, f"is not listed in {INDEX_FILE}") for name in found]
+
+
+def _files(folder: Path, info: ShardInfo) -> tuple[Path, Path, Path]:
+    tar = folder / info.name
+    return tar, sidecar(tar, ".idx"), sidecar(tar, ".keys")
+
+
+def _file_problems(folder: Path, info: ShardInfo) -> Iterator[Problem]:
+    for path in _files(folder, info):
+        if not path.is_file():
+            yield _problem(info.name, "", None, f"{path.name} is missing")
+        elif path.suffix == ".tar" and path.stat().st_size != info.bytes:
+            cause = f"{path.name} must have {info.bytes} bytes, found {path.stat().st_size}"
+            yield _problem(info.name, "", None, cause)
+
+
+def _gap_problems(tar: Path, entries: NDArray[np.void]) -> list[Problem]:
+    """Records must follow each other without a gap, and the tar must end with empty blocks."""
+    problems = []
+    end = 0
+    for entry in entries:
+        offset = int(entry["offset"])
+        if offset != end:
+            cause = f"bytes {end} to {offset} of the tar belong to no record"
+            problems.append(_problem(tar.name, "", end, cause))
+        end = offset + int(entry["size"])
+    with tar.open("rb") as stream:
+        stream.seek(end)
+        tail = stream.read()
+    if len(tail) < _END_OF_TAR or any(tail):
+        problems.append(_problem(tar.name, "", end, "the tar does not end with empty blocks"))
+    return problems
+
+
+def _record_causes(record: Record, entry: np.void, options: Mapping[str, Any]) -> Iterator[str]:
+    """Where a readable record and its index entry, or the folder's options, do not agree."""
+    if record.mask != entry["tasks"]:
+        listed = ", ".join(tasks_in(int(entry["tasks"])))
+        yield f"the index lists the tasks {listed}, the record has {', '.join(record.tasks)}"
+    if min(record.num_frames, LENGTH_MAX) != entry["frames"]:
+        yield f"the index lists {entry['frames']} frames, the record has {record.num_frames}"
+    stored = options.get("frames")
+    if stored == "video" and not isinstance(record.media, Video):
+        yield f"{INDEX_FILE} says frames: video, the record has extracted frames"
+    if stored == "extracted":
+        count = len(record.media.jpegs) if isinstance(record.media, Frames) else 0
+        if count != options.get("frames_per_clip"):
+            wanted = options.get("frames_per_clip")
+            yield f"{INDEX_FILE} says {wanted} extracted frames, the record has {count}"
+
+
+def _decode_causes(record: Record) -> list[str]:
+    """Decode all that a clip holds."""
+    try:
+        if isinstance(record.media, Frames):
+            for jpeg in (*record.media.jpegs, record.media.peak_jpeg):
+                if jpeg is not None:
+                    jpeg_decode(jpeg)
+            return []
+        decode_frames(record.media.mp4, range(record.num_frames))
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `emoverse lint`."""
+    parser.add_argument("dir", type=Path, metavar="DIR", help="shard folder")
+    usual, add = ContentLimits(), parser.add_argument
+    add("--decode", action="store_true", help="also decode every clip in full")
+    add("--strict", action="store_true", help="what is odd counts as wrong")
+    add("--quarantine", type=Path, metavar="FILE", help="write bad records for build --curation")
+    add("--min-seconds", type=float, default=usual.min_seconds, help="shorter clips are odd")
+    add("--max-seconds", type=float, default=usual.max_seconds, help="longer clips are odd")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """The report as JSON; its `ok` decides the exit code (0 or 1)."""
+    limits = ContentLimits(min_seconds=args.min_seconds, max_seconds=args.max_seconds)
+    report = lint(args.dir, decode=args.decode, limits=limits)
+    if args.quarantine is not None:
+        write_curation(args.quarantine, report.quarantine(strict=args.strict))
+    found = report.to_json()
+    return found | {"ok": report.ok and not (args.strict and report.warnings)}
+
+
+def report_text(report: Mapping[str, Any]) -> str:
+    """The report as lines for people: one per problem, then the count."""
+    lines = [_line(problem) for problem in report["problems"]]
+    odd = report["warnings"]
+    lines += [f"odd: {_line(warning)}" for warning in odd[:_SHOWN_WARNINGS]]
+    if len(odd) > _SHOWN_WARNINGS:
+        lines.append(f"odd: ... and {len(odd) - _SHOWN_WARNINGS} more; --json has all")
+    decoded = f", {report['decoded']} decoded" if report["decoded"] else ""
+    verdict = f"{len(report['problems'])} problem(s)" if report["problems"] else "ok"
+    verdict += f", {len(odd)} odd" if odd else ""
+    lines.append(
+        f"{report['folder']}: {report['shards']} shards, {report['records']} records{decoded}: "
+        f"{verdict}"
+    )
+    return "\n".join(lines)
+
+
+def _line(problem: Mapping[str, Any]) -> str:
+    place = " ".join(part for part in (problem["shard"], problem["key"]) if part)
+    if problem["offset"] is not None:
+        place += f" at byte {problem['offset']}"
+    return f"{place}: {problem['cause']}" if place else str(problem["cause"])

@@ -1,0 +1,190 @@
+"""The first records of a shard folder or of a plain WebDataset tar, as the model would meet them.
+
+In: a folder or a tar. Out: per record its key, tasks with query and answer, frames and duration;
+with `save` also the media as files to look at. Flow: build -> here; `emoverse preview DIR`.
+"""
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from data_shards.build.curation import read_curation
+from data_shards.inspection.preview_page import media_files, write_page
+from data_shards.media.mp4_header import mp4_seconds
+from data_shards.shards.index import INDEX_FILE, ShardIndex
+from data_shards.shards.reader import ShardReader, iter_plain
+from data_shards.shards.record import Record, Video, from_members
+from data_shards.tasks import TASKS, Task, build_query, format_answer
+
+
+def preview(
+    source: Path | str,
+    count: int = 5,
+    *,
+    task: Task | None = None,
+    give_emotion: bool = False,
+    save: Path | None = None,
+) -> list[dict[str, Any]]:
+    """Describe the first `count` records, in the order of the shards.
+
+    Args:
+        source: a shard folder (read through its index, checksums verified), a folder of tars
+            without index, or one tar.
+        task: only records that serve this task, and only this task of them.
+        give_emotion: state the gold emotion in ECPE queries.
+        save: folder for the media: KEY.mp4, or KEY.f0.jpg, ...; made if missing.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: `count` below 1, or a record that cannot be read; names key and cause.
+    """
+    if count < 1:
+        raise ValueError(f"preview: the number of records must be at least 1, found {count}")
+    shown: list[dict[str, Any]] = []
+    for record in _records(Path(source)):
+        if task is not None and task not in record.tasks:
+            continue
+        shown.append(describe(record, task=task, give_emotion=give_emotion))
+        if save is not None:
+            _save(record, save)
+        if len(shown) == count:
+            break
+    return shown
+
+
+def describe(
+    record: Record, *, task: Task | None = None, give_emotion: bool = False
+) -> dict[str, Any]:
+    """One record as a JSON object; the tasks with their query and answer texts."""
+    tasks = record.tasks if task is None else (task,)
+    media = record.media
+    return {
+        "key": record.key,
+        "source": record.source,
+        "split": record.split,
+        "tasks": {
+            str(each): {
+                "query": build_query(record, each, give_emotion=give_emotion),
+                "answer": format_answer(each, record.answer(each)),
+            }
+            for each in tasks
+        },
+        "num_frames": record.num_frames,
+        "peak_frame": record.peak_frame,
+        "duration_s": mp4_seconds(media.mp4) if isinstance(media, Video) else None,
+        "stored": "video" if isinstance(media, Video) else f"{len(media.jpegs)} frames",
+        "media_bytes": sum(len(content) for content in media_files(record).values()),
+        "notes": record.notes,
+    }
+
+
+def _records(source: Path) -> Iterator[Record]:
+    if (source / INDEX_FILE).is_file():
+        index = ShardIndex.load(source)
+        reader = ShardReader(source, index, max_open=1)
+        try:
+            for shard, info in enumerate(index.shards):
+                for slot in range(info.records):
+                    yield reader.read(shard, slot)
+        finally:
+            reader.close()
+        return
+    if not source.exists():
+        raise FileNotFoundError(f"{source}: no such folder or tar; give a shard folder or a tar")
+    for key, members in iter_plain(source):
+        yield from_members(key, members)
+
+
+def _save(record: Record, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in media_files(record).items():
+        (folder / name).write_bytes(content)
+
+
+def write_preview_page(
+    source: Path,
+    folder: Path,
+    count: int,
+    *,
+    task: Task | None = None,
+    give_emotion: bool = False,
+    curation: Sequence[Path] = (),
+) -> dict[str, Any]:
+    """A page of the first `count` records (see `preview_page`), with decisions made so far.
+
+    Raises FileNotFoundError and ValueError as `preview` does.
+    """
+    if count < 1:
+        raise ValueError(f"preview: the number of records must be at least 1, found {count}")
+    chosen = (record for record in _records(source) if task is None or task in record.tasks)
+    page, keys = write_page(
+        islice(chosen, count),
+        folder,
+        title=source.name,
+        give_emotion=give_emotion,
+        decisions=read_curation(curation),
+    )
+    return {"page": str(page), "shown": len(keys)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `emoverse preview`."""
+    add = parser.add_argument
+    add("dir", type=Path, metavar="DIR", help="shard folder, folder of WebDataset tars, or one tar")
+    add("-n", "--count", type=int, default=5, help="number of records (default: 5)")
+    names = [task.value for task in TASKS]
+    add("--task", choices=names, help="only records and entries of this task")
+    add("--give-emotion", action="store_true", help="state the gold emotion in ECPE queries")
+    add("--save", type=Path, metavar="FOLDER", help="write the records' media there")
+    add("--page", type=Path, metavar="FOLDER", help="write a page to look at and to decide on")
+    add(
+        "--curation",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="decisions with which the page begins (may be given several times)",
+    )
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """`{"records": [...]}`, each as `describe` gives it; with a page, where it is."""
+    task = None if args.task is None else Task(args.task)
+    if args.page is not None:
+        return write_preview_page(
+            args.dir,
+            args.page,
+            args.count,
+            task=task,
+            give_emotion=args.give_emotion,
+            curation=args.curation,
+        )
+    records = preview(
+        args.dir, args.count, task=task, give_emotion=args.give_emotion, save=args.save
+    )
+    return {"records": records}
+
+
+def report_text(report: Mapping[str, Any]) -> str:
+    """The records as text blocks for people."""
+    if "page" in report:
+        return f"{report['page']}: {report['shown']} records"
+    blocks = []
+    for record in report["records"]:
+        seconds = "" if record["duration_s"] is None else f", {record['duration_s']:.2f} s"
+        peak = "" if record["peak_frame"] is None else f", peak {record['peak_frame']}"
+        lines = [
+            f"{record['key']}  [{record['source']}/{record['split']}]  "
+            f"{record['num_frames']} frames{seconds}{peak}, {record['stored']}, "
+            f"{record['media_bytes']} bytes"
+        ]
+        for task, entry in record["tasks"].items():
+            query = entry["query"].replace("\n", "\n          ")
+            lines += [f"  {task:<5} q: {query}", f"        a: {entry['answer']}"]
+        if record["notes"]:
+            notes = ", ".join(f"{name}={value}" for name, value in record["notes"].items())
+            lines.append(f"  notes {notes}")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks) if blocks else "no such record"

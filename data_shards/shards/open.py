@@ -1,0 +1,79 @@
+"""One door to every shard folder: local, remote, or tars without an index.
+
+In: what `data.shards` says, and the cache for what is not here. Out: a ShardIndex; reading through
+it (`ShardReader`) needs to know no more. Flow: config -> here -> index, plan, reader.
+"""
+
+import hashlib
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from data_shards.shards.cache import CacheTooSmall, ShardCache
+from data_shards.shards.fetch import download, is_remote
+from data_shards.shards.index import INDEX_FILE, ShardIndex
+from data_shards.shards.scan import scan_folder
+
+_GIB: Final = 2**30
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheOptions:
+    """Where and how much: a folder on a local disk, shared by a user's processes on the machine."""
+
+    folder: Path
+    max_bytes: int = 64 * _GIB
+
+
+def default_cache_folder() -> Path:
+    """Below the machine's folder for temporary files, one per user: nobody may write into that of
+    another one who has a job on the same machine."""
+    return Path(tempfile.gettempdir()) / f"emoverse-cache-{os.getuid()}"
+
+
+def open_index(place: str | Path, cache: CacheOptions | None = None) -> ShardIndex:
+    """The index of a shard folder, wherever it is.
+
+    Args:
+        place: a folder, or an address such as https://host/folder or s3://bucket/folder.
+
+    Raises:
+        FileNotFoundError, ValueError: see `ShardIndex.load`.
+        CacheTooSmall: the cache cannot hold two of the largest shards.
+        OSError: the server cannot be reached.
+    """
+    cache = cache or CacheOptions(folder=default_cache_folder())
+    if is_remote(place):
+        return _open_remote(str(place), cache)
+    folder = Path(place)
+    if folder.is_dir() and not (folder / INDEX_FILE).exists():
+        return scan_folder(folder, cache.folder)
+    return ShardIndex.load(folder)
+
+
+def _open_remote(url: str, cache: CacheOptions) -> ShardIndex:
+    """Always asks for index.json, so that a dataset built anew is noticed; the rest when needed."""
+    url = url.rstrip("/")
+    cache.folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache.folder, prefix=".index-") as work:
+        path = Path(work) / INDEX_FILE
+        download(f"{url}/{INDEX_FILE}", path, None)
+        index_bytes = path.read_bytes()
+    name = hashlib.sha256(url.encode() + b"\n" + index_bytes).hexdigest()[:16]
+    files = ShardCache(url, cache.folder / f"shards-{name}", cache.max_bytes)
+    # The small file lies outside of what the cache may remove.
+    folder = cache.folder / f"index-{name}"
+    folder.mkdir(exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+        file.write(index_bytes)
+    Path(file.name).replace(folder / INDEX_FILE)
+    index = ShardIndex.load(folder, places=files, source=url)
+    largest = max(index.shards, key=lambda shard: shard.bytes)
+    if 2 * largest.bytes > cache.max_bytes:
+        raise CacheTooSmall(
+            f"data.cache_gib: must hold two shards at least, {largest.name} has {largest.bytes} "
+            f"bytes, found {cache.max_bytes} bytes; raise it to hold two blocks of shards"
+        )
+    return index

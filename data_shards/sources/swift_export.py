@@ -1,0 +1,149 @@
+"""Records as ms-swift training data: query, response and videos or images per task entry.
+
+In: a shard folder. Out: a folder with `data.jsonl` (or `data.json`, one list) and the media it
+names, in the form of the paper's stage files. The way back is `swift_import`. What the form cannot
+say (strength of a sentiment, speaker, split, notes) stays behind.
+"""
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final, Literal, get_args
+
+from data_shards.media.pixels import jpeg_encode
+from data_shards.media.video import decode_frames
+from data_shards.progress import Progress
+from data_shards.shards.index import ShardIndex
+from data_shards.shards.reader import ShardReader
+from data_shards.shards.record import Frames, Record
+from data_shards.tasks import TASKS, Task, build_query, format_answer
+
+Visual = Literal["video", "peak_frame"]
+Form = Literal["jsonl", "json"]
+
+MEDIA_FOLDER: Final = "media"
+_PEAK_QUALITY: Final = 95  # JPEG, of a picture that the model shall read small signs from
+
+
+def export_swift(
+    folder: Path | str,
+    out: Path,
+    *,
+    form: Form = "jsonl",
+    visual: Visual = "video",
+    tasks: tuple[Task, ...] = TASKS,
+    give_emotion: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Write one row per task entry, in the order of records and tasks.
+
+    Args:
+        visual: FER always shows the peak frame; 'peak_frame' shows it for the other tasks too,
+            where a record has one.
+        tasks: only entries of these tasks.
+        give_emotion: state the gold emotion in ECPE queries.
+
+    Raises:
+        ValueError: the output folder is not empty, or a record is damaged.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"convert: the output folder must be new or empty, found {out}")
+    (out / MEDIA_FOLDER).mkdir(parents=True, exist_ok=True)
+    index = ShardIndex.load(folder)
+    rows: list[dict[str, Any]] = []
+    counts: Counter[str] = Counter()
+    for number, record in enumerate(_records(index), start=1):
+        for task in record.tasks:
+            if task in tasks:
+                counts[task] += 1
+                rows.append(
+                    {
+                        "query": build_query(record, task, give_emotion=give_emotion),
+                        "response": format_answer(task, record.answer(task)),
+                        **_media(record, task, out, visual),
+                    }
+                )
+        if progress is not None:
+            progress(number)
+    path = out / f"data.{form}"
+    if form == "json":
+        text = json.dumps(rows, ensure_ascii=False, indent=1) + "\n"
+    else:
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_text(text, encoding="utf-8")
+    return {"out": str(path), "records": index.num_records, "rows": len(rows), "tasks": counts}
+
+
+def _records(index: ShardIndex) -> Iterator[Record]:
+    reader = ShardReader(index.folder, index, max_open=1)
+    try:
+        for shard, info in enumerate(index.shards):
+            for slot in range(info.records):
+                yield reader.read(shard, slot)
+    finally:
+        reader.close()
+
+
+def _media(record: Record, task: Task, out: Path, visual: Visual) -> dict[str, list[str]]:
+    """The row's `videos` or `images`, relative to the file of rows; written if not there yet."""
+    media = record.media
+    has_peak = record.peak_frame is not None
+    if isinstance(media, Frames):
+        has_peak = media.peak_jpeg is not None
+    if has_peak and (task is Task.FER or visual == "peak_frame"):
+        return {"images": [_write(out, f"{record.key}.peak.jpg", lambda: _peak(record))]}
+    if isinstance(media, Frames):
+        names = [f"{record.key}.f{n}.jpg" for n in range(len(media.jpegs))]
+        for name, jpeg in zip(names, media.jpegs, strict=True):
+            (out / MEDIA_FOLDER / name).write_bytes(jpeg)
+        return {"images": [f"{MEDIA_FOLDER}/{name}" for name in names]}
+    return {"videos": [_write(out, f"{record.key}.mp4", lambda: media.mp4)]}
+
+
+def _write(out: Path, name: str, content: Callable[[], bytes]) -> str:
+    path = out / MEDIA_FOLDER / name
+    if not path.exists():
+        path.write_bytes(content())
+    return f"{MEDIA_FOLDER}/{name}"
+
+
+def _peak(record: Record) -> bytes:
+    if isinstance(record.media, Frames):
+        assert record.media.peak_jpeg is not None, "asked for records with a peak only"
+        return record.media.peak_jpeg
+    assert record.peak_frame is not None, "asked for records with a peak only"
+    return jpeg_encode(decode_frames(record.media.mp4, [record.peak_frame])[0], _PEAK_QUALITY)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `emoverse convert export`."""
+    add = parser.add_argument
+    add("dir", type=Path, metavar="DIR", help="shard folder")
+    add("--out", type=Path, required=True, help="folder to make; must be new or empty")
+    add("--form", choices=get_args(Form), default="jsonl", help="lines, or one JSON list")
+    add("--visual", choices=get_args(Visual), default="video", help="what tasks but FER look at")
+    names = [task.value for task in TASKS]
+    add("--task", choices=names, action="append", help="only this task (may be given again)")
+    add("--give-emotion", action="store_true", help="state the gold emotion in ECPE queries")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Export and say how many rows of which task there are."""
+    records = ShardIndex.load(args.dir).num_records
+    return export_swift(
+        args.dir,
+        args.out,
+        form=args.form,
+        visual=args.visual,
+        tasks=tuple(Task(name) for name in args.task) if args.task else TASKS,
+        give_emotion=args.give_emotion,
+        progress=Progress(records, "records"),
+    )
+
+
+def report_text(report: Mapping[str, Any]) -> str:
+    """The report as a line for people."""
+    tasks = ", ".join(f"{task} {count}" for task, count in report["tasks"].items())
+    return f"{report['out']}: {report['rows']} rows of {report['records']} records ({tasks})"

@@ -1,0 +1,167 @@
+"""Result files of other systems: ms-swift's jsonl (version 2 and later) -> predictions.
+
+In: one JSON object per line with `response`, `label` or `labels`, and `query` or `messages`;
+further keys (`images`, `videos`, `id`, `sentiment`, `task`) are used where they are there. Out:
+`Prediction`s like our own. Our own predictions.jsonl is read by the same call. Torch-free.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from data_shards.jsonl import read_utf8
+from data_shards.tasks import IDENTIFIER, TASKS, Answer, Pair, Task, parse_answer
+from emoverse.evaluation.metrics import END_OF_SCALE, Row
+from emoverse.evaluation.parsing import Mode, read_again, read_text
+from emoverse.evaluation.predictions import Prediction, from_json
+
+
+def read_results(
+    path: Path, *, task: Task | None = None, mode: Mode = "tolerant"
+) -> list[Prediction]:
+    """The answers of a result file, read in `mode`.
+
+    task: of all lines that name none, neither by `task` nor by its identifier in the query.
+    Raises FileNotFoundError, or ValueError with file and line for a line that is no result.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; give a jsonl file with one answer per line")
+    found: list[Prediction] = []
+    keys: Counter[tuple[Task, str]] = Counter()
+    own: dict[tuple[Task, str], int] = {}
+    for number, line in enumerate(read_utf8(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line)
+            if not isinstance(fields, dict):
+                raise ValueError("a line must be a JSON object")
+            if "truth" in fields and "task" in fields:
+                found.append(from_json(fields))
+                row = found[-1].row
+                first = own.setdefault((row.task, row.key), number)
+                if first != number:  # two files in one, say: every clip would count twice
+                    raise ValueError(f"{row.task} of {row.key} is answered on line {first} already")
+            else:
+                found.append(_foreign(fields, task, keys, number))
+        except (ValueError, KeyError, TypeError) as error:
+            name = "" if type(error) is ValueError else f"{type(error).__name__}: "
+            raise ValueError(f"{path}:{number}: not a result: {name}{error}") from error
+    if not found:
+        raise ValueError(f"{path}: holds no answer; each line is a JSON object with a response")
+    return read_again(found, mode)
+
+
+def _foreign(
+    fields: Mapping[str, Any], task: Task | None, keys: Counter[tuple[Task, str]], line: int
+) -> Prediction:
+    query = _query(fields)
+    found = _task(fields, query) or task
+    if found is None:
+        raise ValueError(
+            "the task is not known: no key 'task', and no task identifier such as <emotion> in "
+            "the query; name it with --task"
+        )
+    label = fields.get("label", fields.get("labels"))
+    response = fields.get("response")
+    if not isinstance(response, str) or not isinstance(label, str):
+        raise ValueError("'response' and 'label' (or 'labels') must be texts")
+    parsed = parse_answer(found, label)
+    if parsed.value is None:
+        raise ValueError(f"the label {label!r} is no {found} answer ({parsed.rule})")
+    key = _key(fields) or f"line-{line}"
+    keys[found, key] += 1
+    if keys[found, key] > 1:  # several questions about one clip
+        key = f"{key}#{keys[found, key]}"
+    row = Row(
+        key=key,
+        task=found,
+        truth=parsed.value,
+        value=None,
+        sentiment=_sentiment(fields),
+        emotion=_emotion(found, parsed.value),
+        target=_target(parsed.value),
+        conversation=str(fields.get("conversation") or _conversation(found, query)),
+    )
+    row, rule = read_text(row, response)
+    return Prediction(
+        row=row,
+        label=label,
+        rule=rule,
+        finished=True,
+        baseline=None,
+        question=query,
+        shard=-1,
+        slot=-1,
+        source=str(fields.get("source", "results")),
+    )
+
+
+def _query(fields: Mapping[str, Any]) -> str:
+    """The question: `query`, else the last message of the user."""
+    if isinstance(fields.get("query"), str):
+        return str(fields["query"])
+    messages = fields.get("messages")
+    if not isinstance(messages, list):
+        return ""
+    asked = [m.get("content") for m in messages if isinstance(m, dict) and m.get("role") == "user"]
+    return asked[-1] if asked and isinstance(asked[-1], str) else ""
+
+
+def _task(fields: Mapping[str, Any], query: str) -> Task | None:
+    if fields.get("task"):
+        try:
+            return Task(str(fields["task"]).lower())
+        except ValueError:
+            names = ", ".join(TASKS)
+            raise ValueError(f"task: must be one of {names}, found {fields['task']!r}") from None
+    found = [task for task, identifier in IDENTIFIER.items() if identifier in query]
+    return found[0] if len(found) == 1 else None
+
+
+def _key(fields: Mapping[str, Any]) -> str:
+    """The clip's name: `key` or `id`, else the first video or image."""
+    for name in ("key", "id"):
+        if fields.get(name) is not None:
+            return str(fields[name])
+    for name in ("videos", "images"):
+        files = fields.get(name)
+        if isinstance(files, list) and files:
+            first = files[0]
+            return str(first.get("path", first) if isinstance(first, dict) else first)
+    return ""
+
+
+def _sentiment(fields: Mapping[str, Any]) -> float | None:
+    """The true intensity, where a line has one; N/P leaves out 0, so it must not be overlooked."""
+    value = fields.get("sentiment")
+    if value is None:
+        return None
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not abs(value) <= END_OF_SCALE:  # also refuses nan
+        raise ValueError(f"sentiment: must be a number from -3 to 3, found {value!r}")
+    return float(value)
+
+
+def _emotion(task: Task, truth: Answer) -> str | None:
+    if task is Task.ER:
+        return str(truth)
+    pairs = [one for one in truth if isinstance(one, Pair)]
+    return pairs[0].emotion if pairs else None
+
+
+def _target(truth: Answer) -> int:
+    return next((one.target for one in truth if isinstance(one, Pair)), 0)
+
+
+def _conversation(task: Task, query: str) -> str:
+    """A hash of what stands before the identifier, which is the conversation of an ECPE query."""
+    before = query.partition(IDENTIFIER[task])[0].strip()
+    if task is not Task.ECPE or not before:
+        return ""
+    return hashlib.sha256(before.encode()).hexdigest()[:16]

@@ -1,0 +1,299 @@
+"""The verb `export`: a trained state, or an adapter folder, as a model that others can load.
+
+(1) find     the base, what is merged below the state, and what the state itself trained
+(2) write    --layout internvl2 | transformers (merged in fp32, shard by shard) or adapter (PEFT)
+(3) compare  logits of the written folder with those of base and adapters apart
+(4) tell     README.md and lineage.json beside the weights
+The heavy imports stand inside the functions, since the command line reads the arguments here.
+"""
+
+import argparse
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from emoverse.config.schema import Config
+    from emoverse.models.internvl.checkpoint import Released
+    from emoverse.models.merge import Fold
+
+# Larger models are compared in bf16, so that base and copy fit one after the other.
+COMPARE_FP32_BELOW = 10**9
+# How far the copy may be: rounding of one sum (fp32), or of weights stored in bf16 and fp16.
+BOUNDS = {"fp32": 1e-4, "bf16": 5e-2}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the verb."""
+    parser.add_argument(
+        "source", type=Path, metavar="RUN|ADAPTER", help="run directory, or an adapter folder"
+    )
+    parser.add_argument(
+        "--layout",
+        required=True,
+        choices=("internvl2", "transformers", "adapter"),
+        help="merged like the released InternVL2, merged for transformers, or a PEFT adapter",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "--which", metavar="STAGE", help="stage of the run; default: the last one that is trained"
+    )
+    parser.add_argument(
+        "--base", metavar="FOLDER", help="base model of an adapter folder, or where it lies now"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("keep", "bf16", "fp32"),
+        default="keep",
+        help="type of the stored weights; keep: as in the base",
+    )
+    parser.add_argument(
+        "--no-check", action="store_true", help="do not load the result and compare its logits"
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class State:
+    """What is to be exported."""
+
+    name: str
+    base: Path
+    base_name: str
+    below: "list[Fold]"  # merged into the base before the state trained
+    own: "Fold"
+    r: int
+    alpha: int
+    facts: dict[str, Any]
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Export and return what was done; `ok` is False if the copy computes other logits.
+
+    Raises:
+        FileNotFoundError, ValueError: what the user can put right.
+    """
+    is_run = (args.source / "config.yaml").is_file()
+    if not is_run and not (args.source / "adapter_config.json").is_file():
+        raise FileNotFoundError(
+            f"{args.source} is neither a run directory (config.yaml) nor an adapter folder "
+            "(adapter_config.json); give the folder that `train` or PEFT wrote"
+        )
+    _require_empty(args.out)
+    state = (_state_of_run if is_run else _state_of_adapter)(args)
+    return write_export(
+        state, layout=args.layout, out=args.out, dtype=args.dtype, check=not args.no_check
+    )
+
+
+def _require_empty(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {folder} must be a folder, found a file; choose a new folder")
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"--out {folder} is not empty; choose a new folder, or remove this one")
+
+
+def _state_of_run(args: argparse.Namespace) -> State:
+    from emoverse.models.architecture import base_folder
+    from emoverse.report.summary import load_run_config
+    from emoverse.run_dir.checkpoint import read_state
+    from emoverse.run_dir.lineage import folds_below, handed_over, label_of, read_fold
+    from emoverse.run_dir.provenance import base_fingerprint
+    from emoverse.training.stages import DONE
+
+    config, run_dir = load_run_config(args.source), args.source
+    trained = [name for name in config.stages if (run_dir / name / "checkpoints").is_dir()]
+    which = args.which or (trained[-1] if trained else next(iter(config.stages)))
+    if which not in config.stages:
+        raise ValueError(
+            f"--which {which}: the run has no such stage; it has {', '.join(config.stages)}"
+        )
+    checkpoint = handed_over(run_dir / which)
+    facts = _run_facts(config, run_dir, which, checkpoint)
+    facts["state"] = label_of(checkpoint)
+    if not (run_dir / which / DONE).is_file():
+        facts["state"] += " (the stage is not finished)"
+    base = args.base or config.model.base
+    folder = base_folder(base)
+    trained_on = read_state(checkpoint)["identity"]["base"]
+    if base_fingerprint(folder) != trained_on:
+        raise ValueError(
+            f"{folder} is not the base that {which} was trained on (fingerprint "
+            f"{base_fingerprint(folder)[:12]}, trained on {trained_on[:12]}); give the folder of "
+            "that base with --base"
+        )
+    return State(
+        name=f"{config.run.name}-{which}",
+        base=folder,
+        base_name=str(base),
+        below=folds_below(config, which, run_dir),
+        own=read_fold(config, run_dir / which),
+        r=config.model.lora.r,
+        alpha=config.model.lora.alpha,
+        facts=facts,
+    )
+
+
+def _run_facts(config: "Config", run_dir: Path, which: str, checkpoint: Path) -> dict[str, Any]:
+    """Stages up to `which`, fingerprints of the data, and the checkpoint's metrics, if there."""
+    from emoverse.run_dir.lineage import handed_over, label_of
+
+    stages = []
+    for name, stage in config.stages.items():
+        if (run_dir / name / "checkpoints").is_dir():
+            stages.append(
+                {
+                    "stage": name,
+                    "checkpoint": label_of(handed_over(run_dir / name)),
+                    "starts from": stage.start_from,
+                    "adapter": stage.adapter,
+                    "learning rates": f"{stage.optim.lr_lora:g} / {stage.optim.lr_projector:g}",
+                    "rates": " ".join(f"{task}={rate}" for task, rate in stage.rates.items()),
+                }
+            )
+        if name == which:
+            break
+    facts: dict[str, Any] = {"stages": stages, "model": config.model.model_dump(mode="json")}
+    plan, metrics = run_dir / "plan" / "plan.json", run_dir / "eval" / which / "metrics.json"
+    if plan.is_file():
+        planned = json.loads(plan.read_text())
+        facts["data"] = {"plan": planned["fingerprint"], "index": planned["index"]}
+    found = json.loads(metrics.read_text()) if metrics.is_file() else {}
+    # A stage can be evaluated on its way: the numbers of an earlier checkpoint are not this one's.
+    if (run_dir / found.get("checkpoint", "")).resolve() == checkpoint.resolve():
+        facts["metrics"] = found
+        facts["leakage"] = found["protocol"].get("leakage")
+    return facts
+
+
+def _state_of_adapter(args: argparse.Namespace) -> State:
+    from emoverse.models.architecture import base_folder, load_architecture
+    from emoverse.models.foreign_adapters import WEIGHTS_FILE, read_adapter, read_settings
+
+    base = args.base or read_settings(args.source).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"{args.source} does not say which base it belongs to; give --base FOLDER")
+    folder = base_folder(base)
+    fold, settings = read_adapter(args.source, load_architecture(folder))
+    return State(
+        name=args.source.resolve().name,
+        base=folder,
+        base_name=str(base),
+        below=[],
+        own=fold,
+        r=settings["r"],
+        alpha=settings["lora_alpha"],
+        facts={"state": f"adapter folder, sha256 {_sha256(args.source / WEIGHTS_FILE)}"},
+    )
+
+
+def _sha256(path: Path) -> str:
+    import hashlib
+
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_export(
+    state: State, *, layout: str, out: Path, dtype: str, check: bool
+) -> dict[str, Any]:
+    """Write the folder under a temporary name, compare, and publish it by one rename."""
+    from emoverse.export.model_card import write_card
+    from emoverse.models.internvl.checkpoint import open_checkpoint
+    from emoverse.run_dir.provenance import base_fingerprint, package_versions
+
+    out = out.resolve()  # an empty folder behind a link is replaced, not the link
+    released = open_checkpoint(state.base)
+    if layout == "adapter" and state.below:
+        raise ValueError(
+            f"{state.name} was trained on a base into which "
+            f"{', '.join(Path(fold.origin).name for fold in state.below)} had been merged, so its "
+            "adapter does not fit the released base; export --layout internvl2"
+        )
+    temporary = out.with_name(f".exporting-{out.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    _write(state, released, layout, temporary, dtype)
+    result: dict[str, Any] = {"ok": True, "out": str(out), "layout": layout, "state": state.name}
+    facts: dict[str, Any] = {
+        "name": state.name,
+        "layout": layout,
+        "base": {"name": state.base_name, "fingerprint": base_fingerprint(state.base)},
+        "stored_as": _stored_as(released, layout, dtype),
+        "versions": package_versions(),
+        **state.facts,
+    }
+    if check:
+        found = _compare(state, released, layout, temporary, dtype)
+        result["check"] = facts["check"] = found
+        result["ok"] = found["relative_rms"] <= found["bound"]
+    write_card(temporary, facts)
+    if out.exists():
+        out.rmdir()
+    temporary.rename(out)
+    result["bytes"] = sum(path.stat().st_size for path in out.iterdir())
+    return result
+
+
+def _stored_as(released: "Released", layout: str, dtype: str) -> str:
+    if layout == "adapter" or dtype != "keep":
+        return "fp32" if layout == "adapter" else dtype
+    return ", ".join(sorted({one.dtype.lower() for one in released.weights.headers.values()}))
+
+
+def _write(state: State, released: "Released", layout: str, folder: Path, dtype: str) -> None:
+    import torch
+
+    from emoverse.data.encode import open_tokenizer
+    from emoverse.export import layouts
+    from emoverse.models.adapters import write_adapter
+
+    if layout == layouts.ADAPTER:
+        write_adapter(state.own.tensors, folder, r=state.r, alpha=state.alpha, base=state.base_name)
+        return
+    stored = {"keep": None, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    folds = [*state.below, state.own]
+    if layout == layouts.INTERNVL2:
+        layouts.write_internvl2(released, folds, folder, stored)
+    else:
+        stops = open_tokenizer(state.base).stop_ids
+        layouts.write_transformers(released, folds, folder, stored, stop_ids=stops)
+
+
+def _compare(
+    state: State, released: "Released", layout: str, folder: Path, dtype: str
+) -> dict[str, Any]:
+    """Logits of base and adapters apart, against those of what was written."""
+    import torch
+
+    from emoverse.export import layouts
+    from emoverse.models.architecture import parameter_counts
+
+    small = parameter_counts(released.architecture, None, "frozen")["total"] < COMPARE_FP32_BELOW
+    name = "fp32" if small else "bf16"
+    working = torch.float32 if small else torch.bfloat16
+    separate = layouts.apart(released, state.below, state.own, working)
+    expected = layouts.probe_logits(separate)
+    del separate
+    found = layouts.probe_logits(layouts.load_exported(folder, layout, released, working))
+    stored = {header.dtype for header in released.weights.headers.values()}
+    exact = layout == layouts.ADAPTER or dtype == "fp32" or (dtype == "keep" and stored == {"F32"})
+    bound = BOUNDS["fp32" if small and exact else "bf16"]
+    return {**layouts.compare(found, expected), "dtype": name, "bound": bound}
+
+
+def report_text(result: Mapping[str, Any]) -> str:
+    """The result for a terminal."""
+    lines = [
+        f"{result['state']} -> {result['out']} ({result['layout']}, {result['bytes']:,} bytes)"
+    ]
+    check: Mapping[str, Any] | None = result.get("check")
+    if check is not None:
+        verdict = "as they should be" if result["ok"] else f"beyond the bound {check['bound']:g}"
+        lines.append(
+            f"logits against base and adapters apart ({check['dtype']}): relative RMS "
+            f"{check['relative_rms']:.1e}, largest {check['max_abs']:.1e}, same choice "
+            f"{check['same_choice']:.0%}: {verdict}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,73 @@
+"""The verb `report`: a run directory in, `report.html` and `summary.json` out.
+
+Composes `summary.py` (numbers), `report_curves.py` (logs), `report_clips.py` (examples) and
+`report_page.py` (HTML). What a run does not have yet (a stage, the text-only twin, the shards) is
+left out or shown as '-'.
+Needs no torch: a report can be written on any machine that has the run directory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from emoverse.evaluation.predictions import write_text_atomically
+from emoverse.evaluation.result_files import read_results
+from emoverse.report.clips import pick_clips
+from emoverse.report.curves import read_curves
+from emoverse.report.incidents import read_incidents
+from emoverse.report.page import render_page
+from emoverse.report.sections import PageData
+from emoverse.report.summary import load_run_config, read_evaluations, summarise, summary_json
+
+
+def write_report(
+    run_dir: Path,
+    *,
+    text_only_run: Path | None = None,
+    systems: Mapping[str, Path] | None = None,
+    seconds: float | None = None,
+    peak_memory_bytes: int | None = None,
+) -> Path:
+    """Write `report.html` and `summary.json` into the run directory; return the page's path.
+
+    text_only_run: the run directory of the twin with blanked frames. systems: result files of
+    other systems by name, whose answers stand beside ours where they answered the same clips.
+    seconds and peak_memory_bytes are what the caller measured; when not given, an earlier summary
+    of the same run keeps its own.
+    Raises FileNotFoundError when a folder is not a run directory.
+    """
+    config = load_run_config(run_dir)
+    evaluated = read_evaluations(run_dir, config)
+    text_only = {}
+    if text_only_run is not None:
+        text_only = read_evaluations(text_only_run, load_run_config(text_only_run))
+    others = {name: read_results(path) for name, path in (systems or {}).items()}
+    summary_path = run_dir / "summary.json"
+    if summary_path.is_file():
+        earlier = json.loads(summary_path.read_text())
+        seconds = earlier.get("seconds") if seconds is None else seconds
+        if peak_memory_bytes is None:
+            peak_memory_bytes = earlier.get("peak_memory_bytes")
+    lines = summarise(config, evaluated, text_only)
+    summary = summary_json(
+        lines, config, evaluated, seconds=seconds, peak_memory_bytes=peak_memory_bytes
+    )
+    provenance_path = run_dir / "provenance.json"
+    page = PageData(
+        config=config,
+        lines=lines,
+        evaluated=evaluated,
+        text_only=text_only,
+        curves=read_curves(run_dir, config),
+        clips=pick_clips(config, evaluated, text_only, lines, others),
+        incidents=read_incidents(run_dir, config),
+        provenance=json.loads(provenance_path.read_text()) if provenance_path.is_file() else {},
+        seconds=seconds,
+        peak_memory_bytes=peak_memory_bytes,
+    )
+    path = run_dir / "report.html"
+    write_text_atomically(path, render_page(page))
+    write_text_atomically(summary_path, json.dumps(summary, indent=2) + "\n")
+    return path

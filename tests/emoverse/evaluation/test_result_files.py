@@ -1,0 +1,151 @@
+"""Result files of other systems are read, scored, and refused with file and line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_shards.tasks import POLARITIES, Pair, Task
+from emoverse.evaluation.metrics import Row
+from emoverse.evaluation.parsing import MODES, Mode, read_text
+from emoverse.evaluation.result_files import read_results
+from emoverse.evaluation.score_results import score_results
+
+
+def swift2(**fields: Any) -> dict[str, Any]:
+    return {"system": None, "history": [], "images": ["128258/9.png"], **fields}
+
+
+def write(path: Path, *lines: Any) -> Path:
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return path
+
+
+def test_result_files_of_ms_swift_are_scored(tmp_path: Path) -> None:
+    asked = "The person says: hm. <emotion> Please determine"
+    talk = "1. Anna: hm\n2. Ben: no\n<emotion cause-pair> Please extract Target 2: no"
+    messages = [
+        {"role": "system", "content": "x"},
+        {"role": "user", "content": f"<video>{asked}"},
+        {"role": "assistant", "content": "happy"},
+    ]
+    path = write(
+        tmp_path / "results.jsonl",
+        swift2(query=asked, response="Happy.", label="Happy."),
+        {"response": "happy", "labels": "Happy.", "logprobs": None, "messages": messages},
+        swift2(query=asked, response="who knows", label="Anger."),
+        swift2(query=talk, response="2_joy,1;2_joy,2", label="2_joy,1"),
+    )
+    found = read_results(path)
+    assert [one.row.task for one in found] == [Task.ER] * 3 + [Task.ECPE]
+    assert [one.row.key for one in found] == [
+        "128258/9.png",
+        "line-2",
+        "128258/9.png#2",
+        "128258/9.png",
+    ]
+    assert [one.row.status for one in found[:3]] == ["parsed", "repaired", "unparseable"]
+    assert found[3].row.target == 2 and found[3].row.emotion == "joy" and found[3].row.conversation
+    metrics = score_results(path)
+    er = metrics["tasks"]["er"]
+    assert er["metrics"]["accuracy"]["value"] == pytest.approx(2 / 3)
+    assert er["majority_fitted_on"] == "evaluated records"
+    ecpe = metrics["tasks"]["ecpe"]
+    assert ecpe["metrics"]["pair_f1"]["value"] == pytest.approx(2 / 3)
+    assert set(ecpe["baselines"]) == {"self", "self+previous"}
+    assert er["paper"]["script"][0]["undefined"].startswith("stops at the answer 'happy'")
+    assert er["paper"]["counted_otherwise"] == 1
+    strict = score_results(path, mode="strict")
+    assert strict["tasks"]["er"]["unparseable"] == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"response": "Happy.", "label": "Happy."}, "the task is not known: no key 'task'"),
+        ({"task": "emotion", "response": "", "label": ""}, "task: must be one of msa, er"),
+        ({"task": "er", "response": "Happy."}, "'response' and 'label' .* must be texts"),
+        ({"task": "er", "response": "Happy.", "label": "so-so"}, "the label 'so-so' is no er"),
+        (["Happy."], "a line must be a JSON object"),
+        *(
+            (
+                {"task": "msa", "response": "Positive.", "label": "Positive.", "sentiment": one},
+                "sentiment: must be a number from -3 to 3, found ",
+            )
+            for one in ("0.0", float("nan"), 7, True)
+        ),
+    ],
+)
+def test_a_line_that_is_no_result_is_named(tmp_path: Path, line: Any, message: str) -> None:
+    path = write(tmp_path / "bad.jsonl", line)
+    with pytest.raises(ValueError, match=rf"bad\.jsonl:1: not a result: {message}"):
+        read_results(path)
+
+
+def test_the_last_question_of_a_conversation_is_the_one_that_is_answered(tmp_path: Path) -> None:
+    """Earlier turns may ask for another task; a query that names two tasks says nothing."""
+    asked = [{"role": "user", "content": f"{name} Please"} for name in ("<sentiment>", "<emotion>")]
+    line = {"response": "Happy.", "label": "Happy.", "messages": asked}
+    (found,) = read_results(write(tmp_path / "turns.jsonl", line))
+    assert (found.row.task, found.question) == (Task.ER, "<emotion> Please")
+    both = swift2(query="<emotion> or <sentiment>?", response="Happy.", label="Happy.")
+    with pytest.raises(ValueError, match="the task is not known"):
+        read_results(write(tmp_path / "both.jsonl", both))
+
+
+def test_missing_and_empty_result_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such file; give a jsonl file"):
+        read_results(tmp_path / "no.jsonl")
+    (tmp_path / "latin.jsonl").write_bytes(b'{"response": "caf\xe9"}')
+    with pytest.raises(ValueError, match=r"latin\.jsonl: must be UTF-8: "):
+        read_results(tmp_path / "latin.jsonl")
+    with pytest.raises(ValueError, match="holds no answer"):
+        read_results(write(tmp_path / "empty.jsonl"))
+    named = write(tmp_path / "named.jsonl", {"response": "Happy.", "labels": "Happy."})
+    assert read_results(named, task=Task.ER)[0].row.truth == "joy"
+
+
+@pytest.mark.parametrize(
+    ("text", "number", "value"),
+    [
+        ("1.4", 1.4, "positive"),
+        (" -0.2 ", -0.2, "negative"),
+        ("0", 0.0, "positive"),
+        ("+2.", 2.0, "positive"),
+        ("2.5.", 2.5, "positive"),
+        ("4", None, None),
+        ("1.2 or so", None, None),
+        ("Negative.", None, "negative"),
+    ],
+)
+def test_an_intensity_is_one_number_on_the_scale(
+    text: str, number: float | None, value: str | None
+) -> None:
+    row = Row(key="a", task=Task.MSA, truth="positive", value=None)
+    found, rule = read_text(row, text)
+    assert (found.number, found.value) == (number, value)
+    if number is not None:
+        assert (found.status, rule) == ("repaired", "number")
+        assert read_text(row, text, mode="strict")[0].value is None
+
+
+def test_pairs_of_a_result_are_pairs(tmp_path: Path) -> None:
+    line = {"task": "ecpe", "response": "", "label": "3_joy,1", "id": 7}
+    (found,) = read_results(write(tmp_path / "r.jsonl", line))
+    assert found.row.truth == (Pair(3, "joy", 1),)
+    assert found.row.value == () and found.row.key == "7"
+
+
+@given(st.text(max_size=40), st.sampled_from(list(Task)), st.sampled_from(MODES))
+def test_reading_never_raises_and_says_what_it_did(text: str, task: Task, mode: Mode) -> None:
+    found, rule = read_text(Row(key="a", task=task, truth="positive", value=None), text, mode=mode)
+    assert found.response == text and rule
+    assert (found.value is None) == (found.status == "unparseable")
+    assert mode == "tolerant" or found.status != "repaired"
+    if found.number is not None:
+        assert -3 <= found.number <= 3 and found.value in POLARITIES
