@@ -21,10 +21,8 @@ from pathlib import Path
 from typing import Any
 
 RUNS = [(1, 0), (1, 2), (1, 3), (2, 0), (2, 2), (2, 3)]  # processes, ZeRO stage
-VERBS = (
-    "build annotate convert lint preview stats pretrain plan train launch status evaluate ablate "
-    "export report"
-).split()
+VERBS = ["build", "annotate", "convert", "lint", "preview", "stats", "pretrain", "plan", "train"]
+VERBS += ["launch", "status", "evaluate", "ablate", "export", "report"]
 SHORT = [
     "stages.stage1.pool={take: 40}",
     "stages.stage2.pool={take: 40}",
