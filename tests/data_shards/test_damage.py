@@ -130,9 +130,9 @@ def test_bombs_do_not_take_the_memory(
     next(kind for kind in damage.kinds(NOWHERE) if kind.name == name).spoil(folder)
     program = f"""
 import resource
-from data_shards.index import ShardIndex
-from data_shards.reader import ShardReader
-from data_shards.shard_writer import pack_record
+from data_shards.shards.index import ShardIndex
+from data_shards.shards.reader import ShardReader
+from data_shards.shards.writer import pack_record
 from data_shards.stream import ViewOptions, decode_view
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 400 * 2**20, used + 400 * 2**20))
