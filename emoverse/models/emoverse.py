@@ -20,7 +20,7 @@ from data_shards.tasks import TASKS
 from emoverse.engine import distributed
 from emoverse.kernels import attention
 from emoverse.kernels.backend import kernel_backend
-from emoverse.kernels.head import sums_by_group, supervised_cross_entropy
+from emoverse.loss import sums_by_group, supervised_cross_entropy
 from emoverse.models.adapters import AdapterSettings, attach_lora, is_adapter
 from emoverse.models.architecture import Architecture, base_folder
 from emoverse.models.internvl.checkpoint import Deferred, import_checkpoint, import_deferred

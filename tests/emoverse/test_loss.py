@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from emoverse.kernels import reference
-from emoverse.kernels.head import sums_by_group, supervised_cross_entropy
+from emoverse.loss import sums_by_group, supervised_cross_entropy
 
 
 def test_equals_the_full_head() -> None:
