@@ -58,7 +58,7 @@ def test_step(run: Any) -> None:
     assert found["times baseline, tiny"] > 0 and found["times best peer, tiny"] > 0
 
 
-@pytest.mark.parametrize("name", ["attention", "head", "lora", "norm", "rope", "swiglu"])
+@pytest.mark.parametrize("name", ["attention", "loss", "lora", "norm", "rope", "swiglu"])
 def test_small(run: Any, name: str) -> None:
     found = run(name, "--tokens", "16", "--repeats", "1")
     assert "machine" in found and found["rows"]

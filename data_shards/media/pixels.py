@@ -22,6 +22,16 @@ Pixels = NDArray[np.uint8]
 MAX_PIXELS: Final = 2**26
 """Most pixels of a stored picture: a few bytes can claim more than any memory holds."""
 
+# The mean colour of ImageNet in 8 bits: close to zero after the model's normalisation.
+BLANK_RGB: Final = (124, 116, 104)
+
+
+def blank_pixels(num_frames: int, image_size: int) -> Pixels:
+    """Grey frames [num_frames, H, W, 3], read-only, without memory of their own."""
+    return np.broadcast_to(
+        np.array(BLANK_RGB, dtype=np.uint8), (num_frames, image_size, image_size, 3)
+    )
+
 
 def resize_frame(rgb_HW3: Pixels, size: int) -> Pixels:
     """One bicubic resize to [size, size, 3]; it does not keep the aspect ratio (InternVL)."""

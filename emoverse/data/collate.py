@@ -1,34 +1,27 @@
 """Examples to batches: packed back to back, without padding, one weight per supervised token.
 
 In: examples of one step (`encode.py`). Out: `Batch`, the only thing the model sees.
-Loss of a step = sum over all packs of all ranks of sum_t w_t * ce_t, divided by the sum of all
-normalisers; so it depends neither on packing nor on ranks nor on accumulation.
+The weights are those of emoverse/loss.py.
 Shapes: T packed tokens, S supervised rows, B segments, F frames of all segments, C channels.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from data_shards.media.pixels import blank_pixels
 from data_shards.stream import Damage
 from data_shards.tasks import TASKS, Task
-from emoverse.data.encode import IGNORED, Example, blank_pixels
+from emoverse.data.encode import IGNORED, Example
+from emoverse.loss import LossMode, token_weights
 
-LossMode = Literal["sample", "token", "square"]
-# Weight of each of the n supervised tokens of a sample.
-TOKEN_WEIGHT: dict[LossMode, Callable[[int], float]] = {
-    "sample": lambda n: 1 / n,
-    "token": lambda n: 1.0,
-    "square": lambda n: 1 / math.sqrt(n),
-}
 Pixels = Callable[[Sequence[Example]], NDArray[np.uint8]]
 """The frames of some examples behind each other, uint8 [F, H, W, 3]."""
 
@@ -130,11 +123,12 @@ def collate(
     task_T = np.zeros(len(ids_T), dtype=np.int64)
     normaliser = 0.0
     for example, start, end in zip(examples, borders[:-1], borders[1:], strict=True):
-        weight, total = _weights(example, loss_mode)
-        weights_T[start:end] = np.where(example.labels_T != IGNORED, weight, 0.0)
         task_T[start:end] = _TASK_NUMBER[example.task]
-        normaliser += total
-    # Nothing predicts the first token of a segment; `_weights` has seen that it has no label.
+        supervised_T = _supervised(example)
+        if not example.filler:
+            weights_T[start:end], total = token_weights(supervised_T, loss_mode)
+            normaliser += total
+    # Nothing predicts the first token of a segment; `_supervised` asserts that it has no label.
     rows = np.flatnonzero(labels_T[1:] != IGNORED)
     frames, features = _frames(examples, pixels)
     samples = [example for example in examples if not example.filler]
@@ -232,20 +226,17 @@ def zero_batch(shape: FrameShape) -> Batch:
     return collate([zero_example(shape)], "token")
 
 
-def _weights(example: Example, loss_mode: LossMode) -> tuple[float, float]:
-    """(weight of each supervised token, their sum over the example)."""
+def _supervised(example: Example) -> NDArray[np.bool_]:
+    """Which tokens are supervised; at least one, except in a filler."""
     labels_T = example.labels_T
     assert labels_T.shape == example.ids_T.shape and labels_T[0] == IGNORED
-    if example.filler:
-        return 0.0, 0.0
-    num_supervised = int(np.count_nonzero(labels_T != IGNORED))
-    if num_supervised == 0:
+    supervised_T: NDArray[np.bool_] = labels_T != IGNORED
+    if not example.filler and not supervised_T.any():
         raise ValueError(
             f"record {example.key}, task {example.task}: nothing is supervised; training batches "
             "take examples of encode_sample, not of encode_query"
         )
-    weight = TOKEN_WEIGHT[loss_mode](num_supervised)
-    return weight, weight * num_supervised
+    return supervised_T
 
 
 def _frames(

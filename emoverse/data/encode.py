@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from data_shards.media.pixels import blank_pixels
 from data_shards.shards.record import Record, Turn
 from data_shards.stream import Damage, Sample
 from data_shards.tasks import Task, build_query, format_answer
@@ -30,8 +31,6 @@ from emoverse.data.tokenizer import CONFIG_FILE, IMG_CONTEXT, Tokenizer
 from emoverse.models.architecture import Architecture, base_folder, read_config_json
 
 IGNORED = -100  # label of a token that is not supervised
-# The mean colour of ImageNet in 8 bits: close to zero after the model's normalisation.
-BLANK_RGB = (124, 116, 104)
 # What is left of the words of a turn that had to go; its number and speaker stay.
 CUT_TEXT = "..."
 
@@ -180,13 +179,6 @@ def encode_pair(
         ids += answer
         labels += answer
     return np.array(ids, dtype=np.int64), np.array(labels, dtype=np.int64)
-
-
-def blank_pixels(num_frames: int, image_size: int) -> NDArray[np.uint8]:
-    """Grey frames [F, H, W, 3], read-only, without memory of their own."""
-    return np.broadcast_to(
-        np.array(BLANK_RGB, dtype=np.uint8), (num_frames, image_size, image_size, 3)
-    )
 
 
 def _encode(

@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_shards.stream import Sample
-from emoverse.data.collate import Batch, FrameShape, LossMode, make_batches, zero_batch
+from emoverse.data.collate import Batch, FrameShape, make_batches, zero_batch
 from emoverse.data.encode import EncodeOptions, Example, encode_sample
 from emoverse.data.shared_memory import Desk
 from emoverse.data.tokenizer import Tokenizer
 from emoverse.data.workers import PoolOptions, WorkerPool
+from emoverse.loss import LossMode
 
 
 class Steps(Protocol):

@@ -35,6 +35,7 @@ from emoverse.engine.distributed import World, gather_rows
 from emoverse.engine.optim import set_learning_rate
 from emoverse.engine.step_types import BadNumbers, Packs, Placeholders, StepResult, TrainedState
 from emoverse.engine.stopwatch import Stopwatch
+from emoverse.loss import gradient_scale, mean_loss
 from emoverse.training.loss_guard import finite
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -146,7 +147,7 @@ class Engine:
         """
         assert len(packs) <= num_packs and num_packs > 0 and normaliser > 0
         set_learning_rate(self._optimizer.param_groups, lr_factor)
-        scale = self.world.world_size / normaliser  # ZeRO averages over ranks; we want the sum
+        scale = gradient_scale(normaliser, self.world.world_size)
         totals: Tensor | None = None
         clock = Stopwatch(self.world.device)
         for number in range(num_packs):
@@ -162,7 +163,7 @@ class Engine:
             dist.all_reduce(totals)
         task_loss, task_weight, task_tokens = totals.tolist()
         result = StepResult(
-            loss=sum(task_loss) / normaliser,
+            loss=mean_loss(task_loss, normaliser),
             task_loss=task_loss,
             task_weight=task_weight,
             task_tokens=[int(count) for count in task_tokens],

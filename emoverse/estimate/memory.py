@@ -26,7 +26,7 @@ GIB = 2**30
 CARDS = {"RTX 3090": 24, "A100-40": 40, "A100-80": 80, "H100": 80, "H200": 139}
 # CUDA context, libraries' workspaces, and what the allocator cannot reuse: an assumption.
 WORKSPACE = int(1.5 * GIB)
-MAX_LOGITS = 2**26  # elements, as kernels/head.py bounds a chunk
+MAX_LOGITS = 2**26  # elements, as emoverse/loss.py bounds a chunk
 PREFETCH = 50_000_000  # elements that ZeRO-3 fetches ahead, DeepSpeed's default
 TAG_TOKENS, TEXT_TOKENS = 7, 150  # of a frame's tags, and of a question with its words
 

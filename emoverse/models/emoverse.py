@@ -8,7 +8,7 @@ C feature channels, R supervised rows.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from data_shards.tasks import TASKS
 from emoverse.engine import distributed
 from emoverse.kernels import attention
 from emoverse.kernels.backend import kernel_backend
-from emoverse.kernels.head import sums_by_group, supervised_cross_entropy
+from emoverse.loss import StepOutput, supervised_cross_entropy, weighted_loss
 from emoverse.models.adapters import AdapterSettings, attach_lora, is_adapter
 from emoverse.models.architecture import Architecture, base_folder
 from emoverse.models.internvl.checkpoint import Deferred, import_checkpoint, import_deferred
@@ -63,15 +63,6 @@ class PackedBatch(Protocol):
     targets: Tensor
     row_weights: Tensor
     task_of_row: Tensor
-
-
-class StepOutput(NamedTuple):
-    """A tuple, because DeepSpeed looks for tensors in tuples and not in dataclasses."""
-
-    loss_sum: Tensor  # sum of weight * cross entropy, fp32, differentiable
-    task_loss: Tensor  # the same by task, detached, in the order of TASKS
-    task_weight: Tensor  # sum of weights by task
-    task_tokens: Tensor  # supervised tokens by task
 
 
 class EmoVerse(nn.Module):
@@ -247,14 +238,7 @@ class EmoVerse(nn.Module):
         losses_R = supervised_cross_entropy(
             hidden_TD, batch.supervised_rows, batch.targets, self.native.lm_head
         )
-        weighted_R = losses_R * batch.row_weights
-        tasks_R, count = batch.task_of_row, len(TASKS)
-        return StepOutput(
-            loss_sum=weighted_R.sum(),
-            task_loss=sums_by_group(weighted_R, tasks_R, count),
-            task_weight=sums_by_group(batch.row_weights, tasks_R, count),
-            task_tokens=sums_by_group(torch.ones_like(losses_R), tasks_R, count),
-        )
+        return weighted_loss(losses_R, batch.row_weights, batch.task_of_row, len(TASKS))
 
     @torch.no_grad()
     def prepare_generation(

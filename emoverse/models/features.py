@@ -23,8 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from data_shards.media.pixels import blank_pixels
 from data_shards.shards.index import ShardIndex
-from emoverse.data.encode import blank_pixels
 from emoverse.models.emoverse import EmoVerse, to_tensor
 
 VIEWS = ("clip", "peak")

@@ -28,14 +28,15 @@ from data_shards.tasks import TASKS
 from data_shards.world import pairs
 from data_shards.world.describe import SIGNS, VISIBLE_FROM
 from emoverse.config.schema import load_model, to_yaml
-from emoverse.data.collate import Batch, FrameShape, LossMode, collate, zero_example
+from emoverse.data.collate import Batch, FrameShape, collate, zero_example
 from emoverse.data.encode import EncodeOptions
 from emoverse.data.tokenizer import Tokenizer
 from emoverse.engine.deepspeed_engine import Engine, deepspeed_config, start_process_group
 from emoverse.engine.distributed import World, gather_rows, shutdown
 from emoverse.engine.optim import lr_factor
 from emoverse.engine.step_types import Packs, StepResult
-from emoverse.models.emoverse import EmoVerse, StepOutput, compose
+from emoverse.loss import LossMode, StepOutput
+from emoverse.models.emoverse import EmoVerse, compose
 from emoverse.models.internvl.checkpoint import build_native, export_checkpoint, import_checkpoint
 from emoverse.models.internvl.released_config import new_config, read_config_json
 from emoverse.nano.gates import check_gates, measure_gates

@@ -23,6 +23,7 @@ from emoverse.engine.deepspeed_engine import start_process_group
 from emoverse.engine.distributed import RankError, Vote, World, agree, vote
 from emoverse.engine.step_types import BadNumbers
 from emoverse.engine.watchdog import Watchdog, watching
+from emoverse.loss import rank_normaliser
 from emoverse.run_dir.run_lock import Lease, acquire
 from emoverse.training import shutdown
 from emoverse.training.anomaly import anomaly_checks
@@ -260,7 +261,7 @@ class Share:
     @property
     def normaliser(self) -> float:
         """Sum of the weights of this rank's samples."""
-        return sum(pack.normaliser for pack in self.packs)
+        return rank_normaliser(self.packs)
 
 
 def _next_share(batches: Iterator[list[Batch]], run: Run, spent: Spent) -> Share:

@@ -16,13 +16,13 @@ from data_shards.tasks import TASKS, Task
 from emoverse.data.collate import (
     Batch,
     FrameShape,
-    LossMode,
     collate,
     make_batches,
     pack,
     zero_batch,
 )
 from emoverse.data.encode import Example
+from emoverse.loss import LossMode
 
 VOCAB, CONTEXT, TOKENS, SIZE, CHANNELS = 50, 49, 2, 4, 3
 SHAPE = FrameShape(image_context_id=CONTEXT, tokens_per_frame=TOKENS, image_size=SIZE)

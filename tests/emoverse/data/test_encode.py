@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data_shards.media.pixels import BLANK_RGB
 from data_shards.shards.record import Record, Turn, Video
 from data_shards.stream import Sample
 from data_shards.tasks import Pair, Task, build_query
 from emoverse.data.encode import (
-    BLANK_RGB,
     EncodeOptions,
     Example,
     encode_pair,

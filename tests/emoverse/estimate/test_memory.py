@@ -191,11 +191,11 @@ def test_activations_are_those_measured(family: str, run_ranks: Callable[..., li
         assert 0.85 < step / peaks[1] < 1.35, case
 
 
-def test_the_head_s_chunk_is_the_one_that_is_estimated() -> None:
+def test_the_chunk_of_the_loss_is_the_one_that_is_estimated() -> None:
+    from emoverse import loss
     from emoverse.estimate import memory
-    from emoverse.kernels import head
 
-    assert memory.MAX_LOGITS == head.MAX_LOGITS
+    assert memory.MAX_LOGITS == loss.MAX_LOGITS
 
 
 def test_the_held_bytes_are_those_measured(run_ranks: Callable[..., list[Any]]) -> None:

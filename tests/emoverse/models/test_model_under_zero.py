@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from emoverse import loss
 from emoverse.engine.distributed import World
-from emoverse.kernels import head
 from emoverse.models.emoverse import compose
 from emoverse.models.internvl.checkpoint import build_native
 
@@ -122,5 +122,5 @@ def test_chunks_of_logits_under_zero_3(
 
     whole = run_ranks(work, 2)
     two_rows = 2 * config["llm_config"]["vocab_size"]
-    monkeypatch.setitem(head.supervised_cross_entropy.__kwdefaults__, "max_logits", two_rows)
+    monkeypatch.setitem(loss.supervised_cross_entropy.__kwdefaults__, "max_logits", two_rows)
     assert run_ranks(work, 2, limit_s=60) == [pytest.approx(losses, rel=1e-5) for losses in whole]

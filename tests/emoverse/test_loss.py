@@ -1,12 +1,41 @@
-"""The supervised-rows head is exact: values and gradients of the full head."""
+"""Weights and normaliser; the cross entropy at supervised rows equals that of all logits."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from emoverse.kernels import reference
-from emoverse.kernels.head import sums_by_group, supervised_cross_entropy
+from emoverse.loss import (
+    LossMode,
+    gradient_scale,
+    mean_loss,
+    rank_normaliser,
+    sums_by_task,
+    supervised_cross_entropy,
+    token_weights,
+)
+
+
+@pytest.mark.parametrize(("mode", "weight"), [("sample", 0.25), ("token", 1.0), ("square", 0.5)])
+def test_token_weights(mode: LossMode, weight: float) -> None:
+    supervised_T = np.array([False, True, True, False, True, True])
+    weights_T, total = token_weights(supervised_T, mode)
+    assert weights_T.dtype == np.float32
+    assert weights_T.tolist() == [0.0, weight, weight, 0.0, weight, weight]
+    assert total == 4 * weight
+
+
+def test_the_mean_over_ranks_is_the_loss_of_the_step() -> None:
+    """Two ranks with other weights: the mean of the scaled sums is the sum over the normaliser."""
+    loss_sums, ranks = (6.0, 2.0), ((1.0, 2.0), (1.0,))
+    packs = [[SimpleNamespace(normaliser=weight) for weight in weights] for weights in ranks]
+    normaliser = sum(map(rank_normaliser, packs))
+    scaled = [loss * gradient_scale(normaliser, len(ranks)) for loss in loss_sums]
+    assert sum(scaled) / len(ranks) == mean_loss(loss_sums, normaliser) == 2.0
 
 
 def test_equals_the_full_head() -> None:
@@ -86,8 +115,8 @@ def test_no_rows_keep_the_graph(trained: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sums(dtype: torch.dtype) -> None:
+def test_sums_by_task(dtype: torch.dtype) -> None:
     values = torch.tensor([1.0, 2.0, 4.0, 8.0], dtype=dtype, requires_grad=True)
-    sums = sums_by_group(values, torch.tensor([0, 2, 2, 0]), 4)
+    sums = sums_by_task(values, torch.tensor([0, 2, 2, 0]), 4)
     assert sums.dtype == torch.float32 and not sums.requires_grad
     assert sums.tolist() == [9.0, 0.0, 6.0, 0.0]

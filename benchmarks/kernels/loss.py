@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from bench_tools import DEVICE, SIZES, arguments, liger, machine, medians, report
 from torch import nn
 
-from emoverse.kernels.head import supervised_cross_entropy
+from emoverse.loss import supervised_cross_entropy
 
 
 def peak_gib(call: Callable[[], Any]) -> float | None:
