@@ -3,43 +3,26 @@
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import s3fs
 from moto.server import ThreadedMotoServer
 
-from data_shards.build.build import build_shards
-from data_shards.media.video import encode_mp4
 from data_shards.shards import fetch
 from data_shards.shards.index import ShardIndex
 from data_shards.shards.open import CacheOptions, open_index
 from data_shards.shards.reader import ShardReader
-from data_shards.shards.record import Record, Video
-from data_shards.tasks import Task
+from data_shards.shards.record import Record
+from tests.builders import make_record, make_shards
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of botocore, which warns of itself
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    frames = np.random.default_rng(0).integers(0, 255, (4, 32, 32, 3)).astype(np.uint8)
-    record = Record(
-        key="clip_0",
-        source="test",
-        split="train",
-        utterance="Hello.",
-        speaker="Ann",
-        sentiment=0.5,
-        tasks=(Task.MSA,),
-        num_frames=4,
-        media=Video(mp4=encode_mp4(frames, 25)),
-    )
-    records = [replace(record, key=f"clip_{n}") for n in range(6)]
-    build_shards(records, tmp_path / "shards", provenance={}, max_records_per_shard=2)
-    return tmp_path / "shards"
+    records = [make_record(f"clip_{index}") for index in range(6)]
+    return make_shards(tmp_path / "shards", records, per_shard=2)
 
 
 @pytest.fixture
