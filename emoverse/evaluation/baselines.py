@@ -12,8 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from data_shards.tasks import Answer, Pair, Task
-from emoverse.evaluation.metrics import Row, reason_emotion
-from emoverse.evaluation.text_scores import rouge_l, set_f1
+from emoverse.evaluation.metrics import Row, reason_emotion, rouge_l, set_f1
 
 # The rules that stand beside every model; the first is the one that the summary compares with.
 RULES: dict[Task, tuple[str, ...]] = {

@@ -27,7 +27,6 @@ from data_shards.shards.index import ShardIndex
 from data_shards.tasks import TASKS, Task
 from emoverse.config.schema import Config
 from emoverse.engine.distributed import World, agree, from_main, read_world
-from emoverse.evaluation.answer_parts import PartWriter, identity_hash, read_parts, remove_parts
 from emoverse.evaluation.metrics import Row
 from emoverse.evaluation.metrics_file import (
     keep_judge,
@@ -38,8 +37,12 @@ from emoverse.evaluation.metrics_file import (
 )
 from emoverse.evaluation.parsing import Mode, read_again
 from emoverse.evaluation.predictions import (
+    PartWriter,
     Prediction,
+    identity_hash,
+    read_parts,
     read_predictions,
+    remove_parts,
     write_predictions,
     write_text_atomically,
 )

@@ -17,8 +17,10 @@ from typing import Any
 from data_shards.jsonl import read_utf8
 from data_shards.tasks import IDENTIFIER, TASKS, Answer, Pair, Task, parse_answer
 from emoverse.evaluation.metrics import END_OF_SCALE, Row
+from emoverse.evaluation.metrics_file import tasks_json
 from emoverse.evaluation.parsing import Mode, read_again, read_text
-from emoverse.evaluation.predictions import Prediction, from_json
+from emoverse.evaluation.predictions import Prediction, from_json, write_text_atomically
+from emoverse.run_dir.provenance import package_versions
 
 
 def read_results(
@@ -165,3 +167,33 @@ def _conversation(task: Task, query: str) -> str:
     if task is not Task.ECPE or not before:
         return ""
     return hashlib.sha256(before.encode()).hexdigest()[:16]
+
+
+def score_results(
+    path: Path,
+    *,
+    task: Task | None = None,
+    mode: Mode = "tolerant",
+    give_emotion: bool = False,
+    out: Path | None = None,
+) -> dict[str, Any]:
+    """Scores of the answers in `path`; written to `out` where it is given.
+
+    give_emotion: whether the ECPE queries held the target's emotion (for the rules beside it). The
+    rules are fitted on the evaluated records, since a file holds no others; metrics.json says so.
+    Raises what `read_results` raises.
+    """
+    predictions = read_results(path, task=task, mode=mode)
+    metrics = {
+        "which": path.name,
+        "parser": mode,
+        "clips": len({one.row.key for one in predictions}),
+        "answers": len(predictions),
+        "protocol": {"leakage": None, "give_emotion": give_emotion},
+        "tasks": tasks_json(predictions, {}, give_emotion=give_emotion),
+        "data": {"file": str(path), "fingerprint": hashlib.sha256(path.read_bytes()).hexdigest()},
+        "versions": package_versions(),
+    }
+    if out is not None:
+        write_text_atomically(out, json.dumps(metrics, indent=1) + "\n")
+    return metrics

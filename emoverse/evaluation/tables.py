@@ -15,12 +15,12 @@ from emoverse.evaluation.metrics import (
     Row,
     as_pairs,
     as_phrases,
+    concluded_emotion,
     phrase_exact,
     reason_emotion,
     said_polarity,
     true_polarity,
 )
-from emoverse.evaluation.text_scores import concluded_emotion
 
 LABELLED = (Task.MSA, Task.ER, Task.ERI)
 NUM_BINS = 10

@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def _evaluate(args: argparse.Namespace, target: Target) -> dict[str, Any]:
     if target.kind == "predictions":
-        from emoverse.evaluation.score_results import score_results
+        from emoverse.evaluation.result_files import score_results
 
         task = Task(args.task) if args.task else None
         scores = score_results(

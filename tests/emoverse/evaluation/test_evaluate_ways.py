@@ -15,11 +15,15 @@ import torch
 from data_shards.tasks import TASKS, Task
 from emoverse.config.schema import Config, ConfigError, to_yaml
 from emoverse.engine.distributed import World
-from emoverse.evaluation.answer_parts import PartWriter, read_parts
 from emoverse.evaluation.evaluate import run, run_target
-from emoverse.evaluation.predictions import Prediction, read_predictions, write_predictions
-from emoverse.evaluation.result_files import read_results
-from emoverse.evaluation.score_results import score_results
+from emoverse.evaluation.predictions import (
+    PartWriter,
+    Prediction,
+    read_parts,
+    read_predictions,
+    write_predictions,
+)
+from emoverse.evaluation.result_files import read_results, score_results
 from emoverse.evaluation.target import resolve
 from emoverse.inference.generate import Answerer
 from emoverse.models.emoverse import build_model

@@ -21,10 +21,9 @@ from emoverse.evaluation.baselines import (
     neighbour_pairs,
 )
 from emoverse.evaluation.intervals import paired_difference, score, scores
-from emoverse.evaluation.metrics import Metric, Row
+from emoverse.evaluation.metrics import Metric, Row, concluded_emotion, rouge_l, set_f1
 from emoverse.evaluation.registry import METRICS, primary
 from emoverse.evaluation.tables import confusion, item_scores
-from emoverse.evaluation.text_scores import concluded_emotion, rouge_l, set_f1
 from emoverse.report.summary import clearly_better
 
 

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from data_shards.tasks import POLARITIES, Pair, Task
 from emoverse.evaluation.metrics import Row
 from emoverse.evaluation.parsing import MODES, Mode, read_text
-from emoverse.evaluation.result_files import read_results
-from emoverse.evaluation.score_results import score_results
+from emoverse.evaluation.result_files import read_results, score_results
 
 
 def swift2(**fields: Any) -> dict[str, Any]:
