@@ -23,6 +23,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+from data_shards.files import write_atomically
 from data_shards.shards.index import ShardIndex
 from data_shards.tasks import TASKS, Task
 from emoverse.config.schema import Config
@@ -44,7 +45,6 @@ from emoverse.evaluation.predictions import (
     read_predictions,
     remove_parts,
     write_predictions,
-    write_text_atomically,
 )
 from emoverse.evaluation.target import Target, name_of, resolve, states_of, write_config
 from emoverse.inference.generate import Answerer, shared_weights
@@ -236,7 +236,7 @@ def _shares_weights(config: Config, world: World) -> bool:
 def _write(target: Path, metrics: dict[str, Any], predictions: Sequence[Prediction]) -> None:
     keep_judge(metrics, target / METRICS)
     write_predictions(target / PREDICTIONS, predictions)
-    write_text_atomically(target / METRICS, json.dumps(metrics, indent=1) + "\n")
+    write_atomically(target / METRICS, json.dumps(metrics, indent=1) + "\n")
     remove_parts(target / PARTS)
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from data_shards.files import write_atomically
 from data_shards.tasks import Answer, Pair, Task
 from emoverse.evaluation.metrics import Row
 
@@ -113,21 +114,10 @@ def from_json(fields: Mapping[str, Any]) -> Prediction:
     )
 
 
-def write_text_atomically(path: Path, text: str) -> None:
-    """Write, sync and rename: a reader sees the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
     """All predictions as JSON lines, atomically."""
     lines = [json.dumps(to_json(one), ensure_ascii=False) for one in predictions]
-    write_text_atomically(path, "".join(f"{line}\n" for line in lines))
+    write_atomically(path, "".join(f"{line}\n" for line in lines))
 
 
 def read_predictions(path: Path) -> list[Prediction]:

@@ -14,12 +14,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from data_shards.files import write_atomically
 from data_shards.jsonl import read_utf8
 from data_shards.tasks import IDENTIFIER, TASKS, Answer, Pair, Task, parse_answer
 from emoverse.evaluation.metrics import END_OF_SCALE, Row
 from emoverse.evaluation.metrics_file import tasks_json
 from emoverse.evaluation.parsing import Mode, read_again, read_text
-from emoverse.evaluation.predictions import Prediction, from_json, write_text_atomically
+from emoverse.evaluation.predictions import Prediction, from_json
 from emoverse.run_dir.provenance import package_versions
 
 
@@ -195,5 +196,5 @@ def score_results(
         "versions": package_versions(),
     }
     if out is not None:
-        write_text_atomically(out, json.dumps(metrics, indent=1) + "\n")
+        write_atomically(out, json.dumps(metrics, indent=1) + "\n")
     return metrics
