@@ -26,8 +26,8 @@ from emoverse.evaluation.metrics import Row
 class Prediction:
     """One evaluated entry: its row for the scorers, and what a reader of the report wants to see.
 
-    label: the truth in the answer's format. rule: what the parser did. finished: the model ended
-    its answer itself. baseline: the answer of the rule that never looks (`baselines.py`).
+    label: the reference in the answer's format. rule: what the parser did. finished: the model
+    ended its answer itself. baseline: the answer of a rule that sees no input (`baselines.py`).
     shard, slot: where the record lies, -1 for answers of another system. confidence: probability
     that the model gave to the whole answer, None where it is not known.
     """
@@ -66,7 +66,7 @@ def to_json(prediction: Prediction) -> dict[str, Any]:
         "rule": prediction.rule,
         "finished": prediction.finished,
         "value": row.value,
-        "truth": row.truth,
+        "truth": row.reference,
         "baseline": prediction.baseline,
         "sentiment": row.sentiment,
         "emotion": row.emotion,
@@ -84,14 +84,14 @@ def to_json(prediction: Prediction) -> dict[str, Any]:
 def from_json(fields: Mapping[str, Any]) -> Prediction:
     """The inverse of `to_json`."""
     task = Task(fields["task"])
-    truth = _answer_from_json(task, fields["truth"])
-    if truth is None:
+    reference = _answer_from_json(task, fields["truth"])
+    if reference is None:
         raise ValueError("truth must not be null")
     return Prediction(
         row=Row(
             key=fields["key"],
             task=task,
-            truth=truth,
+            reference=reference,
             value=_answer_from_json(task, fields["value"]),
             response=fields["response"],
             status=fields["status"],
@@ -116,28 +116,28 @@ def from_json(fields: Mapping[str, Any]) -> Prediction:
 
 def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
     """All predictions as JSON lines, atomically."""
-    lines = [json.dumps(to_json(one), ensure_ascii=False) for one in predictions]
+    lines = [json.dumps(to_json(prediction), ensure_ascii=False) for prediction in predictions]
     write_atomically(path, "".join(f"{line}\n" for line in lines))
 
 
 def read_predictions(path: Path) -> list[Prediction]:
     """The predictions of one file. Raises ValueError with file and line at a line that is none."""
-    found = []
+    predictions = []
     with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
+        for line_number, line in enumerate(file, start=1):
             try:
-                found.append(from_json(json.loads(line)))
+                predictions.append(from_json(json.loads(line)))
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
-                    f"{path}:{number}: not a prediction ({type(error).__name__}: {error}); "
+                    f"{path}:{line_number}: not a prediction ({type(error).__name__}: {error}); "
                     "run `emoverse evaluate` on the run again"
                 ) from error
-    return found
+    return predictions
 
 
 def rows_of_task(predictions: Sequence[Prediction], task: Task) -> list[Row]:
     """The scorers' rows of one task, in file order."""
-    return [one.row for one in predictions if one.row.task is task]
+    return [prediction.row for prediction in predictions if prediction.row.task is task]
 
 
 def identity_hash(identity: Mapping[str, Any]) -> str:
@@ -147,7 +147,7 @@ def identity_hash(identity: Mapping[str, Any]) -> str:
 
 def read_parts(folder: Path, identity: str) -> dict[int, list[Prediction]]:
     """Answered batches by number; files of another identity, and lines cut off, are left out."""
-    found: dict[int, list[Prediction]] = {}
+    predictions: dict[int, list[Prediction]] = {}
     for path in sorted(folder.glob("*.jsonl")):
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
         # The text behind the last line end was cut off by a crash: it is no line.
@@ -156,8 +156,10 @@ def read_parts(folder: Path, identity: str) -> dict[int, list[Prediction]]:
             continue
         for record in records[1:]:
             if "batch" in record:
-                found[int(record["batch"])] = [from_json(one) for one in record["answers"]]
-    return found
+                predictions[int(record["batch"])] = [
+                    from_json(prediction) for prediction in record["answers"]
+                ]
+    return predictions
 
 
 def _record(line: str) -> dict[str, Any]:
@@ -189,7 +191,7 @@ class PartWriter:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("w", encoding="utf-8", newline="\n")
             self._file.write(json.dumps({"identity": self._identity}) + "\n")
-        record = {"batch": batch, "answers": [to_json(one) for one in answers]}
+        record = {"batch": batch, "answers": [to_json(prediction) for prediction in answers]}
         self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
         self._file.flush()
 
