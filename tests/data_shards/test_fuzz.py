@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_shards.media.mp4_boxes import MAX_CLAIMS, require_modest_claims
+from data_shards.media.mp4 import MAX_CLAIMS, require_modest_claims
 from data_shards.media.pixels import jpeg_decode, jpeg_encode
 from data_shards.media.video import DamagedVideo, count_frames, decode_frames, encode_mp4
 from data_shards.shards.index import ENTRY_DTYPE, ShardIndex

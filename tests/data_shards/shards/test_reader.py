@@ -19,7 +19,14 @@ from hypothesis import strategies as st
 
 from data_shards.shards.checksum import crc32
 from data_shards.shards.index import ShardIndex
-from data_shards.shards.reader import DamagedRecord, ShardReader, iter_plain, read_header, untar
+from data_shards.shards.reader import (
+    DamagedRecord,
+    ShardReader,
+    iter_plain,
+    iter_records,
+    read_header,
+    untar,
+)
 from data_shards.shards.record import Record, to_members
 from tests.builders import make_record, make_shards, tar_blocks
 
@@ -44,19 +51,11 @@ def open_reader(folder: Path, **options: int) -> ShardReader:
     return ShardReader(folder, ShardIndex.load(folder), **options)
 
 
-def read_all(reader: ShardReader) -> list[Record | DamagedRecord]:
-    results: list[Record | DamagedRecord] = []
-    for number in range(reader.index.num_records):
-        try:
-            results.append(reader.read(*reader.index.address(number)))
-        except DamagedRecord as error:
-            results.append(error)
-    return results
-
-
 def test_records_come_back_equal(built: Path, records: list[Record]) -> None:
     reader = open_reader(built)
-    assert read_all(reader) == records
+    assert list(reader.records()) == [(n // 3, n % 3, record) for n, record in enumerate(records)]
+    assert [record for _, _, record in reader.records([1, 0])] == records[3:] + records[:3]
+    assert list(iter_records(reader.index)) == records
     assert reader.read(1, 0) == records[3]  # in any order
     reader.close()
     assert reader.read(0, 2) == records[2]  # and after closing
@@ -78,7 +77,7 @@ def test_a_text_of_many_kilobytes_is_read_in_one_piece(
 ) -> None:
     record = replace(records[0], utterance="Hello. " * 5000)
     make_shards(tmp_path / "shards", [record])
-    assert read_all(open_reader(tmp_path / "shards")) == [record]
+    assert list(open_reader(tmp_path / "shards").records()) == [(0, 0, record)]
 
 
 @given(content=st.binary(max_size=3000), before=st.integers(0, 2**32 - 1))
@@ -104,14 +103,14 @@ def test_a_reader_crosses_to_workers(built: Path, method: str, records: list[Rec
     reader.read(0, 0)
     if method == "spawn":  # what a spawned worker receives, without the seconds of starting one
         copy = pickle.loads(pickle.dumps(reader))
-        assert copy._descriptors == {} and read_all(copy) == records
+        assert copy._descriptors == {} and [record for _, _, record in copy.records()] == records
         return
     context = multiprocessing.get_context("fork")
     queue: multiprocessing.Queue[list[str]] = context.Queue()
     children = [context.Process(target=_read_in_child, args=(reader, queue)) for _ in range(2)]
     for child in children:
         child.start()
-    assert read_all(reader) == records
+    assert [record for _, _, record in reader.records()] == records
     for _ in children:
         assert queue.get(timeout=30) == [f"clip_{n}" for n in (3, 4, 5, 0, 1, 2)]
     for child in children:
@@ -121,7 +120,7 @@ def test_a_reader_crosses_to_workers(built: Path, method: str, records: list[Rec
 def damaged_keys(folder: Path, index: ShardIndex | None = None) -> dict[str, str]:
     """Key -> cause of all damaged records."""
     reader = ShardReader(folder, index or ShardIndex.load(folder))
-    errors = [result for result in read_all(reader) if isinstance(result, DamagedRecord)]
+    errors = [result for _, _, result in reader.records() if isinstance(result, DamagedRecord)]
     return {error.key: error.cause for error in errors}
 
 
