@@ -130,7 +130,7 @@ def _media(record: Record) -> str:
 def _page(
     title: str, keys: Sequence[str], articles: Sequence[str], before: Mapping[str, Any]
 ) -> str:
-    assets = resources.files("data_shards") / "assets"
+    assets = resources.files("data_shards") / "pages" / "templates"
     css, script = (
         (assets / name).read_text(encoding="utf-8") for name in ("preview.css", "preview.js")
     )

@@ -1,7 +1,7 @@
 """The frame of every page: head, style, navigation, script; sections as HTML go in, a document out.
 
-Style sheet and script are package data (`assets/report.css`, `assets/report.js`) and are written
-into the page: it makes no request, so it works from disk and by mail.
+Style sheet and script are package data and are written into the page: it makes no request, so it
+works from disk and by mail.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def document(title: str, intro: str, sections: Sequence[tuple[str, str, str]], c
 <meta name="color-scheme" content="light dark">
 <title>{escape(title)} - EmoVerse report</title>
 <link rel="icon" href="data:,">
-<style>{_asset("report.css")}</style>
+<style>{_asset("data_shards/pages/templates/frame.css")}</style>
 </head>
 <body>
 <a class="skip" href="#{first}">Skip to the results</a>
@@ -43,11 +43,12 @@ def document(title: str, intro: str, sections: Sequence[tuple[str, str, str]], c
 </main>
 <footer class="wrap">Written by <code>{escape(command)}</code>. Every number on this page is
 computed from the run directory.</footer>
-<script>{_asset("report.js")}</script>
+<script>{_asset("emoverse/report/templates/report.js")}</script>
 </body>
 </html>
 """
 
 
 def _asset(name: str) -> str:
-    return (resources.files("emoverse") / "assets" / name).read_text(encoding="utf-8")
+    package, _, path = name.partition("/")
+    return resources.files(package).joinpath(path).read_text(encoding="utf-8")
