@@ -68,7 +68,7 @@ def test_only_an_earlier_page_is_written_over(tmp_path: Path) -> None:
     write_page([make_record()], tmp_path / "p", title="corpus")
     write_page([make_record()], tmp_path / "p", title="corpus")
     (tmp_path / "p" / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="new, empty or an earlier page; .* contains other files"):
+    with pytest.raises(ValueError, match=r"new, empty or an earlier page; .* contains other files"):
         write_page([make_record()], tmp_path / "p", title="corpus")
 
 
