@@ -217,7 +217,7 @@ def pick_clips(
     systems["text_only"] = {
         (line.task, row.key): row
         for line in lines
-        if line.scored in text_only
+        if line.scored is not None and line.scored in text_only
         for row in text_only[line.scored].rows(line.task)
     }
     for name, state in evaluated.items():

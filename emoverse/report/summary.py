@@ -85,7 +85,8 @@ def scored_stage(task: Task, config: Config, evaluated: Mapping[str, Evaluation]
     """The last stage that trains the task; where that is not evaluated, the last one that is."""
     stages = [name for name in config.stages if evaluated.get(name)]
     training = [name for name in stages if task in config.stages[name].rates]
-    return (training or stages or [None])[-1]
+    candidates = training or stages
+    return candidates[-1] if candidates else None
 
 
 def majority_rows_of(evaluation: Evaluation, task: Task) -> list[Row]:
@@ -116,7 +117,7 @@ def summarise_task(
     states = {which: state.rows(task) for which, state in evaluated.items()}
     source = scored or next(iter(evaluated), None)
     baselines = {"majority": majority_rows_of(evaluated[source], task)} if source else {}
-    if scored in text_only:
+    if scored is not None and scored in text_only:
         baselines["text_only"] = text_only[scored].rows(task)
     columns = {name: baselines.get(name) for name in ("majority", "text_only")}
     columns["before"] = states.get(BASE)
@@ -199,7 +200,7 @@ def summary_json(
 def summary_text(summary: Mapping[str, Any]) -> str:
     """`summary.json` as a table for a terminal."""
     skip = {"metric", "scored", "against", "difference", "standard_error", "n", "beats_baselines"}
-    first = next(iter(summary["tasks"].values()), {})
+    first: Mapping[str, Any] = next(iter(summary["tasks"].values()), {})
     systems = [name for name in first if name not in skip]
     head = ["task", "metric", *systems, "difference", "clips", "beats both"]
     table = [head]
