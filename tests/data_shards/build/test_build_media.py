@@ -12,7 +12,7 @@ import pytest
 
 from data_shards.build.build import build_shards
 from data_shards.build.journal import work_folder
-from data_shards.build.source_item import FileRecipe, Skipped
+from data_shards.build.source_item import FileItem, Skipped
 from data_shards.media.video import encode_mp4
 from data_shards.shards.index import ShardIndex
 from data_shards.shards.record import Record, Video
@@ -56,12 +56,12 @@ def read(path: Path) -> Record | Skipped:
     )
 
 
-def recipe(path: Path) -> FileRecipe:
-    return FileRecipe(make=partial(read, path), path=path)
+def file_item(path: Path) -> FileItem:
+    return FileItem(make=partial(read, path), path=path)
 
 
 def build(folder: Path, out: Path, **more: Any) -> ShardIndex:
-    items = [recipe(folder / f"{number}.mp4") for number in range(CLIPS)]
+    items = [file_item(folder / f"{number}.mp4") for number in range(CLIPS)]
     limits: dict[str, Any] = {"max_records_per_shard": PER_SHARD, "strict": False}
     return build_shards(items, out, provenance={}, **limits, **more)
 
@@ -151,17 +151,17 @@ def test_a_file_that_changes_while_it_is_read_counts_as_changed(tmp_path: Path) 
         return record
 
     (tmp_path / "2.mp4").write_bytes(clip())
-    second = recipe(tmp_path / "2.mp4")
-    first = FileRecipe(make=read_then_replace, path=path)
+    second = file_item(tmp_path / "2.mp4")
+    first = FileItem(make=read_then_replace, path=path)
     out, told = tmp_path / "shards", list[str]()
     with pytest.raises(KeyboardInterrupt):
         build_shards(
             [first, second], out, provenance={}, max_records_per_shard=1, progress=stop_at(2)
         )
     assert len(list((work_folder(out) / "done").iterdir())) == 1
-    items = [recipe(path), second]
+    items = [file_item(path), second]
     build_shards(items, out, provenance={}, max_records_per_shard=1, notice=told.append)
-    assert told == [f"{path} has changed since it was read: 1 finished shard is made again"]
+    assert told == [f"{path} has changed since it was read: 1 finished shard is built again"]
     assert other_clip() in (out / "shard-000000.tar").read_bytes()
 
 
