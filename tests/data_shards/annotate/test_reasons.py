@@ -17,12 +17,13 @@ import pytest
 
 from data_shards.annotate.answer_cache import AnswerCache
 from data_shards.annotate.endpoint import Endpoint, Patience
-from data_shards.annotate.reason_prompts import (
+from data_shards.annotate.reasons import (
     PROMPT_VERSION,
+    ReasonOptions,
+    annotate_reasons,
     describe_messages,
     infer_messages,
 )
-from data_shards.annotate.reasons import ReasonOptions, annotate_reasons
 from data_shards.build.build import build_shards
 from data_shards.jsonl import read_texts
 from data_shards.media.pixels import jpeg_decode
