@@ -1,8 +1,8 @@
-"""Is a shard folder whole and good? Checks every file, every record's bytes, structure and content.
+"""Checks of a shard folder: its files, and the bytes, structure and content of every record.
 
-In: a shard folder. Out: a `LintReport` with all problems found, not only the first, and with what
-is odd but usable; the bad records as a quarantine list that `build --curation` reads. Reading
-checks checksums too; this is for whoever copied or built a folder, before a run finds out.
+In: a shard folder. Out: a `LintReport` with all problems, not only the first, and all warnings
+(suspicious, but usable); the bad records as a quarantine list that `build --curation` reads.
+Training verifies checksums too; this check comes before a run, after a build or a copy.
 Flow: build -> here; `emoverse lint DIR [--decode] [--quarantine FILE]`.
 """
 
@@ -20,9 +20,10 @@ from data_shards.build.curation import Decision, write_curation
 from data_shards.inspection.lint_content import ContentChecks, ContentLimits
 from data_shards.media.pixels import jpeg_decode
 from data_shards.media.video import decode_frames
-from data_shards.shards.index import INDEX_FILE, LENGTH_MAX, ShardIndex, ShardInfo, sidecar
+from data_shards.shards.index import INDEX_FILE, LENGTH_MAX, ShardIndex, ShardInfo
 from data_shards.shards.reader import DamagedRecord, ShardReader
 from data_shards.shards.record import Frames, Record, Video
+from data_shards.shards.writer import shard_files
 from data_shards.tasks import tasks_in
 
 _END_OF_TAR: Final = 1024  # two empty blocks
@@ -31,7 +32,7 @@ _SHOWN_WARNINGS: Final = 20  # lines for people; the JSON has all
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Problem:
-    """One thing that is wrong; what does not apply is empty."""
+    """A defect or a suspicious finding; fields that do not apply are empty."""
 
     shard: str  # file name of the tar
     key: str
@@ -41,14 +42,14 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LintReport:
-    """What `lint` looked at and what it found."""
+    """What `lint` checked, with all problems and warnings."""
 
     folder: str
     shards: int  # listed in index.json
     records: int  # read and checked
-    decoded: int  # clips decoded in full; 0 unless asked for
+    decoded: int  # clips decoded in full; 0 unless requested
     problems: tuple[Problem, ...]
-    warnings: tuple[Problem, ...] = ()  # odd, but usable: a person should look
+    warnings: tuple[Problem, ...] = ()  # suspicious, but usable: a person should look
 
     @property
     def ok(self) -> bool:
@@ -62,14 +63,14 @@ class LintReport:
         return {"ok": self.ok, **asdict(self), **lists}
 
     def quarantine(self, *, strict: bool = False) -> list[Decision]:
-        """One decision to drop per bad record, with all its causes; `strict`: also the odd ones."""
+        """A decision to drop each bad record, with all causes; `strict`: suspicious ones too."""
         causes: dict[str, list[str]] = {}
         for problem in (*self.problems, *(self.warnings if strict else ())):
             if problem.key:
                 causes.setdefault(problem.key, []).append(problem.cause)
         return [
-            Decision(key=key, action="drop", reason="; ".join(found))
-            for key, found in causes.items()
+            Decision(key=key, action="drop", reason="; ".join(of_record))
+            for key, of_record in causes.items()
         ]
 
 
@@ -84,7 +85,7 @@ def lint(
 
     Args:
         decode: also decode every frame of every clip.
-        limits: the durations that are usual.
+        limits: usual durations.
         progress: called with the number of records done so far, once per record.
 
     Raises:
@@ -105,7 +106,7 @@ def lint(
     for shard, info in enumerate(index.shards):
         broken = list(_file_problems(folder, info))
         problems += broken
-        if not all(path.is_file() for path in _files(folder, info)):
+        if not all(path.is_file() for path in shard_files(folder / info.name)):
             continue
         try:
             entries, keys = index.entries(shard), index.keys(shard)
@@ -115,23 +116,23 @@ def lint(
         if not broken:
             problems += _gap_problems(folder / info.name, entries)
         for slot, key in enumerate(keys):
-            at = (info.name, key, int(entries[slot]["offset"]))
+            where = (info.name, key, int(entries[slot]["offset"]))
             if key in seen:
-                problems.append(_problem(*at, "the key comes twice in the dataset"))
+                problems.append(_problem(*where, "the key comes twice in the dataset"))
             seen.add(key)
             try:
                 record = reader.read(shard, slot)
             except DamagedRecord as error:
-                problems.append(_problem(*at, error.cause))
+                problems.append(_problem(*where, error.cause))
             else:
                 causes = list(_record_causes(record, entries[slot], index.options))
                 findings = list(content.findings(record))
                 causes += [finding.cause for finding in findings if finding.is_error]
-                warnings += [_problem(*at, f.cause) for f in findings if not f.is_error]
+                warnings += [_problem(*where, f.cause) for f in findings if not f.is_error]
                 if decode and not any(finding.is_error for finding in findings):
                     decoded += 1
                     causes += _decode_causes(record)
-                problems += [_problem(*at, cause) for cause in causes]
+                problems += [_problem(*where, cause) for cause in causes]
             records += 1
             if progress is not None:
                 progress(records)
@@ -151,37 +152,32 @@ def _problem(shard: str, key: str, offset: int | None, cause: str) -> Problem:
 
 
 def _open(folder: Path) -> tuple[ShardIndex | None, list[Problem]]:
-    """The index; None with the reason when index.json itself is unusable."""
+    """The index; None with the cause if index.json itself is unusable."""
     try:
         return ShardIndex.load(folder), []
     except (FileNotFoundError, ValueError) as error:
         if not (folder / INDEX_FILE).is_file():
             raise
         cause = str(error)
-    # `load` stops at the first file that is missing or short; here all of them shall be named.
+    # `load` stops at the first file that is missing or short; lint names all of them.
     try:
         document = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
         shards = tuple(ShardInfo.from_json(item) for item in document["shards"])
         index = ShardIndex(folder, shards, document["options"], document["provenance"])
     except (ValueError, KeyError, TypeError):
         return None, [_problem("", "", None, cause)]
-    named = any(True for info in shards for _ in _file_problems(folder, info))
-    return index, [] if named else [_problem("", "", None, cause)]
+    in_files = any(True for info in shards for _ in _file_problems(folder, info))
+    return index, [] if in_files else [_problem("", "", None, cause)]
 
 
 def _unlisted(folder: Path, index: ShardIndex) -> list[Problem]:
     listed = {info.name for info in index.shards}
-    found = sorted(path.name for path in folder.glob("*.tar") if path.name not in listed)
-    return [_problem(name, "", None, f"is not listed in {INDEX_FILE}") for name in found]
-
-
-def _files(folder: Path, info: ShardInfo) -> tuple[Path, Path, Path]:
-    tar = folder / info.name
-    return tar, sidecar(tar, ".idx"), sidecar(tar, ".keys")
+    names = sorted(path.name for path in folder.glob("*.tar") if path.name not in listed)
+    return [_problem(name, "", None, f"is not listed in {INDEX_FILE}") for name in names]
 
 
 def _file_problems(folder: Path, info: ShardInfo) -> Iterator[Problem]:
-    for path in _files(folder, info):
+    for path in shard_files(folder / info.name):
         if not path.is_file():
             yield _problem(info.name, "", None, f"{path.name} is missing")
         elif path.suffix == ".tar" and path.stat().st_size != info.bytes:
@@ -208,7 +204,7 @@ def _gap_problems(tar: Path, entries: NDArray[np.void]) -> list[Problem]:
 
 
 def _record_causes(record: Record, entry: np.void, options: Mapping[str, Any]) -> Iterator[str]:
-    """Where a readable record and its index entry, or the folder's options, do not agree."""
+    """Differences between a readable record and its index entry or the options of the folder."""
     if record.mask != entry["tasks"]:
         listed = ", ".join(tasks_in(int(entry["tasks"])))
         yield f"the index lists the tasks {listed}, the record has {', '.join(record.tasks)}"
@@ -225,7 +221,7 @@ def _record_causes(record: Record, entry: np.void, options: Mapping[str, Any]) -
 
 
 def _decode_causes(record: Record) -> list[str]:
-    """Decode all that a clip holds."""
+    """Decode all frames of a clip."""
     try:
         if isinstance(record.media, Frames):
             for jpeg in (*record.media.jpegs, record.media.peak_jpeg):

@@ -1,7 +1,7 @@
-"""Is a record good material? Its frames, words, answers, length, and whether it was there before.
+"""Checks of a record's content: frames, words, answers, duration, and duplicates.
 
-In: records in the order of the folder. Out: per record what is wrong (an error: training would meet
-it) and what is odd (a warning: a person should look). Flow: lint -> here.
+In: records in the order of the folder. Out: findings per record: errors, on which training would
+fail, and warnings, which a person should look at. Flow: lint -> here.
 """
 
 import hashlib
@@ -16,14 +16,14 @@ from data_shards.media.video import count_frames
 from data_shards.shards.record import Frames, Record, Video
 from data_shards.tasks import Task, build_query, format_answer, parse_answer
 
-_PLACE_NOTES: Final = ("season", "episode", "video")  # where in the source a clip is from
+_ORIGIN_NOTES: Final = ("season", "episode", "video")  # where in the source a clip is from
 _PHRASES: Final = {NEUTRAL_PHRASE} | {
     phrase for table in PHRASE_TABLES.values() for phrases in table.values() for phrase in phrases
 }
 
 
 class Finding(NamedTuple):
-    """One thing about one record."""
+    """An error or a warning about one record."""
 
     is_error: bool
     cause: str
@@ -31,7 +31,7 @@ class Finding(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ContentLimits:
-    """What is usual; outside of it a clip is reported as odd."""
+    """Usual durations; other clips are reported as suspicious."""
 
     min_seconds: float = 0.2
     max_seconds: float = 60.0
@@ -45,7 +45,7 @@ class ContentLimits:
 
 
 class ContentChecks:
-    """The checks, and what they have seen so far: duplicates need all records before."""
+    """The checks, with the state for duplicates: all records that were checked before."""
 
     def __init__(self, limits: ContentLimits) -> None:
         self._limits = limits
@@ -53,7 +53,7 @@ class ContentChecks:
         self._by_time: dict[tuple[object, ...], str] = {}
 
     def findings(self, record: Record) -> Iterator[Finding]:
-        """All there is to say about a record."""
+        """All errors and warnings about a record."""
         yield from _frame_findings(record)
         yield from _text_findings(record)
         yield from _answer_findings(record)
@@ -78,43 +78,44 @@ class ContentChecks:
             yield Finding(False, f"has the same media as {first}")
         if "start_s" not in record.notes:
             return
-        place = tuple(record.notes.get(name) for name in _PLACE_NOTES)
-        when = (record.source, *place, record.notes["start_s"], record.utterance)
-        first = self._by_time.setdefault(when, record.key)
+        origin = tuple(record.notes.get(name) for name in _ORIGIN_NOTES)
+        moment = (record.source, *origin, record.notes["start_s"], record.utterance)
+        first = self._by_time.setdefault(moment, record.key)
         if first != record.key:
             yield Finding(False, f"has the same words at the same time as {first}")
 
 
 def _media_digest(record: Record) -> bytes:
-    parts = record.media.jpegs if isinstance(record.media, Frames) else (record.media.mp4,)
+    media = record.media
     digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        digest.update(hashlib.blake2b(part, digest_size=16).digest())
+    for content in media.jpegs if isinstance(media, Frames) else (media.mp4,):
+        digest.update(hashlib.blake2b(content, digest_size=16).digest())
     return digest.digest()
 
 
 def _frame_findings(record: Record) -> Iterator[Finding]:
-    """The packets of the video promise as many frames as the record says; none is decoded."""
+    """Compare the packets of the video with the record's number of frames, without decoding."""
     if not isinstance(record.media, Video):
         return
     try:
-        found = count_frames(record.media.mp4)
+        num_frames = count_frames(record.media.mp4)
     except ValueError as error:
         yield Finding(True, str(error))
         return
-    if found != record.num_frames:
-        yield Finding(True, f"the record says {record.num_frames} frames, the video has {found}")
+    if num_frames != record.num_frames:
+        cause = f"the record says {record.num_frames} frames, the video has {num_frames}"
+        yield Finding(True, cause)
 
 
 def _text_findings(record: Record) -> Iterator[Finding]:
     if not record.utterance.strip():
         yield Finding(False, "the utterance is empty")
-    for number, turn in enumerate(record.conversation, start=1):
+    for index, turn in enumerate(record.conversation, start=1):
         if not turn.text.strip():
-            yield Finding(False, f"turn {number} of the conversation is empty")
+            yield Finding(False, f"turn {index} of the conversation is empty")
     for phrase in record.expressions or ():
         if phrase not in _PHRASES:
-            yield Finding(False, f"the phrase {phrase!r} is of no phrase table")
+            yield Finding(False, f"the phrase {phrase!r} is in no phrase table")
 
 
 def _answer_findings(record: Record) -> Iterator[Finding]:

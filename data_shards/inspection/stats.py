@@ -15,7 +15,7 @@ import numpy as np
 
 from data_shards.inspection import corpus_stats
 from data_shards.inspection.stats_page import write_page
-from data_shards.inspection.summary import cause_place, counted, summary
+from data_shards.inspection.summary import cause_position, counted, summary
 from data_shards.inspection.table_one import table_rows, table_text
 from data_shards.media.mp4 import mp4_seconds
 from data_shards.shards.index import ShardIndex
@@ -115,7 +115,7 @@ class _Counts:
             pairs = record.pairs or ()
             self._pairs.append(len(pairs))
             self._labels[task].update(pair.emotion for pair in pairs)
-            self._distance.update(cause_place(p.target, p.cause) for p in pairs)
+            self._distance.update(cause_position(p.target, p.cause) for p in pairs)
 
     def report(self, lengths: Mapping[str, Any]) -> dict[str, Any]:
         """The counts as a JSON object; `lengths` are those of the index."""

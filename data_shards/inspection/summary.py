@@ -1,4 +1,4 @@
-"""Small summaries that reports share: counts in a fixed order, five numbers of a list, places.
+"""Small summaries that reports share: counts in a fixed order, five numbers of a list.
 
 In: plain values. Out: JSON values. Used by stats and corpus_stats.
 """
@@ -24,12 +24,12 @@ def summary(values: Sequence[float]) -> dict[str, float]:
 
 
 def counted(values: Iterable[str] | Counter[str]) -> dict[str, int]:
-    """How often each value comes: the most frequent first, equals by name."""
+    """The count of each value: the most frequent first, equal counts by name."""
     return dict(sorted(Counter(values).items(), key=lambda item: (-item[1], item[0])))
 
 
-def cause_place(target: int, cause: int) -> str:
-    """Where a cause stands from its target: 'self', '1 before', '2 after', ..."""
+def cause_position(target: int, cause: int) -> str:
+    """Position of a cause relative to its target: 'self', '1 before', '2 after', ..."""
     if target == cause:
         return "self"
     return f"{target - cause} before" if cause < target else f"{cause - target} after"

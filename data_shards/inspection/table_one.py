@@ -1,7 +1,7 @@
-"""The paper's Table I, how its numbers decompose, and what is found beside them.
+"""The paper's Table I, the decomposition of its numbers, and the comparison with our counts.
 
-In: counts per task and source. Out: rows for a report, and the differences that nothing explains.
-The decomposition is inferred from the corpora's own counts; the paper does not give it.
+In: counts per task and source. Out: rows for a report with the differences. The decomposition is
+inferred from the corpora's own counts; the paper does not give it.
 """
 
 from collections.abc import Mapping
@@ -35,26 +35,26 @@ def table_rows(
     """One row per line of Table I.
 
     Args:
-        by_source: source -> task -> records that serve it; None = these files cannot say.
+        by_source: source -> task -> records that serve it; None = not known from these files.
         records: distinct records.
 
     Returns:
-        rows with `name`, `paper`, `found` (None where it is not known), `parts` per source,
+        rows with `name`, `paper`, `found` (our count, None if not known), `parts` per source,
         `difference` = found - paper, `decomposition`.
     """
     rows: list[dict[str, Any]] = []
     for name, paper in TABLE_ONE.items():
         parts = {source: tasks.get(name) for source, tasks in by_source.items()}
-        known = [number for number in parts.values() if number is not None]
-        unknown = None in parts.values() and not any(known)
-        found = records if name == "records" else None if unknown else sum(known)
+        known = [count for count in parts.values() if count is not None]
+        is_unknown = None in parts.values() and not any(known)
+        count = records if name == "records" else None if is_unknown else sum(known)
         rows.append(
             {
                 "name": name,
                 "paper": paper,
-                "found": found,
+                "found": count,
                 "parts": {} if name == "records" else parts,
-                "difference": None if found is None else found - paper,
+                "difference": None if count is None else count - paper,
                 "decomposition": DECOMPOSITION[name],
             }
         )
@@ -62,17 +62,17 @@ def table_rows(
 
 
 def table_text(rows: list[dict[str, Any]]) -> list[str]:
-    """The rows as lines for people; '-' where a source has none or its files cannot say."""
+    """The rows as lines of text; '-' for a count that is not known."""
     sources = list(rows[0]["parts"])
     head = f"{'':<10}{'Table I':>9}{'found':>9}{'diff':>8}"
     lines = ["beside Table I of the paper", head + "".join(f"{name:>11}" for name in sources)]
     for row in rows:
         cells = "".join(f"{_cell(row['parts'].get(name)):>11}" for name in sources)
         difference = "-" if row["difference"] is None else f"{row['difference']:+,}"
-        found = _cell(row["found"])
-        lines.append(f"{row['name']:<10}{row['paper']:>9,}{found:>9}{difference:>8}{cells}")
+        count = _cell(row["found"])
+        lines.append(f"{row['name']:<10}{row['paper']:>9,}{count:>9}{difference:>8}{cells}")
     return lines
 
 
-def _cell(number: int | None) -> str:
-    return "-" if number is None else f"{number:,}"
+def _cell(count: int | None) -> str:
+    return "-" if count is None else f"{count:,}"

@@ -1,4 +1,4 @@
-"""What lint says about a record's content, and the quarantine list that a build reads."""
+"""Findings of lint about a record's content, and the quarantine list that a build reads."""
 
 import functools
 import json
@@ -47,25 +47,25 @@ TURNS = (Turn(speaker="Ann", text="Hey!"), Turn(speaker="Bob", text="Word 1."))
 PAIR = {"conversation": TURNS, "target": 2, "tasks": (Task.ECPE,)}
 
 
-def odd(tmp_path: Path, *records: Record, **limits: float) -> list[tuple[str, str]]:
+def warnings_of(tmp_path: Path, *records: Record, **limits: float) -> list[tuple[str, str]]:
     build_shards(records, tmp_path / "s", provenance={})
     report = lint(tmp_path / "s", limits=ContentLimits(**limits))
     assert report.problems == () and report.ok
     return [(warning.key, warning.cause) for warning in report.warnings]
 
 
-def test_a_good_record_is_not_odd(tmp_path: Path) -> None:
+def test_a_good_record_has_no_warning(tmp_path: Path) -> None:
     fear = make_record(
         1, **PAIR, emotion="fear", pairs=(Pair(2, "fear", 1),), expressions=("Jaw Drop",)
     )
-    assert odd(tmp_path, make_record(0), fear) == []
+    assert warnings_of(tmp_path, make_record(0), fear) == []
 
 
 @pytest.mark.parametrize(
     ("changes", "cause"),
     [
         ({"utterance": " "}, "the utterance is empty"),
-        ({"expressions": ("Ears wiggle",)}, "the phrase 'Ears wiggle' is of no phrase table"),
+        ({"expressions": ("Ears wiggle",)}, "the phrase 'Ears wiggle' is in no phrase table"),
         ({"media": Video(mp4=clip(0))}, "has the same media as clip-0"),
         (
             {"utterance": "Word 0.", "notes": make_record(0).notes},
@@ -81,12 +81,12 @@ def test_a_good_record_is_not_odd(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_is_odd(tmp_path: Path, changes: dict[str, Any], cause: str) -> None:
-    assert odd(tmp_path, make_record(0), make_record(1, **changes)) == [("clip-1", cause)]
+def test_suspicious_content(tmp_path: Path, changes: dict[str, Any], cause: str) -> None:
+    assert warnings_of(tmp_path, make_record(0), make_record(1, **changes)) == [("clip-1", cause)]
 
 
 def test_durations(tmp_path: Path) -> None:
-    found = odd(tmp_path, make_record(0), max_seconds=0.5)
+    found = warnings_of(tmp_path, make_record(0), max_seconds=0.5)
     assert found == [("clip-0", "lasts 0.75 s, usual are 0.2 to 0.5 s")]
     with pytest.raises(ValueError, match="min-seconds must be from 0 to max-seconds, found 3 and"):
         ContentLimits(min_seconds=3, max_seconds=2)
@@ -95,7 +95,7 @@ def test_durations(tmp_path: Path) -> None:
 def test_the_same_clip_may_serve_two_sources(tmp_path: Path) -> None:
     other = make_record(1, source="other", media=Video(mp4=clip(0)))
     same_words = make_record(2, utterance="Word 0.")
-    assert odd(tmp_path, make_record(0), other, same_words) == []
+    assert warnings_of(tmp_path, make_record(0), other, same_words) == []
 
 
 def test_quarantine_is_a_curation_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from data_shards.build.build import build_shards
 from data_shards.inspection.stats import add_arguments, report_text, run, stats
-from data_shards.inspection.summary import cause_place, summary
+from data_shards.inspection.summary import cause_position, summary
 from data_shards.media.video import encode_mp4
 from data_shards.shards.record import Record, Turn, Video
 from data_shards.tasks import Pair, Task
@@ -123,7 +123,7 @@ def test_summary() -> None:
 
 
 def test_place_of_a_cause() -> None:
-    assert [cause_place(3, cause) for cause in (1, 2, 3, 4)] == [
+    assert [cause_position(3, cause) for cause in (1, 2, 3, 4)] == [
         "2 before",
         "1 before",
         "self",
