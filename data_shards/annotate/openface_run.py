@@ -17,7 +17,7 @@ from typing import Final
 
 from data_shards.files import write_atomically
 from data_shards.shards.index import ShardIndex
-from data_shards.shards.reader import ShardReader
+from data_shards.shards.reader import iter_records
 from data_shards.shards.record import Record, Video
 
 PROGRAMS: Final = {"single": "FeatureExtraction", "multi": "FaceLandmarkVidMulti"}
@@ -39,14 +39,7 @@ def find_openface(program: str | None, faces: str) -> Path | None:
 
 def records_of(shards: Path) -> Iterator[Record]:
     """All records of a shard folder, in order."""
-    index = ShardIndex.load(shards)
-    reader = ShardReader(shards, index, max_open=1)
-    try:
-        for shard, info in enumerate(index.shards):
-            for slot in range(info.records):
-                yield reader.read(shard, slot)
-    finally:
-        reader.close()
+    return iter_records(ShardIndex.load(shards))
 
 
 def measure_records(

@@ -12,7 +12,7 @@ import asyncio
 import base64
 import hashlib
 import json
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ from data_shards.files import write_atomically
 from data_shards.media.pixels import jpeg_encode, resize_frame
 from data_shards.media.video import clip_indices, decode_frames
 from data_shards.shards.index import ShardIndex
-from data_shards.shards.reader import ShardReader
+from data_shards.shards.reader import iter_records
 from data_shards.shards.record import Frames, Record
 
 READY: Final = "file"  # stands for the model where a text came from a file
@@ -174,7 +174,7 @@ async def _annotate_all(
         _cancelled_on_exit(running),
     ):
         chosen = 0
-        for record in _records(index):
+        for record in iter_records(index):
             if record.emotion is None:
                 outcome.without_emotion += 1
                 continue
@@ -201,16 +201,6 @@ async def _cancelled_on_exit(running: set[asyncio.Task[None]]) -> AsyncIterator[
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
-
-
-def _records(index: ShardIndex) -> Iterator[Record]:
-    reader = ShardReader(index.folder, index, max_open=1)
-    try:
-        for shard, info in enumerate(index.shards):
-            for slot in range(info.records):
-                yield reader.read(shard, slot)
-    finally:
-        reader.close()
 
 
 async def _annotate(

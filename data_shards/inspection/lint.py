@@ -115,15 +115,13 @@ def lint(
             continue
         if not broken:
             problems += _gap_problems(folder / info.name, entries)
-        for slot, key in enumerate(keys):
+        for key, (_, slot, record) in zip(keys, reader.records([shard]), strict=True):
             where = (info.name, key, int(entries[slot]["offset"]))
             if key in seen:
                 problems.append(_problem(*where, "the key comes twice in the dataset"))
             seen.add(key)
-            try:
-                record = reader.read(shard, slot)
-            except DamagedRecord as error:
-                problems.append(_problem(*where, error.cause))
+            if isinstance(record, DamagedRecord):
+                problems.append(_problem(*where, record.cause))
             else:
                 causes = list(_record_causes(record, entries[slot], index.options))
                 findings = list(content.findings(record))
