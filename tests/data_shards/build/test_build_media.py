@@ -18,14 +18,9 @@ from data_shards.shards.index import ShardIndex
 from data_shards.shards.record import Record, Video
 from data_shards.tasks import Task
 from launch import cli
+from tests.builders import make_clip
 
 CLIPS, PER_SHARD, MISSING = 30, 5, 9
-
-
-@functools.cache
-def clip() -> bytes:
-    rng = np.random.default_rng(0)
-    return encode_mp4(rng.integers(0, 256, (6, 32, 32, 3), dtype=np.uint8), fps=8)
 
 
 @functools.cache
@@ -33,7 +28,7 @@ def other_clip() -> bytes:
     """Another clip of as many frames and bytes (a decoder passes over the box `free`)."""
     rng = np.random.default_rng(1)
     found = encode_mp4(rng.integers(0, 200, (6, 32, 32, 3), dtype=np.uint8), fps=8)
-    return _padded(found, len(clip()) - len(found))
+    return _padded(found, len(make_clip()) - len(found))
 
 
 def _padded(mp4: bytes, number: int) -> bytes:
@@ -85,7 +80,7 @@ def media(tmp_path: Path) -> Path:
     folder.mkdir()
     for number in range(CLIPS):
         if number != MISSING:
-            (folder / f"{number}.mp4").write_bytes(clip())
+            (folder / f"{number}.mp4").write_bytes(make_clip())
     with pytest.raises(KeyboardInterrupt):
         build(folder, tmp_path / "shards", progress=stop_at(23))
     assert len(list((work_folder(tmp_path / "shards") / "done").iterdir())) == 4
@@ -100,7 +95,7 @@ def replaced(folder: Path) -> str:
 def longer_and_dated_back(folder: Path) -> str:
     path = folder / "8.mp4"
     before = path.stat()
-    path.write_bytes(_padded(clip(), 16))
+    path.write_bytes(_padded(make_clip(), 16))
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     return path.name
 
@@ -111,7 +106,7 @@ def removed(folder: Path) -> str:
 
 
 def found_again(folder: Path) -> str:
-    (folder / f"{MISSING}.mp4").write_bytes(clip())
+    (folder / f"{MISSING}.mp4").write_bytes(make_clip())
     return f"{MISSING}.mp4"
 
 
@@ -143,14 +138,14 @@ def test_files_that_stay_the_same_are_not_read_again(tmp_path: Path, media: Path
 
 def test_a_file_that_changes_while_it_is_read_counts_as_changed(tmp_path: Path) -> None:
     path = tmp_path / "1.mp4"
-    path.write_bytes(clip())
+    path.write_bytes(make_clip())
 
     def read_then_replace() -> Record | Skipped:
         record = read(path)
         path.write_bytes(other_clip())
         return record
 
-    (tmp_path / "2.mp4").write_bytes(clip())
+    (tmp_path / "2.mp4").write_bytes(make_clip())
     second = file_item(tmp_path / "2.mp4")
     first = FileItem(make=read_then_replace, path=path)
     out, told = tmp_path / "shards", list[str]()
@@ -173,7 +168,7 @@ def swift(tmp_path: Path) -> Iterator[list[str]]:
     """The command that builds four clips of a file of ms-swift."""
     rows = []
     for number in range(4):
-        (tmp_path / f"{number}.mp4").write_bytes(clip())
+        (tmp_path / f"{number}.mp4").write_bytes(make_clip())
         query = f'"query": "Hello {number}. <emotion> Which?", "response": "Happy."'
         rows.append(f'{{{query}, "videos": ["{number}.mp4"]}}\n')
     (tmp_path / "rows.jsonl").write_text("".join(rows))

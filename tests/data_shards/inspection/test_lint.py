@@ -1,7 +1,6 @@
 """Lint finds every kind of damage, names shard, key, byte and cause, and goes on to the next."""
 
 import argparse
-import functools
 import hashlib
 import io
 import json
@@ -20,29 +19,19 @@ from data_shards.build.build import BuildOptions, build_shards
 from data_shards.inspection.lint import add_arguments, lint, report_text, run
 from data_shards.media.video import encode_mp4
 from data_shards.shards.index import ENTRY_DTYPE, ShardIndex, sidecar
-from data_shards.shards.record import Record, Video, to_members
+from data_shards.shards.record import Record, to_members
 from data_shards.tasks import Task
+from tests.builders import make_record
 
 
-@functools.cache
-def clip() -> bytes:
-    rng = np.random.default_rng(0)
-    return encode_mp4(rng.integers(0, 256, (6, 32, 32, 3), dtype=np.uint8), fps=8)
-
-
-def make_record(number: int) -> Record:
-    return Record(
-        key=f"clip-{number}",
-        source="test",
-        split="train",
+def fer_record(number: int) -> Record:
+    return make_record(
+        number,
         utterance="Well.",
-        speaker="Ann",
-        emotion="joy",
+        sentiment=None,
         expressions=("Smile",),
         tasks=(Task.ER, Task.FER),
-        num_frames=6,
         peak_frame=2,
-        media=Video(mp4=clip()),
     )
 
 
@@ -50,7 +39,7 @@ def make_record(number: int) -> Record:
 def folder(tmp_path: Path) -> Path:
     """Two shards of three records each."""
     path = tmp_path / "shards"
-    records = [make_record(n) for n in range(6)]
+    records = [fer_record(n) for n in range(6)]
     build_shards(records, path, provenance={}, max_records_per_shard=3)
     return path
 
@@ -66,7 +55,7 @@ def replace_record(folder: Path, slot: int, change: Callable[[dict[str, bytes]],
     tar = folder / "shard-000000.tar"
     index = ShardIndex.load(folder)
     key = index.key(0, slot)
-    members = to_members(make_record(slot))
+    members = to_members(fer_record(slot))
     change(members)
     buffer = io.BytesIO()
     for extension, content in members.items():
@@ -118,7 +107,7 @@ def causes(folder: Path, **options: Any) -> list[tuple[str, str, str]]:
 @pytest.mark.parametrize("frames", ["video", "extracted"])
 def test_a_whole_folder_is_ok(tmp_path: Path, frames: Any) -> None:
     options = BuildOptions(frames=frames, frames_per_clip=4, frame_size=28)
-    records = (make_record(n) for n in range(6))
+    records = (fer_record(n) for n in range(6))
     build_shards(records, tmp_path / "s", options=options, provenance={}, max_records_per_shard=3)
     done: list[int] = []
     report = lint(tmp_path / "s", decode=True, progress=done.append)
@@ -224,7 +213,7 @@ def test_the_number_of_frames_is_compared(folder: Path) -> None:
 
 def test_decode_of_extracted_frames(tmp_path: Path) -> None:
     options = BuildOptions(frames="extracted", frames_per_clip=2, frame_size=28)
-    build_shards([make_record(0)], tmp_path / "s", options=options, provenance={})
+    build_shards([fer_record(0)], tmp_path / "s", options=options, provenance={})
     folder = tmp_path / "s"
 
     def change(members: dict[str, bytes]) -> None:
@@ -273,7 +262,7 @@ def test_gaps_and_the_end_of_the_tar(folder: Path) -> None:
 def test_keys_twice_and_unlisted_tars(tmp_path: Path, folder: Path) -> None:
     (folder / "stray.tar").write_bytes(b"")
     other = tmp_path / "other"
-    build_shards([replace(make_record(0), key="clip-4")], other, provenance={})
+    build_shards([replace(fer_record(0), key="clip-4")], other, provenance={})
     document = json.loads((other / "index.json").read_text())
     for suffix in (".tar", ".idx", ".keys"):
         target = folder / f"extra{suffix}"

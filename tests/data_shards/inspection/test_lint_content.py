@@ -1,46 +1,28 @@
 """Findings of lint about a record's content, and the quarantine list that a build reads."""
 
-import functools
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from data_shards.build.build import build_shards
 from data_shards.build.curation import Amendments, read_curation
 from data_shards.inspection.lint import lint
 from data_shards.inspection.lint_content import ContentLimits
-from data_shards.media.video import encode_mp4
 from data_shards.shards.record import Record, Turn, Video
 from data_shards.tasks import Pair, Task
 from launch import cli
+from tests.builders import make_clip, make_record
 
 
-@functools.cache
-def clip(number: int, frames: int = 6) -> bytes:
-    rng = np.random.default_rng(number)
-    return encode_mp4(rng.integers(0, 256, (frames, 32, 32, 3), dtype=np.uint8), fps=8)
-
-
-def make_record(number: int, **changes: Any) -> Record:
-    record = Record(
-        key=f"clip-{number}",
-        source="test",
-        split="train",
-        utterance=f"Word {number}.",
-        speaker="Ann",
-        sentiment=1.0,
-        emotion="joy",
-        tasks=(Task.MSA, Task.ER),
-        num_frames=6,
-        notes={"season": 1, "episode": 2, "start_s": float(number)},
-        media=Video(mp4=clip(number)),
+def word_record(number: int, **changes: Any) -> Record:
+    notes = {"season": 1, "episode": 2, "start_s": float(number)}
+    media = Video(mp4=make_clip(number))
+    return make_record(
+        number, **{"utterance": f"Word {number}.", "notes": notes, "media": media, **changes}
     )
-    return replace(record, **changes)
 
 
 TURNS = (Turn(speaker="Ann", text="Hey!"), Turn(speaker="Bob", text="Word 1."))
@@ -55,10 +37,10 @@ def warnings_of(tmp_path: Path, *records: Record, **limits: float) -> list[tuple
 
 
 def test_a_good_record_has_no_warning(tmp_path: Path) -> None:
-    fear = make_record(
+    fear = word_record(
         1, **PAIR, emotion="fear", pairs=(Pair(2, "fear", 1),), expressions=("Jaw Drop",)
     )
-    assert warnings_of(tmp_path, make_record(0), fear) == []
+    assert warnings_of(tmp_path, word_record(0), fear) == []
 
 
 @pytest.mark.parametrize(
@@ -66,9 +48,9 @@ def test_a_good_record_has_no_warning(tmp_path: Path) -> None:
     [
         ({"utterance": " "}, "the utterance is empty"),
         ({"expressions": ("Ears wiggle",)}, "the phrase 'Ears wiggle' is in no phrase table"),
-        ({"media": Video(mp4=clip(0))}, "has the same media as clip-0"),
+        ({"media": Video(mp4=make_clip(0))}, "has the same media as clip-0"),
         (
-            {"utterance": "Word 0.", "notes": make_record(0).notes},
+            {"utterance": "Word 0.", "notes": word_record(0).notes},
             "has the same words at the same time as clip-0",
         ),
         (
@@ -82,26 +64,26 @@ def test_a_good_record_has_no_warning(tmp_path: Path) -> None:
     ],
 )
 def test_suspicious_content(tmp_path: Path, changes: dict[str, Any], cause: str) -> None:
-    assert warnings_of(tmp_path, make_record(0), make_record(1, **changes)) == [("clip-1", cause)]
+    assert warnings_of(tmp_path, word_record(0), word_record(1, **changes)) == [("clip-1", cause)]
 
 
 def test_durations(tmp_path: Path) -> None:
-    found = warnings_of(tmp_path, make_record(0), max_seconds=0.5)
+    found = warnings_of(tmp_path, word_record(0), max_seconds=0.5)
     assert found == [("clip-0", "lasts 0.75 s, usual are 0.2 to 0.5 s")]
     with pytest.raises(ValueError, match="min-seconds must be from 0 to max-seconds, found 3 and"):
         ContentLimits(min_seconds=3, max_seconds=2)
 
 
 def test_the_same_clip_may_serve_two_sources(tmp_path: Path) -> None:
-    other = make_record(1, source="other", media=Video(mp4=clip(0)))
-    same_words = make_record(2, utterance="Word 0.")
-    assert warnings_of(tmp_path, make_record(0), other, same_words) == []
+    other = word_record(1, source="other", media=Video(mp4=make_clip(0)))
+    same_words = word_record(2, utterance="Word 0.")
+    assert warnings_of(tmp_path, word_record(0), other, same_words) == []
 
 
 def test_quarantine_is_a_curation_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    records = [make_record(n) for n in range(3)] + [
-        make_record(3, utterance=""),
-        make_record(4, media=Video(mp4=clip(0))),
+    records = [word_record(n) for n in range(3)] + [
+        word_record(3, utterance=""),
+        word_record(4, media=Video(mp4=make_clip(0))),
     ]
     build_shards(records, tmp_path / "s", provenance={})
     tar = tmp_path / "s" / "shard-000000.tar"
@@ -130,7 +112,7 @@ def test_an_answer_that_does_not_parse_back_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No record has one: the constructor refuses it. So the parser is made stricter here."""
-    build_shards([make_record(0)], tmp_path / "s", provenance={})
+    build_shards([word_record(0)], tmp_path / "s", provenance={})
     from data_shards.inspection import lint_content
 
     parse: Callable[..., Any] = lint_content.parse_answer
