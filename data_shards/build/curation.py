@@ -35,7 +35,7 @@ class Decision:
     field: str = ""  # of the record's JSON, if corrected
     value: Any = None  # its new JSON value
     reason: str = ""  # why; free text
-    place: str = ""  # FILE:LINE, for messages
+    location: str = ""  # FILE:LINE, for messages
 
     def to_json(self) -> dict[str, Any]:
         """The line as a JSON object."""
@@ -103,7 +103,7 @@ def _corrected(record: Record, decision: Decision) -> Record:
     try:
         return from_members(record.key, members)
     except ValueError as error:
-        raise ValueError(f"{decision.place}: this correction is not possible: {error}") from error
+        raise ValueError(f"{decision.location}: this correction is not possible: {error}") from error
 
 
 def read_curation(paths: Sequence[Path]) -> dict[str, tuple[Decision, ...]]:
@@ -155,7 +155,7 @@ def _decision(row: Row) -> Decision:
         key=row.text("key"),
         action=action,  # type: ignore[arg-type]
         reason=reason,
-        place=row.place,
+        location=row.place,
         **correction,
     )
 
@@ -164,13 +164,13 @@ def _require_agreement(first: Decision, second: Decision) -> None:
     same_field = first.action == second.action == "correct" and first.field == second.field
     if same_field and first.value != second.value:
         raise ValueError(
-            f"{second.place}: key {first.key}: {first.field} is corrected to {second.value!r}, but "
-            f"on {first.place} to {first.value!r}; keep one of the lines"
+            f"{second.location}: key {first.key}: {first.field} is corrected to {second.value!r}, but "
+            f"on {first.location} to {first.value!r}; keep one of the lines"
         )
     if (first.action == "drop") != (second.action == "drop"):
         raise ValueError(
-            f"{second.place}: key {first.key}: {second.action} contradicts {first.action} on "
-            f"{first.place}; keep one of the lines"
+            f"{second.location}: key {first.key}: {second.action} contradicts {first.action} on "
+            f"{first.location}; keep one of the lines"
         )
 
 

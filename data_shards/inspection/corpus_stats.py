@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from data_shards.build.clip_record import hash_file
-from data_shards.inspection.summary import cause_position, counted, summary
-from data_shards.inspection.table_one import (
+from data_shards.inspection.counts import (
     MMSA_TRAIN,
     MOSEI_PART,
     TABLE_ONE,
+    cause_position,
+    counted,
+    summary,
     table_rows,
     table_text,
 )

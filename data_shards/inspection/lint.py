@@ -7,27 +7,34 @@ Flow: build -> here; `emoverse lint DIR [--decode] [--quarantine FILE]`.
 """
 
 import argparse
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data_shards.annotate.action_units import NEUTRAL_PHRASE
+from data_shards.annotate.au_phrases import PHRASE_TABLES
 from data_shards.build.curation import Decision, write_curation
-from data_shards.inspection.lint_content import ContentChecks, ContentLimits
+from data_shards.media.mp4 import mp4_seconds
 from data_shards.media.pixels import jpeg_decode
-from data_shards.media.video import decode_frames
+from data_shards.media.video import count_frames, decode_frames
 from data_shards.shards.index import INDEX_FILE, LENGTH_MAX, ShardIndex, ShardInfo
 from data_shards.shards.reader import DamagedRecord, ShardReader
 from data_shards.shards.record import Frames, Record, Video
 from data_shards.shards.writer import shard_files
-from data_shards.tasks import tasks_in
+from data_shards.tasks import Task, build_query, format_answer, parse_answer, tasks_in
 
 _END_OF_TAR: Final = 1024  # two empty blocks
 _SHOWN_WARNINGS: Final = 20  # lines for people; the JSON has all
+_ORIGIN_NOTES: Final = ("season", "episode", "video")  # where in the source a clip is from
+_PHRASES: Final = {NEUTRAL_PHRASE} | {
+    phrase for table in PHRASE_TABLES.values() for phrases in table.values() for phrase in phrases
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +79,127 @@ class LintReport:
             Decision(key=key, action="drop", reason="; ".join(of_record))
             for key, of_record in causes.items()
         ]
+
+
+# ----------------------------------------------------------------------------- content of records
+
+
+class Finding(NamedTuple):
+    """An error or a warning about one record."""
+
+    is_error: bool
+    cause: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ContentLimits:
+    """Usual durations; other clips are reported as suspicious."""
+
+    min_seconds: float = 0.2
+    max_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_seconds <= self.max_seconds:
+            raise ValueError(
+                "lint: min-seconds must be from 0 to max-seconds, found "
+                f"{self.min_seconds:g} and {self.max_seconds:g}"
+            )
+
+
+class ContentChecks:
+    """The checks, with the state for duplicates: all records that were checked before."""
+
+    def __init__(self, limits: ContentLimits) -> None:
+        self._limits = limits
+        self._by_content: dict[tuple[str, bytes], str] = {}
+        self._by_time: dict[tuple[object, ...], str] = {}
+
+    def findings(self, record: Record) -> Iterator[Finding]:
+        """All errors and warnings about a record."""
+        yield from _frame_findings(record)
+        yield from _text_findings(record)
+        yield from _answer_findings(record)
+        yield from self._duration_findings(record)
+        yield from self._duplicate_findings(record)
+
+    def _duration_findings(self, record: Record) -> Iterator[Finding]:
+        if not isinstance(record.media, Video) or record.num_frames == 1:
+            return
+        seconds = mp4_seconds(record.media.mp4)
+        low, high = self._limits.min_seconds, self._limits.max_seconds
+        if seconds is None:
+            yield Finding(False, "the video states no duration")
+        elif not low <= seconds <= high:
+            yield Finding(False, f"lasts {seconds:.2f} s, usual are {low:g} to {high:g} s")
+
+    def _duplicate_findings(self, record: Record) -> Iterator[Finding]:
+        """Within one source: a clip may serve two corpora (ECF re-annotates MELD's)."""
+        content = (record.source, _media_digest(record))
+        first = self._by_content.setdefault(content, record.key)
+        if first != record.key:
+            yield Finding(False, f"has the same media as {first}")
+        if "start_s" not in record.notes:
+            return
+        origin = tuple(record.notes.get(name) for name in _ORIGIN_NOTES)
+        moment = (record.source, *origin, record.notes["start_s"], record.utterance)
+        first = self._by_time.setdefault(moment, record.key)
+        if first != record.key:
+            yield Finding(False, f"has the same words at the same time as {first}")
+
+
+def _media_digest(record: Record) -> bytes:
+    media = record.media
+    digest = hashlib.blake2b(digest_size=16)
+    for content in media.jpegs if isinstance(media, Frames) else (media.mp4,):
+        digest.update(hashlib.blake2b(content, digest_size=16).digest())
+    return digest.digest()
+
+
+def _frame_findings(record: Record) -> Iterator[Finding]:
+    """Compare the packets of the video with the record's number of frames, without decoding."""
+    if not isinstance(record.media, Video):
+        return
+    try:
+        num_frames = count_frames(record.media.mp4)
+    except ValueError as error:
+        yield Finding(True, str(error))
+        return
+    if num_frames != record.num_frames:
+        cause = f"the record says {record.num_frames} frames, the video has {num_frames}"
+        yield Finding(True, cause)
+
+
+def _text_findings(record: Record) -> Iterator[Finding]:
+    if not record.utterance.strip():
+        yield Finding(False, "the utterance is empty")
+    for index, turn in enumerate(record.conversation, start=1):
+        if not turn.text.strip():
+            yield Finding(False, f"turn {index} of the conversation is empty")
+    for phrase in record.expressions or ():
+        if phrase not in _PHRASES:
+            yield Finding(False, f"the phrase {phrase!r} is in no phrase table")
+
+
+def _answer_findings(record: Record) -> Iterator[Finding]:
+    for task in record.tasks:
+        answer = record.answer(task)
+        text = format_answer(task, answer)
+        parsed = parse_answer(task, text, strict=True)
+        if parsed.value != answer:
+            yield Finding(True, f"the {task} answer {text!r} does not parse back ({parsed.rule})")
+        try:
+            build_query(record, task, give_emotion=False)
+        except ValueError as error:
+            yield Finding(True, str(error).removeprefix(f"record {record.key}: "))
+        if task is Task.ECPE and record.emotion is not None:
+            others = {pair.emotion for pair in record.pairs or ()} - {record.emotion}
+            if others:
+                yield Finding(
+                    False, f"the pairs say {', '.join(sorted(others))}, the label {record.emotion}"
+                )
+
+
+# --------------------------------------------------------------------------- files and structure
 
 
 def lint(

@@ -14,9 +14,8 @@ from typing import Any, Final
 import numpy as np
 
 from data_shards.inspection import corpus_stats
+from data_shards.inspection.counts import cause_position, counted, summary, table_rows, table_text
 from data_shards.inspection.stats_page import write_page
-from data_shards.inspection.summary import cause_position, counted, summary
-from data_shards.inspection.table_one import table_rows, table_text
 from data_shards.media.mp4 import mp4_seconds
 from data_shards.shards.index import ShardIndex
 from data_shards.shards.reader import DamagedRecord, iter_records

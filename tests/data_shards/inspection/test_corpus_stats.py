@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 
 from data_shards.inspection.corpus_stats import corpus_stats, report_text
-from data_shards.inspection.stats import add_arguments, run
-from data_shards.inspection.stats_page import page
-from data_shards.inspection.table_one import (
+from data_shards.inspection.counts import (
     MELD_PART,
     MMSA_TRAIN,
     MOSEI_PART,
     TABLE_ONE,
     table_rows,
 )
+from data_shards.inspection.stats import add_arguments, run
+from data_shards.inspection.stats_page import page
 from launch import cli
 
 SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"

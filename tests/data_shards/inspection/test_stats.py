@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from data_shards.build.build import build_shards
+from data_shards.inspection.counts import cause_position, summary
 from data_shards.inspection.stats import add_arguments, report_text, run, stats
-from data_shards.inspection.summary import cause_position, summary
 from data_shards.shards.record import Record, Turn
 from data_shards.tasks import Pair, Task
 from tests.builders import make_record

@@ -1,11 +1,14 @@
-"""The paper's Table I, the decomposition of its numbers, and the comparison with our counts.
+"""What the reports on shard folders and on annotation folders share: summaries, and Table I.
 
-In: counts per task and source. Out: rows for a report with the differences. The decomposition is
-inferred from the corpora's own counts; the paper does not give it.
+In: plain values, counts per task and source. Out: JSON values, lines of text. The decomposition of
+the paper's Table I is inferred from the corpora's own counts; the paper does not give it.
 """
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
+
+import numpy as np
 
 # Records per task, and distinct ones; the paper calls MSA 'SA' and the last row 'Total (Summed)'.
 TABLE_ONE: Final[dict[str, int]] = {
@@ -27,6 +30,32 @@ DECOMPOSITION: Final[dict[str, str]] = {
     "ecpe": "the utterances of ECF 2.0's training set with at least one cause, one record each",
     "records": "25,859 + 7,081: a record of ECF serves ecpe alone (the rows sum to 79,508)",
 }
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """Smallest, mean, median, 95th percentile and largest of some numbers; empty for none."""
+    if not values:
+        return {}
+    table = np.asarray(values, dtype=np.float64)
+    return {
+        "min": round(float(table.min()), 3),
+        "mean": round(float(table.mean()), 2),
+        "median": round(float(np.median(table)), 3),
+        "p95": round(float(np.percentile(table, 95)), 2),
+        "max": round(float(table.max()), 3),
+    }
+
+
+def counted(values: Iterable[str] | Counter[str]) -> dict[str, int]:
+    """The count of each value: the most frequent first, equal counts by name."""
+    return dict(sorted(Counter(values).items(), key=lambda item: (-item[1], item[0])))
+
+
+def cause_position(target: int, cause: int) -> str:
+    """Position of a cause relative to its target: 'self', '1 before', '2 after', ..."""
+    if target == cause:
+        return "self"
+    return f"{target - cause} before" if cause < target else f"{cause - target} after"
 
 
 def table_rows(
