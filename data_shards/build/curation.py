@@ -103,7 +103,8 @@ def _corrected(record: Record, decision: Decision) -> Record:
     try:
         return from_members(record.key, members)
     except ValueError as error:
-        raise ValueError(f"{decision.location}: this correction is not possible: {error}") from error
+        where = decision.location
+        raise ValueError(f"{where}: this correction is not possible: {error}") from error
 
 
 def read_curation(paths: Sequence[Path]) -> dict[str, tuple[Decision, ...]]:
@@ -164,8 +165,8 @@ def _require_agreement(first: Decision, second: Decision) -> None:
     same_field = first.action == second.action == "correct" and first.field == second.field
     if same_field and first.value != second.value:
         raise ValueError(
-            f"{second.location}: key {first.key}: {first.field} is corrected to {second.value!r}, but "
-            f"on {first.location} to {first.value!r}; keep one of the lines"
+            f"{second.location}: key {first.key}: {first.field} is corrected to {second.value!r}, "
+            f"but on {first.location} to {first.value!r}; keep one of the lines"
         )
     if (first.action == "drop") != (second.action == "drop"):
         raise ValueError(
