@@ -28,7 +28,7 @@ from data_shards.build.source_item import SKIPPED_FILE
 from data_shards.jsonl import read_rows, read_texts
 from data_shards.progress import Progress
 from data_shards.shards.index import INDEX_FILE, ShardIndex
-from data_shards.sources import SOURCES, Source
+from data_shards.sources.registry import SOURCES, Source
 from data_shards.tasks import tasks_in
 
 _LIBRARIES: Final = ("emoverse", "av", "numpy", "pillow", "simplejpeg")
