@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Trains or evaluates as the rank that the environment says. Returns the exit code."""
     args = parse(argv)
     with listen() as flag:  # before the imports: a signal during them stops at the first agreement
-        flag.began_before(args.spent_s)
+        flag.add_elapsed(args.spent_s)
         try:
             door = find_door(os.environ)
             config = load_config(*split_words(args.config))
@@ -340,7 +340,7 @@ def _leave_when_told(job: Job, flag: StopFlag) -> None:
     In a thread: a rank that has answered its share waits for the others inside a collective, where
     no handler runs, and the job must be requeued before the scheduler's patience is over.
     """
-    flag.heard.wait()
+    flag.signalled.wait()
     code = FAULT
     try:
         code = _stop_evaluation(job)

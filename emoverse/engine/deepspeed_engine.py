@@ -36,7 +36,7 @@ from emoverse.engine.optim import set_learning_rate
 from emoverse.engine.step_types import BadNumbers, Packs, Placeholders, StepResult, TrainedState
 from emoverse.engine.stopwatch import Stopwatch
 from emoverse.loss import gradient_scale, mean_loss
-from emoverse.training.loss_guard import finite
+from emoverse.training.loss_guard import check_finite
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -130,7 +130,7 @@ class Engine:
         normaliser: float,
         lr_factor: float,
         make_empty: Callable[[], Packs],
-        judge: Callable[[float, float], str | None] = finite,
+        judge: Callable[[float, float], str | None] = check_finite,
     ) -> StepResult:
         """One optimiser update over all packs of all ranks.
 

@@ -242,12 +242,12 @@ def _share(plan: Variant, home: Path) -> None:
         folder.mkdir(exist_ok=True)
         if not (cache.exists() or cache.is_symlink()):
             cache.symlink_to(Path("..", cache.name))
-    from emoverse.run_dir.stage_reuse import adopt_stage  # torch, which a dry run does not need
+    from emoverse.run_dir.stage_reuse import reuse_stage  # torch, which a dry run does not need
 
     for stage in plan.stages:
         for donor in (home / name for name in variants() if name != plan.name):
             try:
-                adopted = adopt_stage(config, stage, donor)
+                adopted = reuse_stage(config, stage, donor)
             except ValueError as error:  # a damaged donor costs time, no more
                 print(f"{plan.name}: {stage} is not taken from {donor}: {error}", file=sys.stderr)
                 continue

@@ -15,7 +15,7 @@ from emoverse.engine.deepspeed_engine import Engine, deepspeed_config
 from emoverse.engine.distributed import World
 from emoverse.engine.optim import build_optimizer, lr_factor, parameter_groups
 from emoverse.engine.step_types import BadNumbers, TrainedState
-from emoverse.training.loss_guard import finite
+from emoverse.training.loss_guard import check_finite
 
 OPTIM = SimpleNamespace(
     lr_lora=1e-2, lr_projector=5e-3, weight_decay=0.1, betas=(0.9, 0.99), eps=1e-8
@@ -293,7 +293,7 @@ def test_a_bad_step_leaves_no_trace(
     """On one rank of two: all raise, and training goes on as if the step had not been."""
 
     def judge(loss: float, norm: float) -> str | None:
-        return "spike: the loss is a spike" if poison == "spike" else finite(loss, norm)
+        return "spike: the loss is a spike" if poison == "spike" else check_finite(loss, norm)
 
     def work(world: World) -> Any:
         engine = build(world, stage, precision=precision)

@@ -139,7 +139,7 @@ def test_damage_falls_back_to_the_previous(tmp_path: Path, file: str, damage: st
         (bad / file).write_bytes(content)
     said: list[str] = []
     assert find_checkpoint(tmp_path, said.append) == good
-    assert len(said) == 1 and f"passed over: {bad / file}" in said[0]
+    assert len(said) == 1 and f"skipped: {bad / file}" in said[0]
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"files": {}}', '{"format": 99, "files": {}}'])
@@ -226,4 +226,4 @@ def test_another_run_is_refused_with_every_difference(tmp_path: Path) -> None:
     text = str(refused.value)
     assert "optim.lr_lora: saved 1e-05, now 2e-05; train.loss: saved None, now 'token'" in text
     assert "plan" not in text.split("Different")[1]
-    assert text.endswith("or give --accept-changes to go on from there all the same")
+    assert text.endswith("or give --accept-changes to continue anyway")

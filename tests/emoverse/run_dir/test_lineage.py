@@ -64,9 +64,9 @@ def logits(model: EmoVerse) -> torch.Tensor:
 
 def test_which_stages_are_merged() -> None:
     plain = load_config([GOOD])
-    assert merged_into(plain, "stage1") == merged_into(plain, "stage2") == ()
+    assert merged_into(plain.stages, "stage1") == merged_into(plain.stages, "stage2") == ()
     merging = load_config([GOOD], ["stages.stage2.adapter=merge"])
-    assert merged_into(merging, "stage2") == ("stage1",)
+    assert merged_into(merging.stages, "stage2") == ("stage1",)
 
 
 @pytest.mark.parametrize(
@@ -191,17 +191,17 @@ def test_the_frozen_part_is_the_file_bit_for_bit(run_ranks: Ranks, tiny_config: 
         import emoverse.training.train as module
 
         kept: dict[str, Any] = {}
-        original = module.build_run
+        original = module.start_run
 
-        def watched(parts: Any, *others: Any) -> Any:
-            kept["model"] = parts.model
-            return original(parts, *others)
+        def watched(setup: Any, *others: Any) -> Any:
+            kept["model"] = setup.model
+            return original(setup, *others)
 
-        module.build_run = watched
+        module.start_run = watched
         try:
             assert train_stages(config, world, "stage1") == 0
         finally:
-            module.build_run = original
+            module.start_run = original
         native = kept["model"].native
         rotary = native.model.language_model.rotary_emb.inv_freq
         return {
@@ -256,7 +256,7 @@ def test_folding_is_fp32_arithmetic() -> None:
 
 def test_a_fold_of_a_stage_has_the_names_of_the_base(trained: MakeConfig) -> None:
     config = trained()
-    fold = read_fold(config, config.run.run_dir / "stage1")
+    fold = read_fold(config.run.run_dir / "stage1", config.model.lora)
     assert fold.scale == 2.0
     base, _ = import_checkpoint(config.model.base)
     check_folds([fold], {name: value.shape for name, value in base.named_parameters()})

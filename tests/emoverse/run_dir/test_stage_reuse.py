@@ -16,7 +16,7 @@ from emoverse.config.schema import Config
 from emoverse.engine.distributed import World
 from emoverse.run_dir.checkpoint import TRAINED, OtherRun, read_state
 from emoverse.run_dir.lineage import handed_over
-from emoverse.run_dir.stage_reuse import adopt_stage
+from emoverse.run_dir.stage_reuse import reuse_stage
 from emoverse.training import shutdown
 from emoverse.training.stage_build import is_done
 from emoverse.training.train import Launch, train_in_group
@@ -47,7 +47,7 @@ def test_a_run_on_an_adopted_stage_is_the_run_that_trained_it(
     )
     train(run_ranks, donor, "stage1")
     train(run_ranks, alone, "stage1", "stage2")
-    assert adopt_stage(adopter, "stage1", donor.run.run_dir)
+    assert reuse_stage(adopter, "stage1", donor.run.run_dir)
     assert is_done(adopter, "stage1")
     capfd.readouterr()
     train(run_ranks, adopter, "stage1", "stage2")
@@ -59,11 +59,11 @@ def test_a_run_on_an_adopted_stage_is_the_run_that_trained_it(
     marker = json.loads((adopter.run.run_dir / "stage1" / "DONE").read_text())
     assert marker["adopted_from"] == str(donor.run.run_dir)
     # The second stage is another training than the donor's, and the first one has begun here.
-    assert not adopt_stage(alone, "stage1", donor.run.run_dir)
+    assert not reuse_stage(alone, "stage1", donor.run.run_dir)
     shutil.rmtree(adopter.run.run_dir / "stage2")
     train(run_ranks, donor, "stage2")
-    assert not adopt_stage(adopter, "stage2", donor.run.run_dir)
-    assert adopt_stage(adopter, "stage2", alone.run.run_dir)
+    assert not reuse_stage(adopter, "stage2", donor.run.run_dir)
+    assert reuse_stage(adopter, "stage2", alone.run.run_dir)
 
 
 def test_anything_that_differs_is_trained(
@@ -71,7 +71,7 @@ def test_anything_that_differs_is_trained(
 ) -> None:
     donor = tiny_config(run="donor")
     home = donor.run.run_dir
-    assert not adopt_stage(tiny_config(run="early"), "stage1", home)  # nothing is there yet
+    assert not reuse_stage(tiny_config(run="early"), "stage1", home)  # nothing is there yet
     train(run_ranks, donor, "stage1")
     # The same keys and tasks, other clips.
     index = ShardIndex.load(donor.data.shards)
@@ -100,17 +100,17 @@ def test_anything_that_differs_is_trained(
         )
     ):
         other = tiny_config(override, run=f"other{number}")
-        assert not adopt_stage(other, "stage1", home), override
+        assert not reuse_stage(other, "stage1", home), override
         assert not (other.run.run_dir / "stage1").exists()
     # Stage 2 begins with a stage that this run does not have.
-    assert not adopt_stage(tiny_config(run="late"), "stage2", home)
+    assert not reuse_stage(tiny_config(run="late"), "stage2", home)
     marker = home / "stage1" / "DONE"
     done = json.loads(marker.read_text())
     for change in ({"skipped": [3]}, {"audit": "0" * 16}):
         marker.write_text(json.dumps(done | change))
-        assert not adopt_stage(tiny_config(run="same"), "stage1", home), change
+        assert not reuse_stage(tiny_config(run="same"), "stage1", home), change
     marker.write_text(json.dumps(done))
     last = handed_over(home / "stage1")
     last.rename(last.with_name("gone"))
     with pytest.raises(OtherRun, match="newest intact checkpoint"):
-        adopt_stage(tiny_config(run="same"), "stage1", home)
+        reuse_stage(tiny_config(run="same"), "stage1", home)

@@ -19,7 +19,7 @@ from emoverse.run_dir.checkpoint import (
     save_checkpoint,
     verify_checkpoint,
 )
-from emoverse.run_dir.run_lock import Lease, LostLease, acquire
+from emoverse.run_dir.run_lock import RunLock, RunLockLost, acquire
 
 Operation = Callable[..., None]
 
@@ -168,9 +168,9 @@ def test_an_owner_cut_off_at_any_file_operation_of_a_save(
 ) -> None:
     """What a successor finds when it has the run directory stays as it is."""
 
-    def publish(lease: Lease, step: int) -> None:
-        with lease.writing() as work:
-            save(lease.run_dir, step, work=work)
+    def publish(lock: RunLock, step: int) -> None:
+        with lock.writing() as work:
+            save(lock.run_dir, step, work=work)
 
     def found(run: Path) -> list[str]:
         root = run / "checkpoints"
@@ -189,18 +189,18 @@ def test_an_owner_cut_off_at_any_file_operation_of_a_save(
 
         with monkeypatch.context() as patch:
             Faults(patch, cut_off).fail_at = number
-            with contextlib.suppress(LostLease):  # none if all was published before
+            with contextlib.suppress(RunLockLost):  # none if all was published before
                 publish(former, 3)
             assert found(run) == seen[1]
-            with pytest.raises(LostLease):
+            with pytest.raises(RunLockLost):
                 publish(former, 4)
             assert found(run) == seen[1]
         before = loadable(run)
         assert before == (3 if "step_000003" in seen[1] else 2)
         publish(seen[0], 5)
         assert loadable(run) == 5
-        for lease in (former, seen[0]):
-            lease.release()
+        for lock in (former, seen[0]):
+            lock.release()
 
 
 WITHOUT_ROOM = """

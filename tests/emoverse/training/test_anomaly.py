@@ -1,4 +1,4 @@
-"""Anomaly checks: they name the module where numbers go wrong, and change nothing where none do."""
+"""Anomaly checks: they name the module of a bad value, and change nothing else."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ from emoverse.engine.distributed import World
 from emoverse.training import train as train_file
 from emoverse.training.anomaly import NotFinite, anomaly_checks
 from emoverse.training.shutdown import StopFlag
-from emoverse.training.stage_build import Parts
+from emoverse.training.stage_build import StageSetup
 from emoverse.training.train import Launch, train_in_group
 
 
@@ -98,16 +98,16 @@ def test_a_bad_weight_is_found_in_its_layer(
     tiny_config: Callable[..., Config],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    original = train_file.read_parts
+    original = train_file.set_up_stage
 
-    def poisoned(*args: Any, **more: Any) -> Parts:
-        parts = original(*args, **more)
-        names = dict(parts.model.named_parameters())
+    def poisoned(*args: Any, **more: Any) -> StageSetup:
+        setup = original(*args, **more)
+        names = dict(setup.model.named_parameters())
         name = next(n for n in names if "layers.1." in n and "down_proj" in n and "lora" not in n)
         names[name].data[0, 0] = float("inf")
-        return parts
+        return setup
 
-    monkeypatch.setattr(train_file, "read_parts", poisoned)
+    monkeypatch.setattr(train_file, "set_up_stage", poisoned)
     config = tiny_config("train.detect_anomaly=true")
     with pytest.raises(pytest.fail.Exception, match=r"the output of [\w.]*layers\.1[\w.]* is not"):
         run_ranks(work(config), 1)

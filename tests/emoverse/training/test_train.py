@@ -18,8 +18,8 @@ from data_shards.shards.index import ShardIndex
 from emoverse.config.schema import Config
 from emoverse.engine.distributed import RankError, World
 from emoverse.training import shutdown
-from emoverse.training.sample_audit import Ledger
-from emoverse.training.stage_build import Parts
+from emoverse.training.sample_audit import SampleAudit
+from emoverse.training.stage_build import StageSetup
 from emoverse.training.train import Launch, train_in_group
 from launch.local import run_local
 
@@ -80,25 +80,25 @@ def trained(config: Config, stage: str) -> dict[str, torch.Tensor]:
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, *, on_rank: int = 0) -> None:
     """Sends this process a signal when the loop asks for the learning rate of a step."""
-    original = Parts.lr_factor
+    original = StageSetup.lr_factor
 
-    def lr(self: Parts, number: int) -> float:
+    def lr(self: StageSetup, number: int) -> float:
         if number == step and self.sampler.rank == on_rank:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, number)
 
-    monkeypatch.setattr(Parts, "lr_factor", lr)
+    monkeypatch.setattr(StageSetup, "lr_factor", lr)
 
 
 def crash_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    original = Parts.lr_factor
+    original = StageSetup.lr_factor
 
-    def lr(self: Parts, number: int) -> float:
+    def lr(self: StageSetup, number: int) -> float:
         if number == step:
             raise KeyboardInterrupt
         return original(self, number)
 
-    monkeypatch.setattr(Parts, "lr_factor", lr)
+    monkeypatch.setattr(StageSetup, "lr_factor", lr)
 
 
 def test_two_ranks_train_both_stages(run_ranks: Ranks, tiny_config: MakeConfig) -> None:
@@ -203,7 +203,9 @@ def test_a_crash_resumes_from_the_newest_checkpoint(
     assert (folder / "latest").read_text() == "step_000004\n"
     (folder / "step_000004" / "trained.safetensors").write_bytes(b"damaged")
     assert train(run_ranks, parts, "stage1", world_size=1) == [0]
-    assert any("passed over" in note["text"] for note in records(parts, "stage1", "note"))
+    assert any(
+        "damaged checkpoint skipped" in note["text"] for note in records(parts, "stage1", "note")
+    )
     assert records(parts, "stage1", "start")[-1]["step"] == 2
     assert losses(parts, "stage1") == losses(whole, "stage1")
     for name, value in trained(whole, "stage1").items():
@@ -238,12 +240,12 @@ def test_a_rank_that_trains_other_samples_is_found_out(
     run_ranks: Ranks, tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config()
-    original = Ledger.add
+    original = SampleAudit.add
 
-    def add(self: Ledger, packs: list[Any], *, num_damaged: int) -> Any:
+    def add(self: SampleAudit, packs: list[Any], *, num_damaged: int) -> Any:
         return original(self, packs[:-1] if self._world.rank else packs, num_damaged=num_damaged)
 
-    monkeypatch.setattr(Ledger, "add", add)
+    monkeypatch.setattr(SampleAudit, "add", add)
 
     def work(world: World) -> str:
         with pytest.raises(RuntimeError) as raised:
@@ -252,9 +254,7 @@ def test_a_rank_that_trains_other_samples_is_found_out(
 
     reasons = run_ranks(work, 2)
     assert reasons[0] == reasons[1]
-    assert reasons[0].startswith(
-        "audit: the ranks did not train what the plan says in steps 0 to 1"
-    )
+    assert reasons[0].startswith("audit: ranks did not train the planned samples in steps 0 to 1")
     assert not (config.run.run_dir / "stage1" / "checkpoints").exists()
 
 

@@ -28,7 +28,7 @@ from emoverse.engine.watchdog import Watchdog
 from emoverse.run_dir import storage
 from emoverse.run_dir.checkpoint import find_checkpoint, read_checkpoint
 from emoverse.training import shutdown
-from emoverse.training.stage_build import Parts
+from emoverse.training.stage_build import StageSetup
 from emoverse.training.train import Launch, train_in_group, train_stages
 
 Ranks = Callable[..., list[Any]]
@@ -110,17 +110,17 @@ def test_a_training_survives_a_full_disk(
     run_ranks: Ranks, tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing at all can be written for two steps and a save: heartbeats, metrics, the log."""
-    full, disturbed = tiny_config(run="full"), Parts.lr_factor
+    full, disturbed = tiny_config(run="full"), StageSetup.lr_factor
     whole = tiny_config(run="whole")
     assert train(run_ranks, whole, world_size=1) == [0]
 
-    def lr(self: Parts, step: int) -> float:
+    def lr(self: StageSetup, step: int) -> float:
         if step in (2, 4):  # no file grows beyond one byte, or beyond what it may
             _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
             resource.setrlimit(resource.RLIMIT_FSIZE, (1 if step == 2 else hard, hard))
         return disturbed(self, step)
 
-    monkeypatch.setattr(Parts, "lr_factor", lr)
+    monkeypatch.setattr(StageSetup, "lr_factor", lr)
     assert train(run_ranks, full, world_size=1) == [0]
     assert [record["step"] for record in records(full, "step")] == [1, 2, 3, 4, 5, 6]
     assert [record["step"] for record in records(full, "save")] == [2, 6]
@@ -210,15 +210,15 @@ def test_a_run_with_a_skipped_step_resumes_exactly(
     poison(monkeypatch, 2)
     whole, parts = tiny_config(run="whole"), tiny_config(run="parts")
     assert train(run_ranks, whole) == [0, 0]
-    original = Parts.lr_factor
+    original = StageSetup.lr_factor
 
-    def stop_in_step_5(self: Parts, step: int) -> float:
+    def stop_in_step_5(self: StageSetup, step: int) -> float:
         if step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Parts, "lr_factor", stop_in_step_5)
+        patch.setattr(StageSetup, "lr_factor", stop_in_step_5)
         assert train(run_ranks, parts) == [75, 75]
     assert train(run_ranks, parts) == [0, 0]
     assert_same(whole, parts)
@@ -229,7 +229,7 @@ def test_a_run_with_a_skipped_step_resumes_exactly(
     [
         pytest.param(
             "train.bad_numbers=stop",
-            "train.bad_numbers: skip would go on without them",
+            "train.bad_numbers: skip would continue without them",
             marks=pytest.mark.slow,
         ),
         ("train.max_skipped=1", "train.max_skipped allows 1 such steps in a stage, this is number"),
@@ -338,20 +338,20 @@ def test_a_stopped_rank_ends_the_job_within_the_bound(
     monkeypatch.setattr(watchdog, "BEAT_S", 0.2)
     limit_s = 3.0
     config = tiny_config("stages.stage1.epochs=500")
-    dogs: list[Watchdog] = []
+    watchdogs: list[Watchdog] = []
     original = Watchdog.__init__
 
     def make(self: Watchdog, *arguments: Any, **options: Any) -> None:
         original(self, *arguments, **options)
-        dogs.append(self)
+        watchdogs.append(self)
 
     monkeypatch.setattr(Watchdog, "__init__", make)
 
     def halt(engine: Engine, rank: int) -> None:
         if engine._updates < 2:
             return  # starting, and steps on a busy machine, may take their time
-        dogs[0]._limit_s = limit_s
-        dogs[0].beat("forward, backward, update", engine._updates + 1)
+        watchdogs[0]._limit_s = limit_s
+        watchdogs[0].beat("forward, backward, update", engine._updates + 1)
         if rank == 1:
             os.kill(os.getpid(), signal.SIGSTOP)
 

@@ -12,7 +12,7 @@ from emoverse.engine import distributed
 from emoverse.engine.distributed import RankError, World
 from emoverse.run_dir import run_lock
 from emoverse.training import shutdown
-from emoverse.training.stage_build import Parts
+from emoverse.training.stage_build import StageSetup
 from emoverse.training.train import Launch, train_in_group, train_stages
 
 Ranks = Callable[..., list[Any]]
@@ -33,16 +33,16 @@ def train(run_ranks: Ranks, config: Config, *, world_size: int = 2, **launch: An
     return run_ranks(work, world_size)
 
 
-def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[Parts], None]) -> None:
+def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[StageSetup], None]) -> None:
     """Calls `act` on every rank inside a step, once."""
-    original = Parts.lr_factor
+    original = StageSetup.lr_factor
 
-    def lr(self: Parts, number: int) -> float:
+    def lr(self: StageSetup, number: int) -> float:
         if number == step:
             act(self)
         return original(self, number)
 
-    monkeypatch.setattr(Parts, "lr_factor", lr)
+    monkeypatch.setattr(StageSetup, "lr_factor", lr)
 
 
 def checkpoints(config: Config) -> list[str]:
@@ -63,14 +63,14 @@ def test_the_time_limit_saves_and_stops_all(
 def test_a_signal_during_start_up_stops_before_the_first_step(
     run_ranks: Ranks, tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = Parts.__init__
+    original = StageSetup.__init__
 
-    def build(self: Parts, **parts: Any) -> None:
+    def build(self: StageSetup, **parts: Any) -> None:
         original(self, **parts)
         if self.sampler.rank == 1:
             os.kill(os.getpid(), signal.SIGUSR2)
 
-    monkeypatch.setattr(Parts, "__init__", build)
+    monkeypatch.setattr(StageSetup, "__init__", build)
     assert train(run_ranks, tiny_config()) == [75, 75]
     assert checkpoints(tiny_config()) == []
 
@@ -79,10 +79,10 @@ def test_fresh_refuses_a_stage_that_has_begun(
     run_ranks: Ranks, tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        at_step(patch, 1, lambda parts: os.kill(os.getpid(), signal.SIGTERM))
+        at_step(patch, 1, lambda setup: os.kill(os.getpid(), signal.SIGTERM))
         assert train(run_ranks, tiny_config(), world_size=1) == [75]
     ((reason, code),) = train(run_ranks, tiny_config(), world_size=1, resume=False)
-    assert code == 2 and "the stage was to start afresh; choose another run.run_dir" in reason
+    assert code == 2 and "the stage was to start from scratch; choose another run.run_dir" in reason
 
 
 def test_a_second_owner_is_refused_while_the_first_one_trains(
@@ -107,9 +107,9 @@ def test_a_cut_off_owner_saves_nothing_and_ends(
 ) -> None:
     """A successor takes over in the middle of a step; the last save of the stage is refused too."""
 
-    def take_over(parts: Parts) -> None:
-        if parts.sampler.rank == 0:
-            run_lock.acquire(parts.config.run.run_dir, take_over=True)
+    def take_over(setup: StageSetup) -> None:
+        if setup.sampler.rank == 0:
+            run_lock.acquire(setup.config.run.run_dir, take_over=True)
 
     config = tiny_config()
     with monkeypatch.context() as patch:
@@ -117,7 +117,7 @@ def test_a_cut_off_owner_saves_nothing_and_ends(
         answers = train(run_ranks, config)
     assert answers[0] == answers[1]
     reason, code = answers[0]
-    assert code == 1 and "LostLease" in reason and "was taken over by process" in reason
+    assert code == 1 and "RunLockLost" in reason and "was taken over by process" in reason
     assert checkpoints(config) == [f"step_{number:06d}" for number in range(2, step + 1, 2)]
     assert not (config.run.run_dir / "stage1" / "DONE").exists()
     assert train(run_ranks, config) == [0, 0]
@@ -128,10 +128,10 @@ def test_an_owner_cut_off_while_it_starts_touches_nothing(
     run_ranks: Ranks, tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It would drop the lines of its successor, which is some steps ahead by then."""
-    config, original = tiny_config(), Parts.__init__
+    config, original = tiny_config(), StageSetup.__init__
     files = [config.run.run_dir / name for name in ("config.yaml", "stage1/metrics.jsonl")]
 
-    def build(self: Parts, **parts: Any) -> None:
+    def build(self: StageSetup, **parts: Any) -> None:
         original(self, **parts)
         if self.sampler.rank == 0:
             run_lock.acquire(config.run.run_dir, take_over=True)
@@ -139,9 +139,9 @@ def test_an_owner_cut_off_while_it_starts_touches_nothing(
             for file in files:
                 file.write_text("the successor's")
 
-    monkeypatch.setattr(Parts, "__init__", build)
+    monkeypatch.setattr(StageSetup, "__init__", build)
     (reason, code), other = train(run_ranks, config)
-    assert code == 1 and "LostLease" in reason and other == (reason, code)
+    assert code == 1 and "RunLockLost" in reason and other == (reason, code)
     assert [file.read_text() for file in files] == ["the successor's"] * 2
 
 
@@ -151,14 +151,14 @@ def test_a_cut_off_owner_learns_it_at_the_next_step(
     """Without waiting for a save: the renewer looks every few seconds."""
     monkeypatch.setattr(run_lock, "RENEW_S", 0.01)
 
-    def take_over(parts: Parts) -> None:
-        if parts.sampler.rank == 0:
-            run_lock.acquire(parts.config.run.run_dir, take_over=True)
+    def take_over(setup: StageSetup) -> None:
+        if setup.sampler.rank == 0:
+            run_lock.acquire(setup.config.run.run_dir, take_over=True)
 
     at_step(monkeypatch, 1, take_over)
     config = tiny_config("train.save_every=100000", "stages.stage1.epochs=2000")
     (reason, code), other = train(run_ranks, config)
-    assert code == 1 and "LostLease" in reason and "stage1 step " in reason
+    assert code == 1 and "RunLockLost" in reason and "stage1 step " in reason
     assert other == (reason, code)
 
 
