@@ -98,6 +98,7 @@ def test_a_full_disk_does_not_silence_rank_0() -> None:
     assert shown.getvalue() == "one\ntwo\n"
 
 
+@pytest.mark.promise(5)
 def test_one_failing_rank_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "GRACE_AFTER_FAILURE_S", 0.3)
     command = script(
@@ -117,6 +118,7 @@ def test_one_failing_rank_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert not is_alive(int(pid))
 
 
+@pytest.mark.promise(6)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2])
 @pytest.mark.parametrize("handles", [True, False])
 def test_a_signal_reaches_all_ranks(tmp_path: Path, number: signal.Signals, handles: bool) -> None:
@@ -167,6 +169,7 @@ def test_a_signal_while_a_rank_starts_or_leaves_is_no_fault(
     assert run_ranks(command, num_ranks=2, logs=tmp_path) == STOPPED
 
 
+@pytest.mark.promise(5)
 def test_ranks_do_not_outlive_their_launcher(tmp_path: Path) -> None:
     rank = script(
         f"""

@@ -160,6 +160,7 @@ def plain_run() -> tuple[list[float], dict[str, Tensor]]:
     return losses, {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.promise(2)
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("stage", ENGINES)
 def test_every_zero_stage_is_plain_adamw(
@@ -204,6 +205,7 @@ def half_run(stage: int | str) -> Callable[[World], Any]:
     return work
 
 
+@pytest.mark.promise(2)
 @pytest.mark.parametrize("stage", ENGINES)
 def test_resume_is_bit_identical(run_ranks: Ranks, stage: int | str) -> None:
     rows, end = run_ranks(whole_run(stage, pack_size=2), 2)[0]
@@ -215,6 +217,7 @@ def test_resume_is_bit_identical(run_ranks: Ranks, stage: int | str) -> None:
             assert torch.equal(getattr(end_again, kind)[name], value), (kind, name)
 
 
+@pytest.mark.promise(2)
 @pytest.mark.parametrize(
     ("saved", "loaded", "ranks"),
     [(2, 3, 1), (3, 0, 2), (0, 2, 1), (1, 3, 2), ("3 all", 2, 1), (2, "3 all", 2)],
@@ -276,6 +279,7 @@ QUICK = {(0, "fp32", "spike"), (1, "fp32", "loss"), (3, "fp32", "gradient"), (2,
 QUICK |= {("2 optimizer", "bf16", "spike"), ("3 all", "fp32", "gradient")}
 
 
+@pytest.mark.promise(8)
 @pytest.mark.parametrize(
     ("stage", "precision", "poison"),
     [

@@ -65,6 +65,7 @@ def test_agree_alone_keeps_the_reason_and_the_cause() -> None:
     assert fault.value.exit_code == 1
 
 
+@pytest.mark.promise(5)
 def test_one_failing_rank_fails_all_with_its_reason(run_ranks: Ranks) -> None:
     def work(world: World) -> Any:
         with agree(world, "loading"):  # nobody fails
@@ -126,6 +127,7 @@ def test_main_ranks_value_reaches_all(run_ranks: Ranks) -> None:
     assert run_ranks(lambda world: distributed.from_main(world, world.rank + 5), 2) == [5, 5]
 
 
+@pytest.mark.promise(5)
 def test_a_rank_that_never_comes_ends_in_bounded_time(run_ranks: Ranks) -> None:
     def work(world: World) -> Any:
         if world.rank == 1:

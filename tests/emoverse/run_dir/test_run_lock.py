@@ -83,6 +83,7 @@ def test_an_owner_elsewhere_is_checked_by_its_heartbeat(
         assert former.is_held()
 
 
+@pytest.mark.promise(7)
 def test_a_requeued_job_takes_over_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     former = elsewhere(tmp_path)
@@ -97,6 +98,7 @@ def test_a_requeued_job_takes_over_at_once(tmp_path: Path, monkeypatch: pytest.M
     assert run_lock.describe_owner(os.environ).job == "70_3"
 
 
+@pytest.mark.promise(7)
 def test_a_second_step_of_the_same_job_is_no_restart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,6 +123,7 @@ def test_a_restarted_job_waits_for_its_former_process(
     assert len(logged) == 1 and "(it is running); waiting" in logged[0]
 
 
+@pytest.mark.promise(7)
 def test_a_machine_of_the_same_name_is_another_machine(tmp_path: Path) -> None:
     """Its table of processes has the same number too, and says nothing about ours."""
     former = acquire(tmp_path)
@@ -131,6 +134,7 @@ def test_a_machine_of_the_same_name_is_another_machine(tmp_path: Path) -> None:
     assert former.is_held()
 
 
+@pytest.mark.promise(7)
 def test_a_lock_is_only_taken_from_the_owner_that_was_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,6 +160,7 @@ def test_take_over_asks_nobody(tmp_path: Path) -> None:
     assert leftovers(tmp_path) == [FOLDER]
 
 
+@pytest.mark.promise(7)
 def test_a_former_owner_publishes_nothing(tmp_path: Path) -> None:
     """Wherever it was cut off: before its block, or between the writing and the rename."""
     former = elsewhere(tmp_path)
@@ -249,6 +254,7 @@ def _die_at(number: int, run: Path, act: Callable[[], object]) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
+@pytest.mark.promise(7)
 @pytest.mark.parametrize("former", ["itself", "dead"])
 def test_a_kill_between_any_two_operations_blocks_nobody(tmp_path: Path, former: str) -> None:
     """Of taking and giving back, and of taking over from the dead."""
@@ -300,6 +306,7 @@ def _contend(run: str, barrier: Any, answers: Any, take_over: bool) -> None:
     barrier.wait()  # an owner that has ended would be replaced
 
 
+@pytest.mark.promise(7)
 @pytest.mark.parametrize("take_over", [True, False])
 def test_of_many_that_start_at_once_one_owns(tmp_path: Path, take_over: bool) -> None:
     """The others are refused, or were owners until the next one took over by force."""

@@ -172,12 +172,14 @@ def imported() -> None:
     import emoverse.training.train  # noqa: F401
 
 
+@pytest.mark.promise(2)
 @pytest.mark.timeout(280)
 def test_five_kills_change_nothing(tiny_config: MakeConfig, tmp_path: Path, imported: None) -> None:
     knobs = ("train.save_every=1", "train.keep_checkpoints=2", "model.lora.dropout=0.1")
     run_chaos(lambda name: tiny_config(*knobs, run=name), tmp_path, 5)
 
 
+@pytest.mark.promise(2)
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_fifty_kills_of_a_nano_run_change_nothing(

@@ -25,6 +25,7 @@ def records(config: Config, kind: str, stage: str = "stage1") -> list[dict[str, 
     return [record for record in lines if record["kind"] == kind]
 
 
+@pytest.mark.promise(9)
 def test_local_processes_need_no_compiler_and_are_quiet(
     tiny_config: MakeConfig,
     tmp_path: Path,
@@ -50,6 +51,7 @@ def test_local_processes_need_no_compiler_and_are_quiet(
     assert (logs / "rank_1.log").read_text() == ""
 
 
+@pytest.mark.promise(6)
 def test_local_processes_stop_together(
     tiny_config: MakeConfig, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -33,6 +33,7 @@ def failure(train: Train, config: Config, stage: str, world_size: int = 1) -> st
     return str(reason)
 
 
+@pytest.mark.promise(2)
 def test_a_rank_that_trains_other_samples_is_found_out(
     run_ranks: Train,
     train_rank: Callable[..., int],
@@ -70,6 +71,7 @@ def damaged_copy(source: Path, target: Path) -> Path:
     return target
 
 
+@pytest.mark.promise(5)
 def test_damage_stops_all_ranks_or_is_replaced(
     train: Train, tiny_config: MakeConfig, tmp_path: Path
 ) -> None:

@@ -72,6 +72,7 @@ def listener(body: str, before: str = "") -> subprocess.Popen[str]:
 BLOCKED = "ctypes.CDLL(None).pause(); ctypes.CDLL(None).sleep(60); ctypes.CDLL(None).sleep(60)"
 
 
+@pytest.mark.promise(6)
 def test_a_second_signal_ends_a_process_that_is_blocked() -> None:
     process = listener(BLOCKED)
     process.send_signal(signal.SIGUSR2)
@@ -87,6 +88,7 @@ def test_a_second_signal_ends_a_process_that_is_blocked() -> None:
     assert out == "" and "second signal: exiting at once" in err
 
 
+@pytest.mark.promise(6)
 def test_signals_close_together_are_one_request() -> None:
     process = listener("time.sleep(0.6); time.sleep(0.6)")
     # Halted meanwhile, or a busy machine might let a second pass between two of them.

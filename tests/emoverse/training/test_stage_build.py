@@ -32,6 +32,7 @@ def failure(train: Train, config: Config, stage: str, world_size: int = 1) -> st
     return str(reason)
 
 
+@pytest.mark.promise(1)
 def test_a_finished_stage_says_so(
     train: Train, tiny_config: MakeConfig, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -47,6 +48,7 @@ def test_a_finished_stage_says_so(
     assert "stages.stage1.optim.lr_lora: saved 0.005, now 0.001" in reason
 
 
+@pytest.mark.promise(4)
 def test_another_config_or_base_does_not_resume(
     train: Train, stop_at: AtStep, tiny_config: MakeConfig, tmp_path: Path
 ) -> None:
@@ -63,6 +65,7 @@ def test_another_config_or_base_does_not_resume(
     assert "Different: base: saved " in reason and "or give --accept-changes" in reason
 
 
+@pytest.mark.promise(4)
 def test_stage2_needs_a_finished_stage1_of_the_same_plan(
     train: Train, tiny_config: MakeConfig
 ) -> None:
@@ -78,6 +81,7 @@ def test_more_ranks_than_samples_are_refused(train: Train, tiny_config: MakeConf
     assert "world size: must be 1..train.global_batch_size = 2" in reason
 
 
+@pytest.mark.promise(1)
 def test_fresh_refuses_a_stage_that_has_begun(
     train: Train, stop_at: AtStep, tiny_config: MakeConfig
 ) -> None:
@@ -87,6 +91,7 @@ def test_fresh_refuses_a_stage_that_has_begun(
     assert code == 2 and "the stage was to start from scratch; choose another run.run_dir" in reason
 
 
+@pytest.mark.promise(4)
 def test_changes_are_accepted_on_demand_and_remembered(
     train: Train, tiny_config: MakeConfig
 ) -> None:

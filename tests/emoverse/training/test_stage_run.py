@@ -63,6 +63,7 @@ def fail_saves_of(monkeypatch: pytest.MonkeyPatch, step: int, error: OSError) ->
     monkeypatch.setattr(storage, "make_folder", make_folder)
 
 
+@pytest.mark.promise(3)
 @pytest.mark.parametrize(
     "error",
     [
@@ -82,6 +83,7 @@ def test_a_save_that_fails_is_tried_again(
     assert str(error) in note and "the checkpoint of step 2 is good, trying again" in note
 
 
+@pytest.mark.promise(3)
 def test_a_training_survives_a_full_disk(
     train: Train, at_step: AtStep, tiny_config: MakeConfig
 ) -> None:
@@ -102,6 +104,7 @@ def test_a_training_survives_a_full_disk(
     assert_same(whole, full)
 
 
+@pytest.mark.promise(3)
 @pytest.mark.parametrize(
     ("step", "policy"), [(4, "stop"), pytest.param(6, "retry", marks=pytest.mark.slow)]
 )
@@ -143,6 +146,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
     monkeypatch.setattr(StepLoader, "batches", batches)
 
 
+@pytest.mark.promise(8)
 def test_a_bad_step_is_skipped_listed_and_does_not_move_the_schedule(
     train: Train, tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,6 +177,7 @@ def test_a_bad_step_is_skipped_listed_and_does_not_move_the_schedule(
     assert records(config, "end")[-1]["audit"] == records(good, "end")[-1]["audit"]
 
 
+@pytest.mark.promise(8)
 def test_a_run_with_a_skipped_step_resumes_exactly(
     train: Train, stop_at: AtStep, tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,6 +190,7 @@ def test_a_run_with_a_skipped_step_resumes_exactly(
     assert_same(whole, parts)
 
 
+@pytest.mark.promise(8)
 @pytest.mark.parametrize(
     ("knob", "words"),
     [

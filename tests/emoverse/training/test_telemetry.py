@@ -148,6 +148,7 @@ def test_line_and_records_of_a_stage(tmp_path: Path) -> None:
     assert records[-1] == {**records[-1], "kind": "end", "reason": "done", "audit": "00ff"}
 
 
+@pytest.mark.promise(9)
 def test_a_resumed_stage_holds_every_step_once(tmp_path: Path) -> None:
     first = make(tmp_path, [])
     first.start(0)
@@ -182,6 +183,7 @@ def documented() -> dict[str, set[str]]:
     return found
 
 
+@pytest.mark.promise(9)
 def test_the_documented_keys_are_the_ones_written(tmp_path: Path) -> None:
     keys = documented()
     assert keys["interval"] == INTERVAL_KEYS
@@ -227,6 +229,7 @@ def test_notes_are_printed_and_kept(tmp_path: Path) -> None:
     assert read(tmp_path) == [{"kind": "note", "step": 3, "text": "resumes"}]
 
 
+@pytest.mark.promise(3)
 def test_a_full_disk_costs_no_line_and_no_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -70,6 +70,7 @@ def test_two_ranks_train_both_stages(train: Train, tiny_config: MakeConfig) -> N
     assert [launch["stage"] for launch in launches] == ["stage1", "stage2"]
 
 
+@pytest.mark.promise(2)
 @pytest.mark.parametrize("zero_stage", [0, 2, 3, pytest.param(1, marks=pytest.mark.slow)])
 def test_stop_and_resume_is_bit_identical(
     train: Train, stop_at: AtStep, tiny_config: MakeConfig, zero_stage: int
@@ -91,6 +92,7 @@ def test_stop_and_resume_is_bit_identical(
     assert written <= 1.2 * 12 * records(whole, "start")[0]["trainable"]
 
 
+@pytest.mark.promise(2)
 def test_stops_in_both_stages_change_nothing(
     train: Train, stop_at: AtStep, tiny_config: MakeConfig
 ) -> None:
@@ -115,6 +117,7 @@ def test_stops_in_both_stages_change_nothing(
             assert torch.equal(trained(parts, stage)[name], value), name
 
 
+@pytest.mark.promise(3)
 def test_a_crash_resumes_from_the_newest_checkpoint(
     train: Train, at_step: AtStep, tiny_config: MakeConfig
 ) -> None:
@@ -136,6 +139,7 @@ def test_a_crash_resumes_from_the_newest_checkpoint(
         assert torch.equal(trained(parts, "stage1")[name], value), name
 
 
+@pytest.mark.promise(2)
 def test_ranks_and_zero_stages_learn_the_same(train: Train, tiny_config: MakeConfig) -> None:
     runs = {}
     for zero_stage, world_size in ((0, 1), (1, 4), (2, 2), (3, 2)):
@@ -160,6 +164,7 @@ def audit_of_steps(config: Config) -> list[str]:
     return [json.loads((path / "state.json").read_text())["data"]["audit"] for path in folders]
 
 
+@pytest.mark.promise(2)
 def test_packing_does_not_change_what_is_learned(train: Train, tiny_config: MakeConfig) -> None:
     wide = tiny_config("data.pack_tokens=2000", run="wide")
     narrow = tiny_config(run="narrow")
@@ -168,6 +173,7 @@ def test_packing_does_not_change_what_is_learned(train: Train, tiny_config: Make
     assert losses(wide, "stage1") == pytest.approx(losses(narrow, "stage1"), rel=1e-5)
 
 
+@pytest.mark.promise(2)
 def test_resume_with_other_ranks_and_zero_stage(
     train: Train, stop_at: AtStep, tiny_config: MakeConfig
 ) -> None:
@@ -185,6 +191,7 @@ def test_resume_with_other_ranks_and_zero_stage(
     assert audit(parts, "stage1") == audit(whole, "stage1")
 
 
+@pytest.mark.promise(2)
 def test_cached_features_and_data_workers_change_nothing(
     train: Train, tiny_config: MakeConfig
 ) -> None:

@@ -61,6 +61,7 @@ def end_ranks(ranks: list[Any]) -> None:
         process.join()
 
 
+@pytest.mark.promise(5)
 def test_a_stopped_rank_ends_the_job_within_the_bound(
     tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,6 +102,7 @@ def test_a_stopped_rank_ends_the_job_within_the_bound(
     assert "engine.py" in stacks and "train.py" in stacks and "Thread 0x" in stacks
 
 
+@pytest.mark.promise(5)
 def test_a_raising_rank_ends_all_and_its_traceback_comes_first(
     tiny_config: MakeConfig, tmp_path: Path
 ) -> None:

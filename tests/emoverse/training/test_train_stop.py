@@ -25,6 +25,7 @@ def checkpoints(config: Config) -> list[str]:
     return sorted(path.name for path in folder.glob("step_*"))
 
 
+@pytest.mark.promise(6)
 def test_the_time_limit_saves_and_stops_all(train: Train, tiny_config: MakeConfig) -> None:
     """The limit is over before the first step: nothing is built, nothing is lost."""
     config = tiny_config("train.max_minutes=1e-9")
@@ -33,6 +34,7 @@ def test_the_time_limit_saves_and_stops_all(train: Train, tiny_config: MakeConfi
     assert train(tiny_config()) == [0, 0]
 
 
+@pytest.mark.promise(6)
 def test_a_signal_during_start_up_stops_before_the_first_step(
     train: Train, tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -64,6 +66,7 @@ def test_a_second_owner_is_refused_while_the_first_one_trains(
     assert "is in use by process" in reason and "or give --take-over" in reason
 
 
+@pytest.mark.promise(7)
 @pytest.mark.parametrize("step", [2, 5])
 def test_a_cut_off_owner_saves_nothing_and_ends(
     train: Train, at_step: AtStep, tiny_config: MakeConfig, step: int
