@@ -12,11 +12,9 @@ contain a hash of the weights, so a stage that was trained again after its succe
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from emoverse.config.schema import Config, LoraSection, StageSection
 from emoverse.engine.step_types import TrainedState
@@ -32,32 +30,24 @@ from emoverse.run_dir.checkpoint import (
 )
 from emoverse.training.stages import BASE, DONE, merged_into
 
+if TYPE_CHECKING:  # it imports deepspeed, which other users of this module do not need
+    from emoverse.engine.deepspeed_engine import Engine
+
 NATIVE = "native."  # where EmoVerse keeps the model whose names the base and PEFT use
 
 
-class Engine(Protocol):
-    """The two methods of the training engine that set trained weights; both collective."""
-
-    def import_state(self, state: TrainedState) -> None: ...
-
-    def import_params(self, params: Mapping[str, Tensor], *, some: bool = False) -> None: ...
-
-
 def load_starting_weights(
-    engine: Engine,
+    engine: "Engine",
     section: StageSection,
     *,
     resume_from: Path | None,
     parent: Path | None,
     log: Callable[[str], None],
 ) -> None:
-    """Set the trained weights, and moments where they continue; collective.
+    """Set the trained weights, and the moments where they continue; collective.
 
-    Args:
-        section: of the stage that starts.
-        resume_from: a checkpoint of this stage, if it is resumed.
-        parent: folder of the stage that it starts from, None for the base.
-        log: receives warnings about damaged checkpoints.
+    `section`: of the stage that starts. `resume_from`: a checkpoint of this stage, if it is
+    resumed. `parent`: folder of the stage that it starts from, None for the base.
     """
     if resume_from is not None:
         engine.import_state(_trained_state(resume_from))

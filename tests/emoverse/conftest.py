@@ -248,34 +248,35 @@ AtStep = Callable[..., contextlib.AbstractContextManager[None]]
 
 
 @pytest.fixture
-def train_rank() -> Callable[..., int]:
-    """`train_rank(config, world, "stage1", resume=False)`: one rank, in a group; its exit code."""
+def train_rank() -> Callable[..., str]:
+    """`train_rank(config, world, "stage1", resume=False)`: one rank, in a group; its outcome."""
     from emoverse.training import shutdown
     from emoverse.training.train import Launch, train_in_group
 
-    def train(config: Config, world: World, *stages: str, **launch: Any) -> int:
+    def train(config: Config, world: World, *stages: str, **options: Any) -> str:
         with shutdown.listen() as flag:
-            options = Launch(**launch)
-            return train_in_group(config, stages or ("stage1",), world, launch=options, flag=flag)
+            launch = Launch(**options)
+            code = train_in_group(config, stages or ("stage1",), world, launch=launch, flag=flag)
+            return {0: "done", 75: "stopped"}[code]
 
     return train
 
 
 @pytest.fixture
 def train(
-    run_ranks: Callable[..., list[Any]], train_rank: Callable[..., int]
+    run_ranks: Callable[..., list[Any]], train_rank: Callable[..., str]
 ) -> Callable[..., list[Any]]:
     """`train(config, "stage1", "stage2", world_size=2, resume=False)`: trains in forked ranks.
 
-    Returns what each rank ended with: its exit code, or (reason, exit code) of a `RankError`.
+    Returns per rank "done", "stopped", or (reason, whether the input is wrong) of a `RankError`.
     """
 
-    def train(config: Config, *stages: str, world_size: int = 2, **launch: Any) -> list[Any]:
+    def train(config: Config, *stages: str, world_size: int = 2, **options: Any) -> list[Any]:
         def work(world: World) -> Any:
             try:
-                return train_rank(config, world, *stages, **launch)
+                return train_rank(config, world, *stages, **options)
             except RankError as error:
-                return str(error), error.exit_code
+                return str(error), error.exit_code == 2
 
         return run_ranks(work, world_size)
 

@@ -35,7 +35,7 @@ def trained(train: Train, tiny_config: MakeConfig) -> MakeConfig:
     def make(*overrides: str, run: str = "run", ranks: int = 1) -> Config:
         config = tiny_config("stages.stage2.adapter=merge", *overrides, run=run)
         codes = train(config, "stage1", "stage2", world_size=ranks)
-        assert codes == [0] * ranks
+        assert codes == ["done"] * ranks
         return config
 
     return make
@@ -123,7 +123,7 @@ def test_the_lineage_is_recorded_and_checked(
     assert state["identity"]["start"] == label and label.startswith("stage1 step_")
     # Stage 1 is trained again with another result behind stage 2's back.
     other = tiny_config("stages.stage1.optim.lr_lora=1e-3", run="other")
-    assert train(other, "stage1", world_size=1) == [0]
+    assert train(other, "stage1", world_size=1) == ["done"]
     shutil.rmtree(run_dir / "stage1")
     shutil.copytree(other.run.run_dir / "stage1", run_dir / "stage1")
     with pytest.raises(OtherRun, match=r"was trained on \['stage1 step_.* now holds"):
@@ -134,12 +134,12 @@ def test_a_finished_stage_is_not_done_when_the_one_before_it_was_trained_again(
     train: Train, tiny_config: MakeConfig
 ) -> None:
     config, other = tiny_config(), tiny_config("stages.stage1.optim.lr_lora=1e-3")
-    assert train(config, "stage1", "stage2", world_size=1) == [0]
+    assert train(config, "stage1", "stage2", world_size=1) == ["done"]
     stage1 = config.run.run_dir / "stage1"
     shutil.rmtree(stage1)
-    assert train(config, "stage1", "stage2", world_size=1) == [0]  # the same weights again
+    assert train(config, "stage1", "stage2", world_size=1) == ["done"]  # the same weights again
     shutil.rmtree(stage1)
-    assert train(other, "stage1", world_size=1) == [0]
+    assert train(other, "stage1", world_size=1) == ["done"]
     with pytest.raises(OtherRun, match=r"stage2 was trained from stage1 step_.* trained again"):
         is_done(other, "stage2")
     assert is_done(other, "stage2", accept_changes=True)
@@ -151,7 +151,7 @@ def test_an_earlier_checkpoint_is_not_handed_over_in_silence(
     train: Train, tiny_config: MakeConfig
 ) -> None:
     config = tiny_config()
-    assert train(config, "stage1", world_size=1) == [0]
+    assert train(config, "stage1", world_size=1) == ["done"]
     stage1 = config.run.run_dir / "stage1"
     last = handed_over(stage1)
     shutil.rmtree(last)
@@ -165,7 +165,7 @@ def test_an_earlier_checkpoint_is_not_handed_over_in_silence(
 def test_moments_are_handed_over_when_asked(train: Train, tiny_config: MakeConfig) -> None:
     """AdamW's count of updates goes on, and the moments with it; else both begin anew."""
     config = tiny_config("stages.stage2.optimizer=continue")
-    assert train(config, "stage1", "stage2", world_size=1) == [0]
+    assert train(config, "stage1", "stage2", world_size=1) == ["done"]
     first, second = (
         read_checkpoint(handed_over(config.run.run_dir / stage)).state
         for stage in ("stage1", "stage2")
@@ -175,7 +175,7 @@ def test_moments_are_handed_over_when_asked(train: Train, tiny_config: MakeConfi
 
 
 def test_the_frozen_part_is_the_file_bit_for_bit(
-    run_ranks: Train, train_rank: Callable[..., int], tiny_config: MakeConfig
+    run_ranks: Train, train_rank: Callable[..., str], tiny_config: MakeConfig
 ) -> None:
     """After real training under every ZeRO stage, in bf16: tower, base, rotary table."""
 
@@ -191,7 +191,7 @@ def test_the_frozen_part_is_the_file_bit_for_bit(
 
         module.start_run = watched
         try:
-            assert train_rank(config, world) == 0
+            assert train_rank(config, world) == "done"
         finally:
             module.start_run = original
         native = kept["model"].native

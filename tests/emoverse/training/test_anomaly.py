@@ -74,7 +74,7 @@ def test_a_training_with_checks_is_the_same(
     plain = tiny_config(*knobs, run="plain")
     checked = tiny_config(*knobs, "train.detect_anomaly=true", run="checked")
     for config in (plain, checked):
-        assert train(config) == [0, 0]
+        assert train(config) == ["done", "done"]
     first, second = (
         next(config.run.run_dir.glob("stage1/checkpoints/*6/trained.safetensors")).read_bytes()
         for config in (plain, checked)

@@ -28,15 +28,15 @@ def failure(train: Train, config: Config, stage: str, world_size: int = 1) -> st
     """The reason with which all ranks refuse to train."""
     answers = train(config, stage, world_size=world_size)
     assert len(set(answers)) == 1
-    reason, code = answers[0]
-    assert code == 2
+    reason, wrong_input = answers[0]
+    assert wrong_input
     return str(reason)
 
 
 @pytest.mark.promise(2)
 def test_a_rank_that_trains_other_samples_is_found_out(
     run_ranks: Train,
-    train_rank: Callable[..., int],
+    train_rank: Callable[..., str],
     tiny_config: MakeConfig,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -80,7 +80,7 @@ def test_damage_stops_all_ranks_or_is_replaced(
     reason = failure(train, tiny_config(*knobs, run="stop"), "stage1", world_size=2)
     assert "record clip-00" in reason and "set data.on_damage to 'replace'" in reason
     replacing = tiny_config(*knobs, "data.on_damage=replace", run="replace")
-    assert train(replacing, "stage1", world_size=2) == [0, 0]
+    assert train(replacing, "stage1", world_size=2) == ["done", "done"]
     notes = [note["text"] for note in records(replacing, "note")]
     assert any(note.startswith("replaced damaged record clip-00") for note in notes)
     limited = tiny_config(*knobs, "data.on_damage=replace", "data.max_damaged=1", run="limited")

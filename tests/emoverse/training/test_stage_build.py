@@ -27,8 +27,8 @@ def failure(train: Train, config: Config, stage: str, world_size: int = 1) -> st
     """The reason with which all ranks refuse to train."""
     answers = train(config, stage, world_size=world_size)
     assert len(set(answers)) == 1
-    reason, code = answers[0]
-    assert code == 2
+    reason, wrong_input = answers[0]
+    assert wrong_input
     return str(reason)
 
 
@@ -40,7 +40,7 @@ def test_a_finished_stage_says_so(
     train(config, "stage1", world_size=1)
     before = (config.run.run_dir / "stage1" / "metrics.jsonl").read_bytes()
     capfd.readouterr()
-    assert train(config, "stage1", world_size=1) == [0]
+    assert train(config, "stage1", world_size=1) == ["done"]
     assert "stage1 already done" in capfd.readouterr().out
     assert (config.run.run_dir / "stage1" / "metrics.jsonl").read_bytes() == before
     other = tiny_config("stages.stage1.optim.lr_lora=1e-3")
@@ -86,9 +86,11 @@ def test_fresh_refuses_a_stage_that_has_begun(
     train: Train, stop_at: AtStep, tiny_config: MakeConfig
 ) -> None:
     with stop_at(1):
-        assert train(tiny_config(), world_size=1) == [75]
-    ((reason, code),) = train(tiny_config(), world_size=1, resume=False)
-    assert code == 2 and "the stage was to start from scratch; choose another run.run_dir" in reason
+        assert train(tiny_config(), world_size=1) == ["stopped"]
+    ((reason, wrong_input),) = train(tiny_config(), world_size=1, resume=False)
+    assert (
+        wrong_input and "the stage was to start from scratch; choose another run.run_dir" in reason
+    )
 
 
 @pytest.mark.promise(4)
@@ -96,13 +98,13 @@ def test_changes_are_accepted_on_demand_and_remembered(
     train: Train, tiny_config: MakeConfig
 ) -> None:
     other = tiny_config("run.seed=4", "stages.stage1.optim.lr_lora=1e-3")
-    assert train(other, world_size=1) == [0]
+    assert train(other, world_size=1) == ["done"]
     folder = other.run.run_dir / "stage1"
     (folder / "DONE").unlink()
     shutil.rmtree(folder / "checkpoints" / "step_000006")
-    (reason, code) = train(tiny_config(), world_size=1)[0]
-    assert code == 2 and "or give --accept-changes" in reason
-    assert train(tiny_config(), world_size=1, accept_changes=True) == [0]
+    (reason, wrong_input) = train(tiny_config(), world_size=1)[0]
+    assert wrong_input and "or give --accept-changes" in reason
+    assert train(tiny_config(), world_size=1, accept_changes=True) == ["done"]
     (change,) = records(tiny_config(), "start")[-1]["accepted"]
     assert change["step"] == 4
     found = "; ".join(change["changes"])
@@ -110,7 +112,7 @@ def test_changes_are_accepted_on_demand_and_remembered(
     assert "run.seed: saved 4, now 3" in found and "plan: saved " in found
     state = json.loads((folder / "checkpoints" / "step_000006" / "state.json").read_text())
     assert state["accepted"] == [change]
-    assert train(tiny_config(), world_size=1) == [0]  # now it is this run
+    assert train(tiny_config(), world_size=1) == ["done"]  # now it is this run
 
 
 @pytest.mark.parametrize("batch", [4, 16])
@@ -119,10 +121,10 @@ def test_another_batch_size_is_never_accepted_within_a_stage(
 ) -> None:
     """Step 4 of twice the samples is not where the checkpoint stands: some would be left out."""
     config = tiny_config("train.global_batch_size=8", "stages.stage1.epochs=4")
-    assert train(config, world_size=1) == [0]
+    assert train(config, world_size=1) == ["done"]
     folder = config.run.run_dir / "stage1"
     (folder / "DONE").unlink()
     shutil.rmtree(find_checkpoint(folder / "checkpoints", print) or folder)
     other = tiny_config(f"train.global_batch_size={batch}", "stages.stage1.epochs=4")
-    (reason, code) = train(other, world_size=1, accept_changes=True)[0]
-    assert code == 2 and "train.global_batch_size: the checkpoint" in reason
+    (reason, wrong_input) = train(other, world_size=1, accept_changes=True)[0]
+    assert wrong_input and "train.global_batch_size: the checkpoint" in reason

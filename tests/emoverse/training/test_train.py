@@ -46,7 +46,7 @@ def trained(config: Config, stage: str) -> dict[str, torch.Tensor]:
 
 def test_two_ranks_train_both_stages(train: Train, tiny_config: MakeConfig) -> None:
     config = tiny_config()
-    assert train(config, "stage1", "stage2", world_size=2) == [0, 0]
+    assert train(config, "stage1", "stage2", world_size=2) == ["done", "done"]
     run = config.run.run_dir
     for stage, num_steps in (("stage1", 6), ("stage2", 4)):
         found = losses(config, stage)
@@ -78,12 +78,12 @@ def test_stop_and_resume_is_bit_identical(
     """Also with dropout: its randomness belongs to the step, not to the history."""
     knobs = (f"train.zero_stage={zero_stage}", "model.lora.dropout=0.2")
     whole, parts = tiny_config(*knobs, run="whole"), tiny_config(*knobs, run="parts")
-    assert train(whole, "stage1", world_size=2) == [0, 0]
+    assert train(whole, "stage1", world_size=2) == ["done", "done"]
     with stop_at(2, on_rank=1):  # one rank is told; all stop after the step
-        assert train(parts, "stage1", world_size=2) == [75, 75]
+        assert train(parts, "stage1", world_size=2) == ["stopped", "stopped"]
     assert records(parts, "end")[-1]["reason"] == "stopped"
     assert len(losses(parts, "stage1")) == 3
-    assert train(parts, "stage1", world_size=2) == [0, 0]
+    assert train(parts, "stage1", world_size=2) == ["done", "done"]
     assert losses(parts, "stage1") == losses(whole, "stage1")
     assert audit(parts, "stage1") == audit(whole, "stage1")
     for file in ("trained.safetensors", "optimizer.safetensors"):
@@ -101,15 +101,15 @@ def test_stops_in_both_stages_change_nothing(
     Stage 1 is stopped after 12 of its 16 samples per epoch.
     """
     whole, parts = tiny_config(run="whole"), tiny_config(run="parts")
-    assert train(whole, "stage1", "stage2", world_size=2) == [0, 0]
+    assert train(whole, "stage1", "stage2", world_size=2) == ["done", "done"]
     for step in (1, 2):
         with stop_at(step):
-            assert train(parts, "stage1", "stage2", world_size=2) == [75, 75]
+            assert train(parts, "stage1", "stage2", world_size=2) == ["stopped", "stopped"]
     assert len(losses(parts, "stage1")) == 3
-    assert train(parts, "stage1", world_size=2) == [0, 0]
+    assert train(parts, "stage1", world_size=2) == ["done", "done"]
     with stop_at(2, on_rank=1):
-        assert train(parts, "stage1", "stage2", world_size=2) == [75, 75]
-    assert train(parts, "stage1", "stage2", world_size=2) == [0, 0]
+        assert train(parts, "stage1", "stage2", world_size=2) == ["stopped", "stopped"]
+    assert train(parts, "stage1", "stage2", world_size=2) == ["done", "done"]
     for stage in ("stage1", "stage2"):
         assert losses(parts, stage) == losses(whole, stage)
         assert audit(parts, stage) == audit(whole, stage)
@@ -131,7 +131,7 @@ def test_a_crash_resumes_from_the_newest_checkpoint(
     folder = parts.run.run_dir / "stage1" / "checkpoints"
     assert (folder / "latest").read_text() == "step_000004\n"
     (folder / "step_000004" / "trained.safetensors").write_bytes(b"damaged")
-    assert train(parts, "stage1", world_size=1) == [0]
+    assert train(parts, "stage1", world_size=1) == ["done"]
     assert any("damaged checkpoint skipped" in note["text"] for note in records(parts, "note"))
     assert records(parts, "start")[-1]["step"] == 2
     assert losses(parts, "stage1") == losses(whole, "stage1")
@@ -149,7 +149,7 @@ def test_ranks_and_zero_stages_learn_the_same(train: Train, tiny_config: MakeCon
             run=f"zero{zero_stage}-ranks{world_size}",
         )
         codes = train(config, "stage1", world_size=world_size)
-        assert codes == [0] * world_size
+        assert codes == ["done"] * world_size
         runs[zero_stage, world_size] = config
     first = runs[0, 1]
     for config in runs.values():
@@ -183,10 +183,10 @@ def test_resume_with_other_ranks_and_zero_stage(
     for step, (world_size, zero_stage) in enumerate(((1, 0), (2, 2), (4, 1))):
         begun = tiny_config(f"train.zero_stage={zero_stage}", run="parts")
         with stop_at(step):
-            assert train(begun, "stage1", world_size=world_size) == [75] * world_size
+            assert train(begun, "stage1", world_size=world_size) == ["stopped"] * world_size
         assert len(losses(begun, "stage1")) == step + 1
     parts = tiny_config("train.zero_stage=3", "data.pack_tokens=500", run="parts")
-    assert train(parts, "stage1", world_size=1) == [0]
+    assert train(parts, "stage1", world_size=1) == ["done"]
     assert losses(parts, "stage1") == pytest.approx(losses(whole, "stage1"), rel=1e-5)
     assert audit(parts, "stage1") == audit(whole, "stage1")
 
@@ -200,7 +200,7 @@ def test_cached_features_and_data_workers_change_nothing(
     worked = tiny_config("data.workers=1", run="worked")
     divided = tiny_config("model.cache_features=true", "train.zero_stage=3", run="divided")
     for config in (plain, cached, worked, divided):
-        assert train(config, "stage1", world_size=2) == [0, 0]
+        assert train(config, "stage1", world_size=2) == ["done", "done"]
     assert losses(worked, "stage1") == losses(plain, "stage1")
     assert losses(cached, "stage1") == pytest.approx(losses(plain, "stage1"), rel=1e-5)
     assert losses(divided, "stage1") == pytest.approx(losses(plain, "stage1"), rel=1e-5)
@@ -219,7 +219,7 @@ def test_blank_frames_train_on_text_alone(train: Train, tiny_config: MakeConfig)
 def test_bf16_trains(train: Train, tiny_config: MakeConfig) -> None:
     exact, rough = tiny_config(run="exact"), tiny_config("model.precision=bf16", run="rough")
     for config in (exact, rough):
-        assert train(config, "stage1", world_size=2) == [0, 0]
+        assert train(config, "stage1", world_size=2) == ["done", "done"]
     assert losses(rough, "stage1") == pytest.approx(losses(exact, "stage1"), rel=0.05)
 
 

@@ -29,9 +29,9 @@ def checkpoints(config: Config) -> list[str]:
 def test_the_time_limit_saves_and_stops_all(train: Train, tiny_config: MakeConfig) -> None:
     """The limit is over before the first step: nothing is built, nothing is lost."""
     config = tiny_config("train.max_minutes=1e-9")
-    assert train(config) == [75, 75]
+    assert train(config) == ["stopped", "stopped"]
     assert checkpoints(config) == []
-    assert train(tiny_config()) == [0, 0]
+    assert train(tiny_config()) == ["done", "done"]
 
 
 @pytest.mark.promise(6)
@@ -46,7 +46,7 @@ def test_a_signal_during_start_up_stops_before_the_first_step(
             os.kill(os.getpid(), signal.SIGUSR2)
 
     monkeypatch.setattr(StageSetup, "__init__", build)
-    assert train(tiny_config()) == [75, 75]
+    assert train(tiny_config()) == ["stopped", "stopped"]
     assert checkpoints(tiny_config()) == []
 
 
@@ -61,8 +61,8 @@ def test_a_second_owner_is_refused_while_the_first_one_trains(
     finally:
         held.release()
     assert answers[0] == answers[1]
-    reason, code = answers[0]
-    assert code == 2 and reason.startswith("run directory: rank 0: RunInUse: run.run_dir: ")
+    reason, wrong_input = answers[0]
+    assert wrong_input and reason.startswith("run directory: rank 0: RunInUse: run.run_dir: ")
     assert "is in use by process" in reason and "or give --take-over" in reason
 
 
@@ -81,11 +81,11 @@ def test_a_cut_off_owner_saves_nothing_and_ends(
     with at_step(step, take_over):
         answers = train(config)
     assert answers[0] == answers[1]
-    reason, code = answers[0]
-    assert code == 1 and "RunLockLost" in reason and "was taken over by process" in reason
+    reason, wrong_input = answers[0]
+    assert not wrong_input and "RunLockLost" in reason and "was taken over by process" in reason
     assert checkpoints(config) == [f"step_{number:06d}" for number in range(2, step + 1, 2)]
     assert not (config.run.run_dir / "stage1" / "DONE").exists()
-    assert train(config) == [0, 0]
+    assert train(config) == ["done", "done"]
     assert not (config.run.run_dir / run_lock.FOLDER).exists()
 
 
@@ -105,8 +105,8 @@ def test_an_owner_cut_off_while_it_starts_touches_nothing(
                 file.write_text("the successor's")
 
     monkeypatch.setattr(StageSetup, "__init__", build)
-    (reason, code), other = train(config)
-    assert code == 1 and "RunLockLost" in reason and other == (reason, code)
+    (reason, wrong_input), other = train(config)
+    assert not wrong_input and "RunLockLost" in reason and other == (reason, wrong_input)
     assert [file.read_text() for file in files] == ["the successor's"] * 2
 
 
@@ -122,9 +122,9 @@ def test_a_cut_off_owner_learns_it_at_the_next_step(
 
     config = tiny_config("train.save_every=100000", "stages.stage1.epochs=2000")
     with at_step(1, take_over):
-        (reason, code), other = train(config)
-    assert code == 1 and "RunLockLost" in reason and "stage1 step " in reason
-    assert other == (reason, code)
+        (reason, wrong_input), other = train(config)
+    assert not wrong_input and "RunLockLost" in reason and "stage1 step " in reason
+    assert other == (reason, wrong_input)
 
 
 def test_the_launcher_decides_what_a_stop_leads_to(
