@@ -24,7 +24,7 @@ from emoverse.config.yaml_source import split_words
 from emoverse.training.shutdown import EXIT_STOPPED as STOPPED
 from emoverse.training.shutdown import StopFlag, listen
 from emoverse.training.stages import stages_to_train
-from launch.context import Door, find_door
+from launch.context import RankContext, read_context
 from launch.slurm import job_log
 from launch.slurm.job_log import EVAL
 from launch.slurm.preflight import check_run
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from emoverse.engine.distributed import World
 
 DONE, FAULT, WRONG_INPUT = 0, 1, 2
-# How a user may want a training to start, whatever the door.
+# How a user may want a training to start, whatever the context.
 FLAGS = {
     "--fresh": "refuse a stage that has begun instead of resuming it",
     "--accept-changes": "resume although data, settings or base differ from the checkpoint's",
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with listen() as flag:  # before the imports: a signal during them stops at the first agreement
         flag.began_before(args.spent_s)
         try:
-            door = find_door(os.environ)
+            context = read_context(os.environ)
             config = load_config(*split_words(args.config))
             stages = () if args.evaluate and not args.stage else stages_to_train(config, args.stage)
         except (ValueError, FileNotFoundError) as error:
@@ -61,11 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return WRONG_INPUT
         if args.end_with_input:
             threading.Thread(target=_end_with_input, daemon=True).start()
-        prepare_environment(door)
+        prepare_environment(context)
         job = Job(
             config=config,
             parts=(*stages, EVAL) if args.evaluate else stages,
-            door=door,
+            context=context,
             max_requeues=args.max_requeues,
             logs=args.logs,
             accept_changes=args.accept_changes,
@@ -117,13 +117,13 @@ def rank_defaults(threads: int) -> dict[str, str]:
     }
 
 
-def prepare_environment(door: Door) -> None:
+def prepare_environment(context: RankContext) -> None:
     """Sets the rank variables and the defaults, before torch is imported and reads them."""
-    door.export(os.environ)
+    context.export(os.environ)
     defaults = rank_defaults(int(os.environ.get("SLURM_CPUS_PER_TASK") or 1))
-    if door.launcher != "submitit":
+    if context.launcher != "submitit":
         del defaults["GLOO_SOCKET_IFNAME"]  # ranks on several hosts meet over the network
-    if door.launcher == "variables" or door.launcher == "nobody":
+    if context.launcher == "variables" or context.launcher == "none":
         del defaults["OMP_NUM_THREADS"]  # the launcher's business, or all cores for one process
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
@@ -141,7 +141,7 @@ class Job:
 
     config: Config
     parts: Sequence[str]  # stages, or eval
-    door: Door
+    context: RankContext
     max_requeues: int
     logs: str | None
     accept_changes: bool = False
@@ -149,12 +149,12 @@ class Job:
     @property
     def is_mine(self) -> bool:
         """Is there a job, and does this rank speak for it?"""
-        return self.door.job is not None and self.door.rank == 0
+        return self.context.job is not None and self.context.rank == 0
 
     @property
     def began_empty(self) -> bool:
         """Did this job find no saved step at its first start? Then what is there now is its own."""
-        starts = job_log.read_job(self.config.run.run_dir, self.door.job or "").starts
+        starts = job_log.read_job(self.config.run.run_dir, self.context.job or "").starts
         return bool(starts) and starts[0]["progress"] == 0
 
     def begin(self) -> int:
@@ -165,7 +165,9 @@ class Job:
             notes = check_run(self.config, self.parts, accept_changes=self.accept_changes)
             for note in notes:
                 job_log.say(note)
-            job_log.begin_start(self.config, self.parts, self.door, self.max_requeues, self._log())
+            job_log.begin_start(
+                self.config, self.parts, self.context, self.max_requeues, self._log()
+            )
         except (ValueError, FileNotFoundError) as error:
             print(error, file=sys.stderr)
             return WRONG_INPUT
@@ -174,35 +176,37 @@ class Job:
             return FAULT
         nodes = os.environ.get("SLURM_JOB_NODELIST") or os.uname().nodename
         job_log.say(
-            f"job {self.door.job}, start {self.door.start + 1}, {', '.join(self.parts)}: "
-            f"{self.door.world_size} ranks on {nodes}, meeting at {self.door.address}:"
-            f"{self.door.port}; log {self._log()}"
+            f"job {self.context.job}, start {self.context.num_restarts + 1}, {', '.join(self.parts)}: "
+            f"{self.context.world_size} ranks on {nodes}, meeting at {self.context.address}:"
+            f"{self.context.port}; log {self._log()}"
         )
         return DONE
 
     def requeue(self) -> str | None:
         """Rank 0 puts the stopped job back into the queue; the reason if it does not."""
-        assert self.door.job is not None
+        assert self.context.job is not None
         run_dir, progress = self.config.run.run_dir, job_log.saved_steps(self.config, self.parts)
-        history = job_log.read_job(run_dir, self.door.job)
+        history = job_log.read_job(run_dir, self.context.job)
         reason = job_log.why_not_again(history, progress, self.max_requeues)
         # Noted first: once the scheduler has accepted, this process may end at any moment.
         self._note(STOPPED, requeued=not reason, reason=reason)
         if reason is None:
-            reason = requeue(self.door)
+            reason = requeue(self.context)
             if reason is not None:
                 self._note(STOPPED, requeued=False, reason=reason)
         if reason is None:
-            job_log.say(f"job {self.door.job} stopped and requeued; it resumes from what it saved")
+            job_log.say(
+                f"job {self.context.job} stopped and requeued; it resumes from what it saved"
+            )
         else:
-            job_log.say(f"job {self.door.job} stopped and is not requeued: {reason}")
+            job_log.say(f"job {self.context.job} stopped and is not requeued: {reason}")
         return reason
 
     def after_stop(self, requeued: bool) -> int:
         """On every rank: the exit code of a stopped job, once the scheduler wants it."""
         if not requeued:
             return STOPPED
-        if self.door.launcher == "submitit":
+        if self.context.launcher == "submitit":
             return REQUEUE_CODE
         # A rank that left would end the job before the scheduler has put it back.
         with contextlib.suppress(SystemExit):
@@ -216,7 +220,7 @@ class Job:
         nobody can know at once; a job that ended by itself now would count as failed, while one
         that waits is started again on other nodes.
         """
-        if self.door.launcher != "slurm":
+        if self.context.launcher != "slurm":
             return
         if self.is_mine:
             reason = "lost contact to another rank"
@@ -230,25 +234,25 @@ class Job:
 
     def _succeeded(self) -> bool:
         """Has the job begun again elsewhere, because this node is the one that was cut off?"""
-        starts = job_log.read_job(self.config.run.run_dir, self.door.job or "").starts
-        return any(start["start"] > self.door.start for start in starts)
+        starts = job_log.read_job(self.config.run.run_dir, self.context.job or "").starts
+        return any(start["start"] > self.context.num_restarts for start in starts)
 
     def end(self, code: int) -> int:
         """Rank 0 notes how the job ended and says what comes next; returns the code."""
         if self.is_mine and code in (DONE, FAULT, WRONG_INPUT):
             self._note(code, requeued=False)
             if code == DONE:
-                job_log.say(f"job {self.door.job} done; {self._next()}")
+                job_log.say(f"job {self.context.job} done; {self._next()}")
             else:
                 job_log.say(
-                    f"job {self.door.job} failed with exit code {code} and is not requeued, since "
+                    f"job {self.context.job} failed with exit code {code} and is not requeued, since "
                     f"it would fail again; see {self._log()}"
                 )
         return code
 
     def _note(self, code: int, **facts: Any) -> None:
         progress = job_log.saved_steps(self.config, self.parts)
-        run_dir, job = self.config.run.run_dir, self.door.job or ""
+        run_dir, job = self.config.run.run_dir, self.context.job or ""
         try:
             job_log.add_event(run_dir, job, "end", code=code, progress=progress, **facts)
         except OSError as error:  # the work is done and saved, or not, whatever can be noted
@@ -256,8 +260,10 @@ class Job:
 
     def _log(self) -> str:
         if self.logs is not None:
-            return self.logs.replace("%j", self.door.job or "")
-        return f"{job_log.log_folder(self.config, self.parts[0], self.door.job or '')}/rank_*.log"
+            return self.logs.replace("%j", self.context.job or "")
+        return (
+            f"{job_log.log_folder(self.config, self.parts[0], self.context.job or '')}/rank_*.log"
+        )
 
     def _next(self) -> str:
         if EVAL in self.parts:
@@ -278,7 +284,7 @@ def _work(job: Job, args: argparse.Namespace, flag: StopFlag) -> int:
     from emoverse.training.train import Launch, train_stages
 
     def requeue_together(world: World) -> int:
-        if job.door.job is None:
+        if job.context.job is None:
             return STOPPED
         reason = from_main(world, job.requeue() if world.is_main else None)
         return job.after_stop(requeued=reason is None)
@@ -288,7 +294,7 @@ def _work(job: Job, args: argparse.Namespace, flag: StopFlag) -> int:
             _evaluate(job, world, flag)
 
     def check(world: World) -> None:
-        if job.door.job is not None:
+        if job.context.job is not None:
             for note in check_nodes(world, memory_need(job.config, world.world_size)):
                 if world.is_main:
                     job_log.say(note)
@@ -312,7 +318,7 @@ def _work(job: Job, args: argparse.Namespace, flag: StopFlag) -> int:
 def _stop_evaluation(job: Job) -> int:
     """Every rank for itself: all answers are kept, there is nothing to agree about."""
     reason = job.requeue() if job.is_mine else None
-    return job.after_stop(requeued=job.door.job is not None and reason is None)
+    return job.after_stop(requeued=job.context.job is not None and reason is None)
 
 
 def _evaluate(job: Job, world: "World", flag: StopFlag) -> None:

@@ -76,7 +76,7 @@ def read_world(environ: Mapping[str, str] = os.environ) -> World:
         return World(rank=0, world_size=1, local_rank=0, device=device, init_method=alone)
     if missing:
         raise ValueError(
-            f"rank variables are half set: {', '.join(present)} are set, {', '.join(missing)} are "
+            f"rank variables are partly set: {', '.join(present)} are set, {', '.join(missing)} are "
             "not; set all five (a launcher does) or unset all of them to run one process"
         )
     rank, local_rank, world_size = (

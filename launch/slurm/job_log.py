@@ -19,7 +19,7 @@ from emoverse.config.schema import Config, load_config
 from emoverse.config.yaml_source import split_words
 from emoverse.run_dir import storage
 from emoverse.training.stages import stage_dir, stages_to_train
-from launch.context import Door, scheduler_job
+from launch.context import RankContext, scheduler_job
 
 JOBS = "jobs"
 EVAL = "eval"  # the part of a run that is not a stage
@@ -104,7 +104,7 @@ def _now() -> str:
 
 
 def begin_start(
-    config: Config, parts: Sequence[str], door: Door, max_requeues: int, logs: str
+    config: Config, parts: Sequence[str], context: RankContext, max_requeues: int, logs: str
 ) -> None:
     """Rank 0 notes that the job begins, unless it has begun too often already.
 
@@ -114,20 +114,20 @@ def begin_start(
     Raises:
         RuntimeError: the bound is reached; a new submission counts anew.
     """
-    if door.job is None or door.rank:
+    if context.job is None or context.rank:
         return
     run_dir, progress = config.run.run_dir, saved_steps(config, parts)
-    reason = why_not_again(read_job(run_dir, door.job), progress, max_requeues, begins=True)
+    reason = why_not_again(read_job(run_dir, context.job), progress, max_requeues, begins=True)
     if reason:
-        raise RuntimeError(f"job {door.job} does not begin again: {reason}")
+        raise RuntimeError(f"job {context.job} does not begin again: {reason}")
     add_event(
         run_dir,
-        door.job,
+        context.job,
         "start",
         parts=list(parts),
-        start=door.start,
+        start=context.num_restarts,
         progress=progress,
-        ranks=door.world_size,
+        ranks=context.world_size,
         nodes=os.environ.get("SLURM_JOB_NODELIST") or os.uname().nodename,
         logs=logs,
     )

@@ -16,20 +16,20 @@ from emoverse.engine.distributed import World
 from emoverse.evaluation import evaluate
 from emoverse.training.shutdown import StopFlag
 from launch import worker
-from launch.context import Door
+from launch.context import RankContext
 from launch.slurm.job_log import add_event, read_job
 from launch.slurm.requeue import REQUEUE_CODE
 from launch.worker import DONE, FAULT, STOPPED, Job, prepare_environment
 
 ROOT = Path(worker.__file__).parents[1]
-SLURM = Door(launcher="slurm", job="7", world_size=2, address="n1", port=12000)
+SLURM = RankContext(launcher="slurm", job="7", world_size=2, address="n1", port=12000)
 
 
-def job(tmp_path: Path, door: Door, parts: tuple[str, ...] = ("stage1",)) -> Job:
+def job(tmp_path: Path, context: RankContext, parts: tuple[str, ...] = ("stage1",)) -> Job:
     config: Any = SimpleNamespace(
         run=SimpleNamespace(run_dir=tmp_path / "run"), stages={"stage1": None, "stage2": None}
     )
-    return Job(config=config, parts=parts, door=door, max_requeues=3, logs="LOG/%j")
+    return Job(config=config, parts=parts, context=context, max_requeues=3, logs="LOG/%j")
 
 
 @pytest.mark.parametrize(
@@ -58,13 +58,14 @@ def test_a_failure_is_noted_and_not_requeued(
 
 
 @pytest.mark.parametrize(
-    "door", [Door(launcher="nobody"), Door(launcher="slurm", job="7", rank=1, world_size=2)]
+    "context",
+    [RankContext(launcher="none"), RankContext(launcher="slurm", job="7", rank=1, world_size=2)],
 )
 def test_only_rank_0_of_a_job_speaks(
-    door: Door, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    context: RankContext, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert job(tmp_path, door).begin() == DONE
-    assert job(tmp_path, door).end(FAULT) == FAULT
+    assert job(tmp_path, context).begin() == DONE
+    assert job(tmp_path, context).end(FAULT) == FAULT
     assert capsys.readouterr().err == "" and not (tmp_path / "run").exists()
 
 
@@ -74,7 +75,7 @@ def test_an_end_that_cannot_be_noted_changes_nothing(
     """A line on a full disk must not turn a finished stage into a failed job."""
     (tmp_path / "run/jobs").mkdir(parents=True)
     (tmp_path / "run/jobs/7.jsonl").symlink_to("/dev/full")
-    monkeypatch.setattr(worker, "requeue", lambda door: None)
+    monkeypatch.setattr(worker, "requeue", lambda context: None)
     assert job(tmp_path, SLURM).end(DONE) == DONE
     said = capsys.readouterr().err
     assert "cannot be noted" in said and "No space left" in said and "job 7 done" in said
@@ -96,7 +97,7 @@ def test_a_requeue_is_noted_before_the_scheduler_ends_us(
 ) -> None:
     noted: list[Any] = []
 
-    def scheduler(door: Door) -> None:
+    def scheduler(context: RankContext) -> None:
         noted.extend(read_job(tmp_path / "run", "7").events)
 
     monkeypatch.setattr(worker, "requeue", scheduler)
@@ -105,7 +106,7 @@ def test_a_requeue_is_noted_before_the_scheduler_ends_us(
 
 
 def test_a_refused_requeue_is_noted_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "requeue", lambda door: "no")
+    monkeypatch.setattr(worker, "requeue", lambda context: "no")
     assert job(tmp_path, SLURM).requeue() == "no"
     last = read_job(tmp_path / "run", "7").events[-1]
     assert (last["requeued"], last["reason"]) == (False, "no")
@@ -114,7 +115,7 @@ def test_a_refused_requeue_is_noted_too(tmp_path: Path, monkeypatch: pytest.Monk
 def test_the_bound_is_asked_before_the_scheduler(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker, "requeue", lambda door: pytest.fail("must not be asked"))
+    monkeypatch.setattr(worker, "requeue", lambda context: pytest.fail("must not be asked"))
     path = tmp_path / "run/jobs/7.jsonl"
     path.parent.mkdir(parents=True)
     path.write_text((json.dumps({"event": "start", "progress": 0}) + "\n") * 3)
@@ -133,14 +134,14 @@ def test_a_requeued_job_that_began_afresh_goes_on(
     add_event(tmp_path / "run", "7", "start", start=1, progress=8)
     found: list[Any] = []
     monkeypatch.setattr(train, "train_stages", lambda *_, launch, flag: found.append(launch) or 0)
-    for door in (SLURM, Door(launcher="nobody")):
+    for context in (SLURM, RankContext(launcher="none")):
         args = worker.parse(["config.yaml", "--stage=stage1", "--fresh"])
-        assert worker._work(job(tmp_path, door), args, StopFlag()) == DONE
+        assert worker._work(job(tmp_path, context), args, StopFlag()) == DONE
     assert [launch.resume for launch in found] == [resumes, False]
 
 
 def test_the_code_of_a_stopped_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    local = Door(launcher="submitit", job="9", world_size=2, address="127.0.0.1")
+    local = RankContext(launcher="submitit", job="9", world_size=2, address="127.0.0.1")
     assert job(tmp_path, local).after_stop(requeued=True) == REQUEUE_CODE
     assert job(tmp_path, local).after_stop(requeued=False) == STOPPED
     slept: list[float] = []
@@ -154,10 +155,10 @@ def test_a_rank_that_lost_another_waits_for_the_verdict(tmp_path: Path) -> None:
         import signal, sys, threading, time, os
         sys.path.insert(0, {str(ROOT / "tests/launch")!r})
         from pathlib import Path
-        from emoverse.training.shutdown import listen
+        from emoverse.stop import listen
         from test_worker import SLURM, job
-        from launch.context import Door
-        job(Path({str(tmp_path)!r}), Door(launcher="nobody")).wait_for_verdict(None)
+        from launch.context import RankContext
+        job(Path({str(tmp_path)!r}), RankContext(launcher="none")).wait_for_verdict(None)
         threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
         with listen() as flag:
             job(Path({str(tmp_path)!r}), SLURM).wait_for_verdict(flag)
@@ -221,9 +222,9 @@ def test_an_evaluation_that_waits_for_other_ranks_is_requeued_at_once(tmp_path: 
         import ctypes, sys, torch
         sys.path.insert(0, {str(ROOT / "tests/launch")!r})
         from pathlib import Path
-        from emoverse.evaluation import evaluate
-        from emoverse.engine.distributed import World
-        from emoverse.training.shutdown import listen
+        from emoverse import evaluate
+        from emoverse.distributed import World
+        from emoverse.stop import listen
         from launch import worker
         from test_worker import SLURM, job
 
@@ -234,7 +235,7 @@ def test_an_evaluation_that_waits_for_other_ranks_is_requeued_at_once(tmp_path: 
                 ctypes.CDLL(None).pthread_mutex_lock(mutex)
 
         evaluate.run = blocked
-        worker.requeue, worker.WAIT_FOR_END_S = lambda door: None, 0.1
+        worker.requeue, worker.WAIT_FOR_END_S = lambda context: None, 0.1
         world = World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
         with listen() as flag:
             worker._evaluate(job(Path({str(tmp_path)!r}), SLURM, ("eval",)), world, flag)

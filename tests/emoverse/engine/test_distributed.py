@@ -37,7 +37,7 @@ def test_no_variable_is_one_process_alone() -> None:
 @pytest.mark.parametrize("missing", sorted(FIVE))
 def test_half_set_variables_are_refused(missing: str) -> None:
     environ = {name: value for name, value in FIVE.items() if name != missing}
-    with pytest.raises(ValueError, match=rf"half set: .* set, {missing} are not; set all five"):
+    with pytest.raises(ValueError, match=rf"partly set: .* set, {missing} are not; set all five"):
         read_world(environ)
 
 

@@ -17,7 +17,7 @@ from data_shards.shards.index import ShardIndex
 from data_shards.tasks import TASKS
 from emoverse.config.schema import load_config
 from launch import cli
-from launch.context import Door
+from launch.context import RankContext
 from launch.slurm import job_log, preflight, snapshot, submit
 from launch.slurm.cluster import load_cluster, split_overrides
 from launch.slurm.preflight import check_memory
@@ -257,9 +257,13 @@ def test_accepted_changes_pass_the_checks_of_a_job(
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     assert job_log.main(["stage1", str(NANO), *shards, "--accept-changes"]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'run/stage1/logs/7'}\n"
-    door = Door(launcher="slurm", job="7", address="n1", world_size=1)
+    context = RankContext(launcher="slurm", job="7", address="n1", world_size=1)
     refused = Job(
-        config=load_config([NANO], shards), parts=("stage1",), door=door, max_requeues=3, logs="L"
+        config=load_config([NANO], shards),
+        parts=("stage1",),
+        context=context,
+        max_requeues=3,
+        logs="L",
     )
     assert refused.begin() == 2 and "give --accept-changes" in capsys.readouterr().err
     assert dataclasses.replace(refused, accept_changes=True).begin() == 0
