@@ -124,8 +124,8 @@ def _refuse_partly_set(environ: Mapping[str, str], names: tuple[str, ...]) -> No
     if present:
         missing = [name for name in RANK_VARIABLES if not environ.get(name)]
         raise ValueError(
-            f"rank variables are partly set: {', '.join(present)} are set, {', '.join(missing)} are "
-            "not; set all five (torchrun does) or unset all of them, and srun or submitit fill "
+            f"rank variables are partly set: {', '.join(present)} are set, {', '.join(missing)} "
+            "are not; set all five (torchrun does) or unset all of them, and srun or submitit fill "
             "them in"
         )
 

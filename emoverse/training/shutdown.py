@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-EXIT_STOPPED = 75  # stopped early, resumable
+SECOND_SIGNAL_EXIT = 75  # EX_TEMPFAIL: the same command resumes
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 # Signals this close together are one wish: a scheduler may signal a launcher and its ranks, the
 # launcher passes its own on, and submitit sends SIGTERM and SIGUSR2 in a row.
@@ -95,4 +95,4 @@ def _watch(read: int, heard: threading.Event) -> None:
                 heard.set()
             elif now - first > ONE_WISH_S:
                 os.write(2, b"second signal: leaving at once, the last checkpoint is good\n")
-                os._exit(EXIT_STOPPED)
+                os._exit(SECOND_SIGNAL_EXIT)

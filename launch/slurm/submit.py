@@ -24,10 +24,11 @@ import submitit
 from submitit.core.utils import FailedJobError
 from submitit.helpers import DelayedSubmission, clean_env, environment_variables
 
+from emoverse.config.schema import Config, freeze_config, frozen_path
 from emoverse.training.stages import BASE, DONE, stage_dir
 from launch.slurm import job_log, snapshot
 from launch.slurm.cluster import NO_ACCOUNT, Cluster, check_account
-from launch.slurm.job_log import EVAL
+from launch.slurm.job_log import EVAL, JOBS
 from launch.slurm.preflight import check_memory, check_ranks, collect, run_checks
 from launch.slurm.variants import Run
 
@@ -191,7 +192,7 @@ def job_of(chain: Chain, run: Run, step: Step) -> TrainJob:
     """The worker's command line for one run."""
     return TrainJob(
         [
-            str(snapshot.config_file(run.config)),
+            str(frozen_path(run.config, jobs_folder(run.config))),
             *(f"--stage={part}" for part in step.parts if part != EVAL),
             *(["--evaluate"] if EVAL in step.parts else []),
             *(["--accept-changes"] if chain.accept_changes else []),
@@ -199,6 +200,11 @@ def job_of(chain: Chain, run: Run, step: Step) -> TrainJob:
             f"--max-requeues={chain.cluster.max_requeues}",
         ]
     )
+
+
+def jobs_folder(config: Config) -> Path:
+    """Where the frozen code and config of a run's jobs are, as an absolute path."""
+    return config.run.run_dir.resolve() / JOBS
 
 
 def log_folder(chain: Chain, step: Step) -> Path:
@@ -252,7 +258,7 @@ def preflight(chain: Chain) -> list[str]:
     checks: list[Callable[[], list[str]]] = [partial(check_account, chain.cluster)]
     for run in chain.runs:
         checks += [
-            partial(check_ranks, run.config, chain.cluster),
+            partial(check_ranks, run.config.train, chain.cluster),
             partial(check_memory, run.config, chain.cluster),
             *run_checks(run.config, parts, accept_changes=chain.accept_changes, checksums=True),
         ]
@@ -313,7 +319,7 @@ def submit(chain: Chain) -> list[dict[str, Any]]:
     """Queues the whole chain, or nothing; returns the jobs as they are noted in RUN/jobs/."""
     code = snapshot.freeze_code(chain.home)
     for run in chain.runs:
-        snapshot.freeze_config(run.config)
+        freeze_config(run.config, jobs_folder(run.config))
     told: list[dict[str, Any]] = []
     queued: list[str] = []
     dependency = None

@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.context import RANK_VARIABLES, RankContext, read_context, first_host
+from launch.context import RANK_VARIABLES, RankContext, first_host, read_context
 
 FIVE = {
     "RANK": "3",

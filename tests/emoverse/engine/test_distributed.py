@@ -58,11 +58,11 @@ def test_agree_alone_keeps_the_reason_and_the_cause() -> None:
     with pytest.raises(RankError) as raised, agree(ALONE, "reading the data"):
         raise ValueError("no shards")
     assert str(raised.value) == "reading the data: ValueError: no shards"
-    assert raised.value.exit_code == 2
+    assert raised.value.wrong_input
     assert isinstance(raised.value.__cause__, ValueError)
     with pytest.raises(RankError) as fault, agree(ALONE, "x"):
         raise ZeroDivisionError("1/0")
-    assert fault.value.exit_code == 1
+    assert not fault.value.wrong_input
 
 
 def test_one_failing_rank_fails_all_with_its_reason(run_ranks: Ranks) -> None:
@@ -74,10 +74,10 @@ def test_one_failing_rank_fails_all_with_its_reason(run_ranks: Ranks) -> None:
                 if world.rank == 1:
                     raise FileNotFoundError("no base model")
         except RankError as error:
-            return str(error), error.exit_code
+            return str(error), error.wrong_input
         return None
 
-    assert run_ranks(work, 2) == [("loading: rank 1: FileNotFoundError: no base model", 2)] * 2
+    assert run_ranks(work, 2) == [("loading: rank 1: FileNotFoundError: no base model", True)] * 2
 
 
 def test_equal_reasons_are_told_once(run_ranks: Ranks) -> None:

@@ -22,7 +22,7 @@ from emoverse.run_dir.lineage import folds_below, handed_over, label_of, read_fo
 from emoverse.training import shutdown
 from emoverse.training.stage_build import is_done
 from emoverse.training.stages import merged_into
-from emoverse.training.train import Launch, train_in_group
+from emoverse.training.train import train_stages
 
 MakeConfig = Callable[..., Config]
 Ranks = Callable[..., list[Any]]
@@ -30,13 +30,13 @@ GOOD = Path(__file__).resolve().parents[1] / "good_config.yaml"
 CPU = torch.device("cpu")
 
 
-def train_stages(config: Config, world: World, *stages: str) -> int:
+def train_in_turn(config: Config, world: World, *stages: str) -> str:
     with shutdown.listen() as flag:
-        return train_in_group(config, stages, world, launch=Launch(), flag=flag)
+        return train_stages(config, stages, world, flag=flag)
 
 
 def run_stages(run_ranks: Ranks, config: Config, *stages: str, ranks: int = 1) -> None:
-    assert run_ranks(lambda world: train_stages(config, world, *stages), ranks) == [0] * ranks
+    assert run_ranks(lambda world: train_in_turn(config, world, *stages), ranks) == ["done"] * ranks
 
 
 @pytest.fixture
@@ -199,7 +199,7 @@ def test_the_frozen_part_is_the_file_bit_for_bit(run_ranks: Ranks, tiny_config: 
 
         module.build_run = watched
         try:
-            assert train_stages(config, world, "stage1") == 0
+            assert train_in_turn(config, world, "stage1") == "done"
         finally:
             module.build_run = original
         native = kept["model"].native

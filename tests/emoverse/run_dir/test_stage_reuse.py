@@ -19,7 +19,7 @@ from emoverse.run_dir.lineage import handed_over
 from emoverse.run_dir.stage_reuse import adopt_stage
 from emoverse.training import shutdown
 from emoverse.training.stage_build import is_done
-from emoverse.training.train import Launch, train_in_group
+from emoverse.training.train import train_stages
 
 MakeConfig = Callable[..., Config]
 Ranks = Callable[..., list[Any]]
@@ -27,11 +27,11 @@ ER_ALONE = [f"stages.stage2.rates.{task}={task == 'er':d}" for task in ("msa", "
 
 
 def train(run_ranks: Ranks, config: Config, *stages: str) -> None:
-    def work(world: World) -> int:
+    def work(world: World) -> str:
         with shutdown.listen() as flag:
-            return train_in_group(config, stages, world, launch=Launch(), flag=flag)
+            return train_stages(config, stages, world, flag=flag)
 
-    assert run_ranks(work, 1) == [0]
+    assert run_ranks(work, 1) == ["done"]
 
 
 def weights(config: Config, stage: str) -> bytes:

@@ -17,7 +17,7 @@ from data_shards.shards.record import Video
 from emoverse.config.schema import Config
 from emoverse.engine.distributed import World
 from emoverse.training.shutdown import StopFlag
-from emoverse.training.train import Launch, train_in_group
+from emoverse.training.train import train_stages
 
 MakeConfig = Callable[..., Config]
 Ranks = Callable[[Callable[[World], Any], int], list[Any]]
@@ -43,10 +43,10 @@ def wide_config(tiny_config: MakeConfig, tmp_path: Path) -> MakeConfig:
 def notes(run_ranks: Ranks, config: Config, kind: str) -> list[dict[str, Any]]:
     """Trains stage 1 on two ranks; the notes of one kind."""
 
-    def train(world: World) -> int:
-        return train_in_group(config, ("stage1",), world, launch=Launch(), flag=StopFlag())
+    def train(world: World) -> str:
+        return train_stages(config, ("stage1",), world, flag=StopFlag())
 
-    assert run_ranks(train, 2) == [0, 0]
+    assert run_ranks(train, 2) == ["done", "done"]
     lines = (config.run.run_dir / "stage1" / "metrics.jsonl").read_text().splitlines()
     return [r for r in map(json.loads, lines) if r["kind"] == kind]
 

@@ -18,38 +18,39 @@ from data_shards.shards.index import ShardIndex
 from emoverse.config.schema import Config
 from emoverse.engine.distributed import RankError, World
 from emoverse.training import shutdown
+from emoverse.training.outcome import Outcome
 from emoverse.training.sample_audit import Ledger
 from emoverse.training.stage_build import Parts
-from emoverse.training.train import Launch, train_in_group
+from emoverse.training.train import TrainOptions, train_stages
 from launch.local import run_local
 
 Ranks = Callable[..., list[Any]]
 MakeConfig = Callable[..., Config]
 
 
-def train_stage(config: Config, stage: str, world: World, *others: str, **launch: Any) -> int:
+def train_stage(config: Config, stage: str, world: World, *others: str, **launch: Any) -> Outcome:
     with shutdown.listen() as flag:
         stages = (stage, *others)
-        return train_in_group(config, stages, world, launch=Launch(**launch), flag=flag)
+        return train_stages(config, stages, world, options=TrainOptions(**launch), flag=flag)
 
 
-def train(run_ranks: Ranks, config: Config, stage: str, *others: str, world_size: int) -> list[int]:
-    """Trains stages in forked ranks; the exit code of the last stage on each rank."""
+def train(run_ranks: Ranks, config: Config, stage: str, *others: str, world_size: int) -> list[Any]:
+    """Trains stages in forked ranks; the outcome on each rank."""
     return run_ranks(lambda world: train_stage(config, stage, world, *others), world_size)
 
 
 def failure(run_ranks: Ranks, config: Config, stage: str, world_size: int = 1) -> str:
     """The reason with which all ranks refuse to train."""
 
-    def work(world: World) -> tuple[str, int]:
+    def work(world: World) -> tuple[str, bool]:
         with pytest.raises(RankError) as raised:
             train_stage(config, stage, world)
-        return str(raised.value), raised.value.exit_code
+        return str(raised.value), raised.value.wrong_input
 
     answers = run_ranks(work, world_size)
     assert len(set(answers)) == 1
-    reason, code = answers[0]
-    assert code == 2
+    reason, wrong_input = answers[0]
+    assert wrong_input
     return reason
 
 
@@ -103,7 +104,7 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
 def test_two_ranks_train_both_stages(run_ranks: Ranks, tiny_config: MakeConfig) -> None:
     config = tiny_config()
-    assert train(run_ranks, config, "stage1", "stage2", world_size=2) == [0, 0]
+    assert train(run_ranks, config, "stage1", "stage2", world_size=2) == ["done", "done"]
     run = config.run.run_dir
     for stage, num_steps in (("stage1", 6), ("stage2", 4)):
         found = losses(config, stage)
@@ -134,7 +135,7 @@ def test_a_finished_stage_says_so(
     train(run_ranks, config, "stage1", world_size=1)
     before = (config.run.run_dir / "stage1" / "metrics.jsonl").read_bytes()
     capfd.readouterr()
-    assert train(run_ranks, config, "stage1", world_size=1) == [0]
+    assert train(run_ranks, config, "stage1", world_size=1) == ["done"]
     assert "stage1 already done" in capfd.readouterr().out
     assert (config.run.run_dir / "stage1" / "metrics.jsonl").read_bytes() == before
     other = tiny_config("stages.stage1.optim.lr_lora=1e-3")
@@ -149,13 +150,13 @@ def test_stop_and_resume_is_bit_identical(
     """Also with dropout: its randomness belongs to the step, not to the history."""
     knobs = (f"train.zero_stage={zero_stage}", "model.lora.dropout=0.2")
     whole, parts = tiny_config(*knobs, run="whole"), tiny_config(*knobs, run="parts")
-    assert train(run_ranks, whole, "stage1", world_size=2) == [0, 0]
+    assert train(run_ranks, whole, "stage1", world_size=2) == ["done", "done"]
     with monkeypatch.context() as patch:
         stop_at(patch, 2, on_rank=1)  # one rank is told; all stop after the step
-        assert train(run_ranks, parts, "stage1", world_size=2) == [75, 75]
+        assert train(run_ranks, parts, "stage1", world_size=2) == ["stopped", "stopped"]
     assert records(parts, "stage1", "end")[-1]["reason"] == "stopped"
     assert len(losses(parts, "stage1")) == 3
-    assert train(run_ranks, parts, "stage1", world_size=2) == [0, 0]
+    assert train(run_ranks, parts, "stage1", world_size=2) == ["done", "done"]
     assert losses(parts, "stage1") == losses(whole, "stage1")
     assert audit(parts, "stage1") == audit(whole, "stage1")
     for file in ("trained.safetensors", "optimizer.safetensors"):
@@ -172,17 +173,20 @@ def test_stops_in_both_stages_change_nothing(
     Stage 1 is stopped after 12 of its 16 samples per epoch.
     """
     whole, parts = tiny_config(run="whole"), tiny_config(run="parts")
-    assert train(run_ranks, whole, "stage1", "stage2", world_size=2) == [0, 0]
+    assert train(run_ranks, whole, "stage1", "stage2", world_size=2) == ["done", "done"]
     for step in (1, 2):
         with monkeypatch.context() as patch:
             stop_at(patch, step)
-            assert train(run_ranks, parts, "stage1", "stage2", world_size=2) == [75, 75]
+            assert train(run_ranks, parts, "stage1", "stage2", world_size=2) == [
+                "stopped",
+                "stopped",
+            ]
     assert len(losses(parts, "stage1")) == 3
-    assert train(run_ranks, parts, "stage1", world_size=2) == [0, 0]
+    assert train(run_ranks, parts, "stage1", world_size=2) == ["done", "done"]
     with monkeypatch.context() as patch:
         stop_at(patch, 2, on_rank=1)
-        assert train(run_ranks, parts, "stage1", "stage2", world_size=2) == [75, 75]
-    assert train(run_ranks, parts, "stage1", "stage2", world_size=2) == [0, 0]
+        assert set(train(run_ranks, parts, "stage1", "stage2", world_size=2)) == {"stopped"}
+    assert train(run_ranks, parts, "stage1", "stage2", world_size=2) == ["done", "done"]
     for stage in ("stage1", "stage2"):
         assert losses(parts, stage) == losses(whole, stage)
         assert audit(parts, stage) == audit(whole, stage)
@@ -202,7 +206,7 @@ def test_a_crash_resumes_from_the_newest_checkpoint(
     folder = parts.run.run_dir / "stage1" / "checkpoints"
     assert (folder / "latest").read_text() == "step_000004\n"
     (folder / "step_000004" / "trained.safetensors").write_bytes(b"damaged")
-    assert train(run_ranks, parts, "stage1", world_size=1) == [0]
+    assert train(run_ranks, parts, "stage1", world_size=1) == ["done"]
     assert any("passed over" in note["text"] for note in records(parts, "stage1", "note"))
     assert records(parts, "stage1", "start")[-1]["step"] == 2
     assert losses(parts, "stage1") == losses(whole, "stage1")
@@ -219,7 +223,7 @@ def test_ranks_and_zero_stages_learn_the_same(run_ranks: Ranks, tiny_config: Mak
             run=f"zero{zero_stage}-ranks{world_size}",
         )
         codes = train(run_ranks, config, "stage1", world_size=world_size)
-        assert codes == [0] * world_size
+        assert codes == ["done"] * world_size
         runs[zero_stage, world_size] = config
     first = runs[0, 1]
     for config in runs.values():
@@ -276,10 +280,10 @@ def test_resume_with_other_ranks_and_zero_stage(
         begun = tiny_config(f"train.zero_stage={zero_stage}", run="parts")
         with monkeypatch.context() as patch:
             stop_at(patch, step)
-            assert train(run_ranks, begun, "stage1", world_size=world_size) == [75] * world_size
+            assert set(train(run_ranks, begun, "stage1", world_size=world_size)) == {"stopped"}
         assert len(losses(begun, "stage1")) == step + 1
     parts = tiny_config("train.zero_stage=3", "data.pack_tokens=500", run="parts")
-    assert train(run_ranks, parts, "stage1", world_size=1) == [0]
+    assert train(run_ranks, parts, "stage1", world_size=1) == ["done"]
     assert losses(parts, "stage1") == pytest.approx(losses(whole, "stage1"), rel=1e-5)
     assert audit(parts, "stage1") == audit(whole, "stage1")
 
@@ -292,7 +296,7 @@ def test_cached_features_and_data_workers_change_nothing(
     worked = tiny_config("data.workers=1", run="worked")
     divided = tiny_config("model.cache_features=true", "train.zero_stage=3", run="divided")
     for config in (plain, cached, worked, divided):
-        assert train(run_ranks, config, "stage1", world_size=2) == [0, 0]
+        assert train(run_ranks, config, "stage1", world_size=2) == ["done", "done"]
     assert losses(worked, "stage1") == losses(plain, "stage1")
     assert losses(cached, "stage1") == pytest.approx(losses(plain, "stage1"), rel=1e-5)
     assert losses(divided, "stage1") == pytest.approx(losses(plain, "stage1"), rel=1e-5)
@@ -311,7 +315,7 @@ def test_blank_frames_train_on_text_alone(run_ranks: Ranks, tiny_config: MakeCon
 def test_bf16_trains(run_ranks: Ranks, tiny_config: MakeConfig) -> None:
     exact, rough = tiny_config(run="exact"), tiny_config("model.precision=bf16", run="rough")
     for config in (exact, rough):
-        assert train(run_ranks, config, "stage1", world_size=2) == [0, 0]
+        assert train(run_ranks, config, "stage1", world_size=2) == ["done", "done"]
     assert losses(rough, "stage1") == pytest.approx(losses(exact, "stage1"), rel=0.05)
 
 
@@ -361,7 +365,7 @@ def test_damage_stops_all_ranks_or_is_replaced(
     reason = failure(run_ranks, tiny_config(*knobs, run="stop"), "stage1", world_size=2)
     assert "record clip-00" in reason and "set data.on_damage to 'replace'" in reason
     replacing = tiny_config(*knobs, "data.on_damage=replace", run="replace")
-    assert train(run_ranks, replacing, "stage1", world_size=2) == [0, 0]
+    assert train(run_ranks, replacing, "stage1", world_size=2) == ["done", "done"]
     notes = [note["text"] for note in records(replacing, "stage1", "note")]
     assert any(note.startswith("replaced damaged record clip-00") for note in notes)
     limited = tiny_config(*knobs, "data.on_damage=replace", "data.max_damaged=1", run="limited")

@@ -29,7 +29,10 @@ from emoverse.run_dir import storage
 from emoverse.run_dir.checkpoint import find_checkpoint, read_checkpoint
 from emoverse.training import shutdown
 from emoverse.training.stage_build import Parts
-from emoverse.training.train import Launch, train_in_group, train_stages
+from emoverse.training.train import TrainOptions, train_stages
+from launch import worker
+from launch.context import RankContext
+from launch.worker import Job
 
 Ranks = Callable[..., list[Any]]
 MakeConfig = Callable[..., Config]
@@ -41,10 +44,10 @@ def train(run_ranks: Ranks, config: Config, *, world_size: int = 2, **launch: An
     def work(world: World) -> Any:
         try:
             with shutdown.listen() as flag:
-                options = Launch(**launch)
-                return train_in_group(config, ["stage1"], world, launch=options, flag=flag)
+                options = TrainOptions(**launch)
+                return train_stages(config, ["stage1"], world, options=options, flag=flag)
         except RankError as error:
-            return str(error), error.exit_code
+            return str(error), error.wrong_input
 
     return run_ranks(work, world_size)
 
@@ -100,7 +103,7 @@ def test_a_save_that_fails_is_tried_again(
 ) -> None:
     config = tiny_config()
     fail_saves_of(monkeypatch, 4, error)
-    assert train(run_ranks, config, world_size=1) == [0]
+    assert train(run_ranks, config, world_size=1) == ["done"]
     assert [record["step"] for record in records(config, "save")] == [2, 6]
     (note,) = [r["text"] for r in records(config, "note") if "could not be saved" in r["text"]]
     assert str(error) in note and "the checkpoint of step 2 is good, trying again" in note
@@ -112,7 +115,7 @@ def test_a_training_survives_a_full_disk(
     """Nothing at all can be written for two steps and a save: heartbeats, metrics, the log."""
     full, disturbed = tiny_config(run="full"), Parts.lr_factor
     whole = tiny_config(run="whole")
-    assert train(run_ranks, whole, world_size=1) == [0]
+    assert train(run_ranks, whole, world_size=1) == ["done"]
 
     def lr(self: Parts, step: int) -> float:
         if step in (2, 4):  # no file grows beyond one byte, or beyond what it may
@@ -121,7 +124,7 @@ def test_a_training_survives_a_full_disk(
         return disturbed(self, step)
 
     monkeypatch.setattr(Parts, "lr_factor", lr)
-    assert train(run_ranks, full, world_size=1) == [0]
+    assert train(run_ranks, full, world_size=1) == ["done"]
     assert [record["step"] for record in records(full, "step")] == [1, 2, 3, 4, 5, 6]
     assert [record["step"] for record in records(full, "save")] == [2, 6]
     (note,) = [r["text"] for r in records(full, "note") if "could not be saved" in r["text"]]
@@ -148,12 +151,12 @@ def test_a_save_that_fails_ends_the_run_by_policy_or_at_the_end(
     assert f"saving step {step}: rank 0: OSError: [Errno 28] No space left" in answers[0][0]
     latest = (config.run.run_dir / "stage1" / "checkpoints" / "latest").read_text()
     assert latest == f"step_{step - 2:06d}\n"
-    assert train(run_ranks, config) == [0, 0]  # with room again it goes on
+    assert train(run_ranks, config) == ["done", "done"]  # with room again it goes on
 
 
 def test_saving_by_minutes(run_ranks: Ranks, tiny_config: MakeConfig) -> None:
     config = tiny_config("train.save_every=1000", "train.save_minutes=1e-6")
-    assert train(run_ranks, config) == [0, 0]
+    assert train(run_ranks, config) == ["done", "done"]
     assert [record["step"] for record in records(config, "save")] == [1, 2, 3, 4, 5, 6]
 
 
@@ -179,12 +182,12 @@ def test_a_bad_step_is_skipped_listed_and_does_not_move_the_schedule(
 ) -> None:
     poison(monkeypatch, 2)
     config = tiny_config("train.log_every=1", "train.save_every=3")
-    assert train(run_ranks, config) == [0, 0]
+    assert train(run_ranks, config) == ["done", "done"]
     assert [record["step"] for record in records(config, "step")] == [1, 2, 4, 5, 6]
     rates = [record["lr"]["lora"] for record in records(config, "interval")]
     good = tiny_config("train.log_every=1", run="good")
     monkeypatch.undo()
-    assert train(run_ranks, good) == [0, 0]
+    assert train(run_ranks, good) == ["done", "done"]
     assert rates == [record["lr"]["lora"] for record in records(good, "interval")][:5]
 
     (skip,) = records(config, "skip")
@@ -209,7 +212,7 @@ def test_a_run_with_a_skipped_step_resumes_exactly(
 ) -> None:
     poison(monkeypatch, 2)
     whole, parts = tiny_config(run="whole"), tiny_config(run="parts")
-    assert train(run_ranks, whole) == [0, 0]
+    assert train(run_ranks, whole) == ["done", "done"]
     original = Parts.lr_factor
 
     def stop_in_step_5(self: Parts, step: int) -> float:
@@ -219,8 +222,8 @@ def test_a_run_with_a_skipped_step_resumes_exactly(
 
     with monkeypatch.context() as patch:
         patch.setattr(Parts, "lr_factor", stop_in_step_5)
-        assert train(run_ranks, parts) == [75, 75]
-    assert train(run_ranks, parts) == [0, 0]
+        assert train(run_ranks, parts) == ["stopped", "stopped"]
+    assert train(run_ranks, parts) == ["done", "done"]
     assert_same(whole, parts)
 
 
@@ -244,8 +247,8 @@ def test_bad_numbers_end_the_run_by_policy(
 ) -> None:
     poison(monkeypatch, 2, 3)
     config = tiny_config(knob)
-    (reason, code), other = train(run_ranks, config)
-    assert code == 1 and other == (reason, code)
+    (reason, wrong_input), other = train(run_ranks, config)
+    assert not wrong_input and other == (reason, wrong_input)
     assert words in reason and "loss is not finite: nan; its samples are listed in" in reason
     assert (config.run.run_dir / "stage1" / "checkpoints" / "latest").read_text() == "step_000002\n"
 
@@ -257,13 +260,13 @@ def test_changes_are_accepted_on_demand_and_remembered(
     run_ranks: Ranks, tiny_config: MakeConfig
 ) -> None:
     other = tiny_config("run.seed=4", "stages.stage1.optim.lr_lora=1e-3")
-    assert train(run_ranks, other, world_size=1) == [0]
+    assert train(run_ranks, other, world_size=1) == ["done"]
     folder = other.run.run_dir / "stage1"
     (folder / "DONE").unlink()
     shutil.rmtree(folder / "checkpoints" / "step_000006")
-    (reason, code) = train(run_ranks, tiny_config(), world_size=1)[0]
-    assert code == 2 and "or give --accept-changes" in reason
-    assert train(run_ranks, tiny_config(), world_size=1, accept_changes=True) == [0]
+    (reason, wrong_input) = train(run_ranks, tiny_config(), world_size=1)[0]
+    assert wrong_input and "or give --accept-changes" in reason
+    assert train(run_ranks, tiny_config(), world_size=1, accept_changes=True) == ["done"]
     (change,) = records(tiny_config(), "start")[-1]["accepted"]
     assert change["step"] == 4
     found = "; ".join(change["changes"])
@@ -271,7 +274,7 @@ def test_changes_are_accepted_on_demand_and_remembered(
     assert "run.seed: saved 4, now 3" in found and "plan: saved " in found
     state = json.loads((folder / "checkpoints" / "step_000006" / "state.json").read_text())
     assert state["accepted"] == [change]
-    assert train(run_ranks, tiny_config(), world_size=1) == [0]  # now it is this run
+    assert train(run_ranks, tiny_config(), world_size=1) == ["done"]  # now it is this run
 
 
 @pytest.mark.parametrize("batch", [4, 16])
@@ -280,20 +283,20 @@ def test_another_batch_size_is_never_accepted_within_a_stage(
 ) -> None:
     """Step 4 of twice the samples is not where the checkpoint stands: some would be left out."""
     config = tiny_config("train.global_batch_size=8", "stages.stage1.epochs=4")
-    assert train(run_ranks, config, world_size=1) == [0]
+    assert train(run_ranks, config, world_size=1) == ["done"]
     folder = config.run.run_dir / "stage1"
     (folder / "DONE").unlink()
     shutil.rmtree(find_checkpoint(folder / "checkpoints", print) or folder)
     other = tiny_config(f"train.global_batch_size={batch}", "stages.stage1.epochs=4")
-    (reason, code) = train(run_ranks, other, world_size=1, accept_changes=True)[0]
-    assert code == 2 and "train.global_batch_size: the checkpoint" in reason
+    (reason, wrong_input) = train(run_ranks, other, world_size=1, accept_changes=True)[0]
+    assert wrong_input and "train.global_batch_size: the checkpoint" in reason
 
 
 # Ranks ----------------------------------------------------------------------------------------
 
 
 def start_ranks(config: Config, tmp_path: Path, act: Callable[[Engine, int], None]) -> list[Any]:
-    """Two ranks by the door that users take; `act` runs in each of their steps."""
+    """Two ranks of the worker program; `act` runs in each of their steps."""
 
     def rank_main(rank: int) -> None:
         torch.set_num_threads(1)
@@ -316,7 +319,15 @@ def start_ranks(config: Config, tmp_path: Path, act: Callable[[Engine, int], Non
         patch = pytest.MonkeyPatch()
         patch.setattr(Engine, "step", step)
         patch.setattr("emoverse.engine.distributed.read_world", lambda: world)
-        os._exit(train_stages(config, ["stage1"]))
+        job = Job(
+            config=config,
+            parts=["stage1"],
+            context=RankContext(launcher="none"),
+            max_requeues=0,
+            logs=None,
+        )
+        with shutdown.listen() as flag:
+            os._exit(worker.run_rank(job, worker.parse(["config.yaml"]), flag))
 
     context = multiprocessing.get_context("fork")
     ranks = [context.Process(target=rank_main, args=(rank,)) for rank in range(2)]

@@ -8,27 +8,26 @@ from typing import Any
 import pytest
 
 from emoverse.config.schema import Config
-from emoverse.engine import distributed
 from emoverse.engine.distributed import RankError, World
 from emoverse.run_dir import run_lock
 from emoverse.training import shutdown
 from emoverse.training.stage_build import Parts
-from emoverse.training.train import Launch, train_in_group, train_stages
+from emoverse.training.train import TrainOptions, train_stages
 
 Ranks = Callable[..., list[Any]]
 MakeConfig = Callable[..., Config]
 
 
 def train(run_ranks: Ranks, config: Config, *, world_size: int = 2, **launch: Any) -> list[Any]:
-    """Trains stage1 in forked ranks: exit codes, or the reasons with which they end."""
+    """Trains stage1 in forked ranks: outcomes, or the reasons with which they end."""
 
     def work(world: World) -> Any:
         try:
             with shutdown.listen() as flag:
-                options = Launch(**launch)
-                return train_in_group(config, ["stage1"], world, launch=options, flag=flag)
+                options = TrainOptions(**launch)
+                return train_stages(config, ["stage1"], world, options=options, flag=flag)
         except RankError as error:
-            return str(error), error.exit_code
+            return str(error), error.wrong_input
 
     return run_ranks(work, world_size)
 
@@ -55,9 +54,9 @@ def test_the_time_limit_saves_and_stops_all(
 ) -> None:
     """The limit is over before the first step: nothing is built, nothing is lost."""
     config = tiny_config("train.max_minutes=1e-9")
-    assert train(run_ranks, config) == [75, 75]
+    assert train(run_ranks, config) == ["stopped", "stopped"]
     assert checkpoints(config) == []
-    assert train(run_ranks, tiny_config()) == [0, 0]
+    assert train(run_ranks, tiny_config()) == ["done", "done"]
 
 
 def test_a_signal_during_start_up_stops_before_the_first_step(
@@ -71,7 +70,7 @@ def test_a_signal_during_start_up_stops_before_the_first_step(
             os.kill(os.getpid(), signal.SIGUSR2)
 
     monkeypatch.setattr(Parts, "__init__", build)
-    assert train(run_ranks, tiny_config()) == [75, 75]
+    assert train(run_ranks, tiny_config()) == ["stopped", "stopped"]
     assert checkpoints(tiny_config()) == []
 
 
@@ -80,9 +79,9 @@ def test_fresh_refuses_a_stage_that_has_begun(
 ) -> None:
     with monkeypatch.context() as patch:
         at_step(patch, 1, lambda parts: os.kill(os.getpid(), signal.SIGTERM))
-        assert train(run_ranks, tiny_config(), world_size=1) == [75]
-    ((reason, code),) = train(run_ranks, tiny_config(), world_size=1, resume=False)
-    assert code == 2 and "the stage was to start afresh; choose another run.run_dir" in reason
+        assert train(run_ranks, tiny_config(), world_size=1) == ["stopped"]
+    ((reason, wrong_input),) = train(run_ranks, tiny_config(), world_size=1, resume=False)
+    assert wrong_input and "the stage was to start afresh; choose another run.run_dir" in reason
 
 
 def test_a_second_owner_is_refused_while_the_first_one_trains(
@@ -96,8 +95,8 @@ def test_a_second_owner_is_refused_while_the_first_one_trains(
     finally:
         held.release()
     assert answers[0] == answers[1]
-    reason, code = answers[0]
-    assert code == 2 and reason.startswith("run directory: rank 0: RunInUse: run.run_dir: ")
+    reason, wrong_input = answers[0]
+    assert wrong_input and reason.startswith("run directory: rank 0: RunInUse: run.run_dir: ")
     assert "is in use by process" in reason and "or give --take-over" in reason
 
 
@@ -116,11 +115,11 @@ def test_a_cut_off_owner_saves_nothing_and_ends(
         at_step(patch, step, take_over)
         answers = train(run_ranks, config)
     assert answers[0] == answers[1]
-    reason, code = answers[0]
-    assert code == 1 and "LostLease" in reason and "was taken over by process" in reason
+    reason, wrong_input = answers[0]
+    assert not wrong_input and "LostLease" in reason and "was taken over by process" in reason
     assert checkpoints(config) == [f"step_{number:06d}" for number in range(2, step + 1, 2)]
     assert not (config.run.run_dir / "stage1" / "DONE").exists()
-    assert train(run_ranks, config) == [0, 0]
+    assert train(run_ranks, config) == ["done", "done"]
     assert not (config.run.run_dir / run_lock.FOLDER).exists()
 
 
@@ -140,8 +139,8 @@ def test_an_owner_cut_off_while_it_starts_touches_nothing(
                 file.write_text("the successor's")
 
     monkeypatch.setattr(Parts, "__init__", build)
-    (reason, code), other = train(run_ranks, config)
-    assert code == 1 and "LostLease" in reason and other == (reason, code)
+    (reason, wrong_input), other = train(run_ranks, config)
+    assert not wrong_input and "LostLease" in reason and other == (reason, wrong_input)
     assert [file.read_text() for file in files] == ["the successor's"] * 2
 
 
@@ -157,23 +156,20 @@ def test_a_cut_off_owner_learns_it_at_the_next_step(
 
     at_step(monkeypatch, 1, take_over)
     config = tiny_config("train.save_every=100000", "stages.stage1.epochs=2000")
-    (reason, code), other = train(run_ranks, config)
-    assert code == 1 and "LostLease" in reason and "stage1 step " in reason
-    assert other == (reason, code)
+    (reason, wrong_input), other = train(run_ranks, config)
+    assert not wrong_input and "LostLease" in reason and "stage1 step " in reason
+    assert other == (reason, wrong_input)
 
 
-def test_the_launcher_decides_what_a_stop_leads_to(
-    run_ranks: Ranks, tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+def test_the_run_directory_is_released_before_a_stop_is_returned(
+    run_ranks: Ranks, tiny_config: MakeConfig
 ) -> None:
-    """A cluster's launcher requeues here; by now the run directory has been given back."""
+    """The launcher requeues the job then, and the next start may come at once."""
     config = tiny_config("train.max_minutes=1e-9")
 
-    def requeue(world: World) -> int:
-        assert not (config.run.run_dir / run_lock.FOLDER).exists()
-        return 90 + world.rank
+    def work(world: World) -> tuple[str, bool]:
+        with shutdown.listen() as flag:
+            outcome = train_stages(config, ["stage1"], world, flag=flag)
+            return outcome, (config.run.run_dir / run_lock.FOLDER).exists()
 
-    def work(world: World) -> int:
-        monkeypatch.setattr(distributed, "read_world", lambda: world)
-        return train_stages(config, ["stage1"], launch=Launch(on_stop=requeue))
-
-    assert run_ranks(work, 2) == [90, 91]
+    assert run_ranks(work, 2) == [("stopped", False)] * 2

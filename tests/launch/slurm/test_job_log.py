@@ -2,15 +2,13 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from emoverse.evaluation.predictions import PartWriter, remove_parts
 from launch.context import RankContext
 from launch.slurm import job_log
-from launch.slurm.job_log import MAX_STARTS_WITHOUT_PROGRESS, JobRecord, why_not_again
+from launch.slurm.job_log import MAX_STARTS_WITHOUT_PROGRESS, JobRecord, restart_refusal
 from launch.slurm.requeue import job_state, requeue
 
 
@@ -20,59 +18,59 @@ def record(*progress: int) -> JobRecord:
 
 
 def test_a_job_that_goes_on_may_begin_again() -> None:
-    assert why_not_again(record(), 0, 3) is None
-    assert why_not_again(record(0, 10, 20), 30, 3) is None
+    assert restart_refusal(record(), 0, 3) is None
+    assert restart_refusal(record(0, 10, 20), 30, 3) is None
 
 
 def test_too_many_starts_are_the_end() -> None:
-    reason = why_not_again(record(0, 10, 20, 30), 40, 3)
-    assert reason is not None and "begun 4 times and max_requeues is 3" in reason
+    reason = restart_refusal(record(0, 10, 20, 30), 40, 3)
+    assert reason is not None and "started 4 times and max_requeues is 3" in reason
     assert "submit again" in reason
 
 
 def test_starts_that_save_nothing_are_the_end() -> None:
     same = [10] * MAX_STARTS_WITHOUT_PROGRESS
-    reason = why_not_again(record(0, *same), 10, 99)
+    reason = restart_refusal(record(0, *same), 10, 99)
     assert reason is not None and "saved nothing new (step 10)" in reason
-    assert why_not_again(record(0, *same), 11, 99) is None
-    assert why_not_again(record(0, *same[1:]), 10, 99) is None
+    assert restart_refusal(record(0, *same), 11, 99) is None
+    assert restart_refusal(record(0, *same[1:]), 10, 99) is None
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> Any:
-    return SimpleNamespace(run=SimpleNamespace(run_dir=tmp_path / "run"))
+def run_dir(tmp_path: Path) -> Path:
+    return tmp_path / "run"
 
 
-def test_starts_are_counted_over_lost_nodes(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_starts_are_counted_over_lost_nodes(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     context = RankContext(launcher="slurm", job="7", address="n1", world_size=2)
     for _ in range(MAX_STARTS_WITHOUT_PROGRESS):
-        job_log.begin_start(config, ["stage1"], context, 20, "LOG")
-    with pytest.raises(RuntimeError, match=r"job 7 does not begin again: .* saved nothing new"):
-        job_log.begin_start(config, ["stage1"], context, 20, "LOG")
-    (config.run.run_dir / "stage1/checkpoints/step_000004").mkdir(parents=True)
-    job_log.begin_start(config, ["stage1"], context, 20, "LOG")
-    found = job_log.read_job(config.run.run_dir, "7")
+        job_log.record_start(run_dir, ["stage1"], context, 20, "LOG")
+    with pytest.raises(RuntimeError, match=r"job 7 does not start again: .* saved nothing new"):
+        job_log.record_start(run_dir, ["stage1"], context, 20, "LOG")
+    (run_dir / "stage1/checkpoints/step_000004").mkdir(parents=True)
+    job_log.record_start(run_dir, ["stage1"], context, 20, "LOG")
+    found = job_log.read_job(run_dir, "7")
     assert [event["progress"] for event in found.starts] == [0, 0, 0, 4]
     # Only rank 0 of a job speaks.
     for silent in (RankContext(launcher="slurm", job="7", rank=1), RankContext(launcher="none")):
-        job_log.begin_start(config, ["stage1"], silent, 0, "LOG")
-    assert len(job_log.read_job(config.run.run_dir, "7").starts) == 4
+        job_log.record_start(run_dir, ["stage1"], silent, 0, "LOG")
+    assert len(job_log.read_job(run_dir, "7").starts) == 4
 
 
-def test_an_evaluation_that_keeps_answers_may_begin_again(config: Any) -> None:
+def test_an_evaluation_that_keeps_answers_may_begin_again(run_dir: Path) -> None:
     """It has no checkpoints; a killed one goes on with the batches that are not answered yet."""
     context = RankContext(launcher="slurm", job="7", address="n1", world_size=2)
-    target = config.run.run_dir / "eval/stage1"
+    target = run_dir / "eval/stage1"
     for number in range(2 * MAX_STARTS_WITHOUT_PROGRESS):
-        job_log.begin_start(config, [job_log.EVAL], context, 20, "LOG")
+        job_log.record_start(run_dir, [job_log.EVAL], context, 20, "LOG")
         with PartWriter(target / "parts", "identity", rank=0) as parts:
             parts.write(number, [])
     remove_parts(target / "parts")
     (target / "predictions.jsonl").write_text("{}\n" * 40)
     for _ in range(MAX_STARTS_WITHOUT_PROGRESS):
-        job_log.begin_start(config, [job_log.EVAL], context, 20, "LOG")
-    with pytest.raises(RuntimeError, match=r"job 7 does not begin again: .* saved nothing new"):
-        job_log.begin_start(config, [job_log.EVAL], context, 20, "LOG")
+        job_log.record_start(run_dir, [job_log.EVAL], context, 20, "LOG")
+    with pytest.raises(RuntimeError, match=r"job 7 does not start again: .* saved nothing new"):
+        job_log.record_start(run_dir, [job_log.EVAL], context, 20, "LOG")
 
 
 def test_jobs_are_read_in_order_and_a_torn_line_is_left_out(tmp_path: Path) -> None:
