@@ -7,7 +7,7 @@ them with the field checks, so that a user sees everything in one report. No tor
 
 from collections.abc import Iterator
 
-from emoverse.config.deepspeed_settings import offload_refusal
+from emoverse.config.deepspeed_settings import offload_refusal, precision_refusal
 from emoverse.config.errors import Problem, did_you_mean, show
 from emoverse.config.yaml_source import Node
 
@@ -125,10 +125,12 @@ def _train_rules(tree: Node) -> Iterator[Problem]:
             f"every rank needs a sample in every step, so at most train.global_batch_size = {batch}"
         )
         yield _problem(tree, ("train", "processes"), rule)
-    if _value(tree, "train", "zero_stage") == 0 and _text(tree, "model", "precision") == "bf16":
-        rule = "with bf16 DeepSpeed's first steps are too small at stage 0; set it to 1, 2 or 3"
-        yield _problem(tree, ("train", "zero_stage"), rule)
     zero_stage = _number(tree, 2, "train", "zero_stage")
+    precision = _text(tree, "model", "precision")
+    if precision is not None and zero_stage is not None:
+        refusal = precision_refusal(precision, zero_stage)
+        if refusal is not None:
+            yield _problem(tree, ("train", "zero_stage"), refusal)
     offload = _text(tree, "train", "offload")
     if offload is not None and zero_stage is not None:
         refusal = offload_refusal(offload, zero_stage)

@@ -7,6 +7,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -289,6 +290,22 @@ def test_an_evaluation_does_not_begin_after_a_signal(
     args = worker.parse(["config.yaml", "--evaluate"])
     assert worker._evaluate(job(tmp_path, SLURM), world, args, flag) is Outcome.STOPPED
     assert capsys.readouterr().out == "evaluation not begun (SIGUSR2)\n"
+
+
+def test_shards_that_no_rank_finds_are_wrong_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise FileNotFoundError("evaluation.shards: no such folder")
+
+    target: Any = SimpleNamespace(out=tmp_path)
+    aim = replace(job(tmp_path, RankContext(launcher="none"), ("eval",)), target=target)
+    monkeypatch.setattr(evaluate, "run_target", fail)
+    monkeypatch.setattr(deepspeed_engine, "process_group", lambda *_, **__: nullcontext())
+    args = worker.parse(["config.json", f"--evaluate-target={tmp_path}"])
+    assert worker.run_rank(aim, args, StopFlag()) == WRONG_INPUT
+    assert capsys.readouterr().err == "emoverse evaluate: evaluation.shards: no such folder\n"
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_evaluation_that_waits_for_other_ranks_is_requeued_at_once(tmp_path: Path) -> None:
