@@ -1,4 +1,4 @@
-"""The settings that DeepSpeed gets: a pure function of the run's, written to the run directory too.
+"""The settings for DeepSpeed: a pure function of the config, also written to the run directory.
 
 No other file knows DeepSpeed's keys. Torch-free: the memory estimate uses the same bounds.
 """

@@ -1,8 +1,8 @@
 """Rules of the config that look at several fields at once.
 
-In: the merged tree, valid or not: a field that is missing or of the wrong type is another check's
-finding, so a rule that needs it stays silent. Out: the problems. Where: `config.load_config` joins
-them with the field checks, so that a user sees everything in one report. No torch.
+In: the merged tree, valid or not. The field checks report a field that is missing or of the wrong
+type, so a rule that requires it reports nothing. Out: the problems; `schema.load_config` joins them
+with those of the fields, so that a user sees everything in one report. No torch.
 """
 
 from collections.abc import Iterator
@@ -11,8 +11,8 @@ from emoverse.config.deepspeed_settings import offload_refusal, precision_refusa
 from emoverse.config.errors import Problem, did_you_mean, show
 from emoverse.config.yaml_source import Node
 
-# Folders beside the stages' own in the run directory, some of which are removed at every start, and
-# the name of the untrained model.
+# Folders of the run directory beside those of the stages, some of which are removed at every start,
+# and the name of the untrained model.
 RESERVED = ("base", "plan", "eval", "cache", "faults", "jobs", "lease", "wandb")
 
 

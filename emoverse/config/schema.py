@@ -1,7 +1,7 @@
 """The config of a run: one tree of sections, read from YAML, complete before anything starts.
 
-In: YAML files and dotted overrides. Out: a frozen `Config`, or a `ConfigError` that holds every
-mistake with its place. Where: the first thing of every verb, so it must not import torch.
+In: YAML files and dotted overrides. Out: an immutable `Config`, or a `ConfigError` with every
+mistake and its location. Every verb starts here, so this file must not import torch.
 All relative paths are resolved against the working directory of the command.
 """
 
@@ -313,7 +313,7 @@ class EvaluationSection(Section):
 
 
 class Config(Section):
-    """A whole run: what to train. Where to run it is not its business."""
+    """A whole run: what to train, but not on which machines."""
 
     run: RunSection = Field(description="What the run is called and where it writes.")
     model: ModelSection = Field(description="The base model and what of it is trained.")
