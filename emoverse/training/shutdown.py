@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-EXIT_STOPPED = 75  # stopped early, resumable
+SECOND_SIGNAL_EXIT = 75  # EX_TEMPFAIL: the same command resumes
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 # Signals within this time are one stop request: a scheduler may signal a launcher and its ranks,
 # the launcher forwards its own, and submitit sends SIGTERM and SIGUSR2 in a row.
@@ -96,4 +96,4 @@ def _watch(read: int, signalled: threading.Event) -> None:
                 signalled.set()
             elif now - first > ONE_REQUEST_S:
                 os.write(2, b"second signal: exiting at once, the last checkpoint is good\n")
-                os._exit(EXIT_STOPPED)
+                os._exit(SECOND_SIGNAL_EXIT)

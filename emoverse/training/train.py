@@ -1,16 +1,17 @@
 """Training of stages: set up each stage, run its loop, save, stop, resume.
 
-In: the config and this rank's world. Out: RUN/STAGE/{checkpoints, metrics.jsonl, DONE} and an exit
-code. Every rank runs this file; ranks differ only in their share of each step.
+In: the config and this rank's world, whose process group is open. Out: RUN/STAGE/{checkpoints,
+metrics.jsonl, DONE} and an `Outcome`. Every rank runs this file; ranks differ only in their share
+of each step.
 
 Graceful shutdown: a signal or the time limit sets a flag (shutdown.py). The consensus before the
-next step shares it; all ranks then save the same step (`StageRun.stop`) and exit with 75.
+next step shares it; all ranks then save the same step (`StageRun.stop`) and return
+`Outcome.STOPPED`.
 """
 
 import hashlib
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,99 +21,43 @@ from data_shards.tasks import TASKS
 from emoverse.config.schema import Config
 from emoverse.data.collate import Batch
 from emoverse.engine import distributed, rank_faults
-from emoverse.engine.deepspeed_engine import start_process_group
 from emoverse.engine.distributed import RankError, World, agree, vote
 from emoverse.engine.step_types import BadNumbers
 from emoverse.engine.watchdog import Watchdog, watching
 from emoverse.loss import rank_normaliser
 from emoverse.run_dir.run_lock import RunLock, acquire
-from emoverse.training import shutdown
 from emoverse.training.anomaly import anomaly_checks
-from emoverse.training.shutdown import EXIT_STOPPED, StopFlag
+from emoverse.training.outcome import Outcome
+from emoverse.training.shutdown import StopFlag
 from emoverse.training.stage_build import is_done, set_up_stage
 from emoverse.training.stage_run import StageRun, start_run
 from emoverse.training.stages import stage_dir
 from emoverse.training.telemetry import StepCounts
 
-EXIT_DONE, EXIT_FAULT, EXIT_WRONG_INPUT = 0, 1, 2
-AFTER_HANG_S = 60.0  # a collective that outlives the watchdog by this much fails by itself
-
-
-def exit_as_stopped(world: World) -> int:
-    """What a launcher wants done when all ranks have saved and stopped: nothing but the code."""
-    return EXIT_STOPPED
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Launch:
-    """How a launcher starts a training: the same on all ranks, and nothing that is learned from."""
+class TrainOptions:
+    """How to start a training: the same on all ranks, without influence on what is learned."""
 
     resume: bool = True  # False refuses a stage that has begun
     accept_changes: bool = False  # of data, settings or base since the checkpoint
     take_over: bool = False  # of a run directory whose owner seems to live
-    # Called on every rank after a stop, when all have saved and the run directory is given back;
-    # returns the exit code, if it returns (a requeued job waits for its end instead).
-    on_stop: Callable[[World], int] = exit_as_stopped
-    # Called when a collective failed since another rank is gone, before this one ends as a fault.
-    on_lost: Callable[[], None] = lambda: None
-    # Called on every rank as soon as the process group stands; raises RankError on all or none.
-    check: Callable[[World], None] = lambda world: None
-    # Called on every rank after the last stage, while the process group stands: a group that has
-    # been left cannot be joined again in the same process.
-    then: Callable[[World], None] = lambda world: None
 
 
 def train_stages(
     config: Config,
     stages: Sequence[str],
+    world: World,
     *,
-    launch: Launch = Launch(),
-    flag: StopFlag | None = None,
-) -> int:
-    """Trains stages in turn as the rank that the environment says.
+    flag: StopFlag,
+    options: TrainOptions = TrainOptions(),
+) -> Outcome:
+    """Trains stages in turn, in an open process group; collective.
 
-    `flag`: of a `stop.listen()` that began earlier; without one, signals count from here on.
+    The time limit `train.max_minutes` counts from when `flag` was made.
 
     Returns:
-        0 done, 75 stopped and resumable, 2 wrong input, 1 a fault; the reason is on stderr.
-    """
-    if flag is None:
-        with shutdown.listen() as own:
-            return train_stages(config, stages, launch=launch, flag=own)
-    try:
-        world = distributed.read_world()
-    except ValueError as error:
-        print(f"emoverse train: {error}", file=sys.stderr)
-        return EXIT_WRONG_INPUT
-    try:
-        timeout_s = 60 * config.train.hang_minutes + AFTER_HANG_S
-        start_process_group(world, timeout_s=timeout_s)
-        launch.check(world)
-        code = train_in_group(config, stages, world, launch=launch, flag=flag)
-        if code == EXIT_DONE:
-            launch.then(world)
-        if code == EXIT_STOPPED:
-            code = launch.on_stop(world)
-        distributed.shutdown()
-        return code
-    except RankError as error:
-        if error.exit_code == EXIT_FAULT and world.is_main:
-            print(error.traceback, file=sys.stderr, end="")
-        print(f"emoverse train: {error}", file=sys.stderr)
-        return error.exit_code
-    except Exception as error:
-        # No shutdown: other ranks may wait in a collective, and leaving is what tells them.
-        rank_faults.report(config.run.run_dir, world.rank, error)
-        print(f"emoverse train: {error}", file=sys.stderr)
-        if distributed.is_lost_peer(error):
-            launch.on_lost()
-        return EXIT_FAULT
-
-
-def train_in_group(
-    config: Config, stages: Sequence[str], world: World, *, launch: Launch, flag: StopFlag
-) -> int:
-    """Like `train_stages`, in a process group that stands; collective.
+        DONE or STOPPED, the same on every rank; the run directory is released by then.
 
     Raises:
         RankError: the reason of the rank that failed, on every rank.
@@ -121,18 +66,19 @@ def train_in_group(
     lock: RunLock | None = None
     with agree(world, "run directory"):
         if world.is_main:
-            lock = acquire(config.run.run_dir, take_over=launch.take_over)
+            lock = acquire(config.run.run_dir, take_over=options.take_over)
             rank_faults.clear(config.run.run_dir)
-    code = EXIT_DONE
+    outcome = Outcome.DONE
     try:
         for stage in stages:
-            code = _train_stage(config, stage, world, launch=launch, flag=flag, lock=lock)
-            if code != EXIT_DONE:
+            outcome = _train_stage(config, stage, world, options=options, flag=flag, lock=lock)
+            if outcome is not Outcome.DONE:
                 break
     finally:
         if lock is not None:
             lock.release()
-    return distributed.from_main(world, code)  # no rank continues before the run lock is released
+    # Also a barrier: no rank continues before the run lock is released.
+    return distributed.from_main(world, outcome)
 
 
 def _train_stage(
@@ -140,20 +86,20 @@ def _train_stage(
     stage: str,
     world: World,
     *,
-    launch: Launch,
+    options: TrainOptions,
     flag: StopFlag,
     lock: RunLock | None,
-) -> int:
+) -> Outcome:
     """Train one stage to its end, or to a stop; collective. `lock`: on rank 0 only."""
     folder = stage_dir(config, stage)
     with agree(world, f"{stage}: run directory"):
-        done = is_done(config, stage, accept_changes=launch.accept_changes)
+        done = is_done(config, stage, accept_changes=options.accept_changes)
     if distributed.from_main(world, done):
         if world.is_main:
             print(f"{stage} already done, see {folder}", flush=True)
-        return EXIT_DONE
+        return Outcome.DONE
     if distributed.gather_rows(world, [flag.requested]).any():  # before minutes of set-up
-        return EXIT_STOPPED
+        return Outcome.STOPPED
 
     def lost() -> Exception | None:
         return None if lock is None else lock.error
@@ -162,7 +108,7 @@ def _train_stage(
     with watching(folder / "heartbeat", world, limit_s=limit_s, lost=lost) as watchdog:
         with agree(world, f"{stage}: set-up"):
             setup = set_up_stage(
-                config, stage, world, resume=launch.resume, accept_changes=launch.accept_changes
+                config, stage, world, resume=options.resume, accept_changes=options.accept_changes
             )
         _require_same_start(world, stage, setup.start_step)
         checks = anomaly_checks(setup.model, on=config.train.detect_anomaly)
@@ -183,7 +129,7 @@ def _require_same_start(world: World, stage: str, start_step: int) -> None:
 # The loop --------------------------------------------------------------------------------------
 
 
-def _loop(run: StageRun, flag: StopFlag, watchdog: Watchdog) -> int:
+def _loop(run: StageRun, flag: StopFlag, watchdog: Watchdog) -> Outcome:
     """From the start step to the last, or to a stop. One iteration is one optimiser step."""
     setup, world = run.setup, run.world
     step = setup.start_step
@@ -248,9 +194,9 @@ def _loop(run: StageRun, flag: StopFlag, watchdog: Watchdog) -> int:
             run.save(step, must=last)
     if step < setup.num_steps:
         run.stop(step, reason=flag.reason or "stop request of another process")
-        return EXIT_STOPPED
+        return Outcome.STOPPED
     run.finish(step)
-    return EXIT_DONE
+    return Outcome.DONE
 
 
 def _next_packs(batches: Iterator[list[Batch]]) -> tuple[list[Batch], float, Exception | None]:

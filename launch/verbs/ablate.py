@@ -21,7 +21,7 @@ from emoverse.config.yaml_source import split_words
 from emoverse.paper.ablation_page import render_ablations
 from emoverse.paper.ablation_tables import ablation_json, ablation_text
 from emoverse.paper.tables import TABLES, states_of, variants
-from emoverse.training.shutdown import EXIT_STOPPED
+from launch.exit_codes import STOPPED
 from launch.subcommands import StepError, run_step
 
 BASE, STAGES = "base", ("stage1", "stage2")
@@ -201,8 +201,8 @@ def _run_all(plans: Sequence[Variant], parallel: int) -> dict[str, str]:
     for name, future in futures.items():
         error = future.exception()
         if isinstance(error, StepError):
-            if error.code == EXIT_STOPPED:
-                raise SystemExit(EXIT_STOPPED)
+            if error.code == STOPPED:
+                raise SystemExit(STOPPED)
             failed[name] = str(error)
         elif error is not None:
             raise error

@@ -251,13 +251,12 @@ AtStep = Callable[..., contextlib.AbstractContextManager[None]]
 def train_rank() -> Callable[..., str]:
     """`train_rank(config, world, "stage1", resume=False)`: one rank, in a group; its outcome."""
     from emoverse.training import shutdown
-    from emoverse.training.train import Launch, train_in_group
+    from emoverse.training.train import TrainOptions, train_stages
 
     def train(config: Config, world: World, *stages: str, **options: Any) -> str:
         with shutdown.listen() as flag:
-            launch = Launch(**options)
-            code = train_in_group(config, stages or ("stage1",), world, launch=launch, flag=flag)
-            return {0: "done", 75: "stopped"}[code]
+            given = TrainOptions(**options)
+            return train_stages(config, stages or ("stage1",), world, options=given, flag=flag)
 
     return train
 
@@ -276,7 +275,7 @@ def train(
             try:
                 return train_rank(config, world, *stages, **options)
             except RankError as error:
-                return str(error), error.exit_code == 2
+                return str(error), error.wrong_input
 
         return run_ranks(work, world_size)
 

@@ -17,13 +17,16 @@ from emoverse.engine import watchdog
 from emoverse.engine.deepspeed_engine import Engine, start_process_group
 from emoverse.engine.distributed import World
 from emoverse.engine.watchdog import Watchdog
-from emoverse.training.train import train_stages
+from emoverse.training import shutdown
+from launch import worker
+from launch.context import RankContext
+from launch.worker import Job
 
 MakeConfig = Callable[..., Config]
 
 
 def start_ranks(config: Config, tmp_path: Path, act: Callable[[Engine, int], None]) -> list[Any]:
-    """Two ranks by the door that users take; `act` runs in each of their steps."""
+    """Two ranks of the worker program; `act` runs in each of their steps."""
 
     def rank_main(rank: int) -> None:
         torch.set_num_threads(1)
@@ -46,7 +49,15 @@ def start_ranks(config: Config, tmp_path: Path, act: Callable[[Engine, int], Non
         patch = pytest.MonkeyPatch()
         patch.setattr(Engine, "step", step)
         patch.setattr("emoverse.engine.distributed.read_world", lambda: world)
-        os._exit(train_stages(config, ["stage1"]))
+        job = Job(
+            config=config,
+            parts=["stage1"],
+            context=RankContext(launcher="none"),
+            max_requeues=0,
+            logs=None,
+        )
+        with shutdown.listen() as flag:
+            os._exit(worker.run_rank(job, worker.parse(["config.yaml"]), flag))
 
     context = multiprocessing.get_context("fork")
     ranks = [context.Process(target=rank_main, args=(rank,)) for rank in range(2)]

@@ -9,11 +9,9 @@ from typing import Any
 import pytest
 
 from emoverse.config.schema import Config
-from emoverse.engine import distributed
 from emoverse.engine.distributed import World
 from emoverse.run_dir import run_lock
 from emoverse.training.stage_build import StageSetup
-from emoverse.training.train import Launch, train_stages
 
 MakeConfig = Callable[..., Config]
 Train = Callable[..., list[Any]]
@@ -127,18 +125,14 @@ def test_a_cut_off_owner_learns_it_at_the_next_step(
     assert other == (reason, wrong_input)
 
 
-def test_the_launcher_decides_what_a_stop_leads_to(
-    run_ranks: Train, tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+def test_the_run_directory_is_released_before_a_stop_is_returned(
+    run_ranks: Train, train_rank: Callable[..., str], tiny_config: MakeConfig
 ) -> None:
-    """A cluster's launcher requeues here; by now the run directory has been given back."""
+    """The launcher requeues the job then, and the next start may come at once."""
     config = tiny_config("train.max_minutes=1e-9")
 
-    def requeue(world: World) -> int:
-        assert not (config.run.run_dir / run_lock.FOLDER).exists()
-        return 90 + world.rank
+    def work(world: World) -> tuple[str, bool]:
+        outcome = train_rank(config, world)
+        return outcome, (config.run.run_dir / run_lock.FOLDER).exists()
 
-    def work(world: World) -> int:
-        monkeypatch.setattr(distributed, "read_world", lambda: world)
-        return train_stages(config, ["stage1"], launch=Launch(on_stop=requeue))
-
-    assert run_ranks(work, 2) == [90, 91]
+    assert run_ranks(work, 2) == [("stopped", False)] * 2
