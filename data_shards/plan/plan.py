@@ -234,7 +234,7 @@ def _task_order(spec: StageSpec) -> TaskOrder:
     try:
         return TaskOrder(dict(spec.rates))
     except ValueError as error:
-        raise ValueError(f"stages.{spec.name}.{error}") from None
+        raise ValueError(f"stages.{spec.name}.rates: {error}") from None
 
 
 def _count_tasks(

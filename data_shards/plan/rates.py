@@ -21,7 +21,9 @@ MAX_PERIOD: Final = 100_000
 
 
 def check_rates(rates: Mapping[Task, Fraction]) -> dict[Task, Fraction]:
-    """The positive rates in canonical order.
+    """The positive rates in canonical order; a rate of 0 leaves the task out.
+
+    The only check of a stage's rates together; the config calls it as well.
 
     Raises:
         ValueError: a negative rate, a sum that is not exactly 1, or a common denominator above
@@ -29,18 +31,19 @@ def check_rates(rates: Mapping[Task, Fraction]) -> dict[Task, Fraction]:
     """
     for task, rate in rates.items():
         if rate < 0:
-            raise ValueError(f"rates: {task} must not be negative, found {rate}")
+            raise ValueError(f"the rate of {task} must not be negative, found {rate}")
     total = sum(rates.values(), Fraction(0))
     if total != 1:
-        raise ValueError(
-            f"rates: must sum to exactly 1, found {total}; write them as fractions such as 1/3"
-        )
+        terms = " + ".join(str(rate) for rate in rates.values())
+        found = f"but {terms} = {total}" if rates else "but there are none"
+        gap = f"{1 - total} is missing" if total < 1 else f"{total - 1} is too much"
+        raise ValueError(f"the rates of a stage sum to exactly 1, {found}; {gap}")
     positive = {task: rates[task] for task in TASKS if rates.get(task)}
     period = lcm(*(rate.denominator for rate in positive.values()))
     if period > MAX_PERIOD:
         raise ValueError(
-            f"rates: their common denominator must be at most {MAX_PERIOD}, found {period}; write "
-            "simpler fractions, best all with the same denominator"
+            f"the common denominator of a stage's rates is at most {MAX_PERIOD}, here it is "
+            f"{period}; write them over one simpler denominator"
         )
     return positive
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from math import ceil, gcd
-from typing import Literal, get_args
+from typing import Literal
 
 from data_shards.plan.allocation import (
     allocate,
@@ -310,25 +310,9 @@ def settling_order(specs: Sequence[StageSpec]) -> list[StageSpec]:
 
 
 def _check(spec: StageSpec) -> None:
-    where = f"stages.{spec.name}"
-    if spec.take is not None and spec.rest_of:
-        raise ValueError(
-            f"{where}.pool: must have either take or rest_of, found take {spec.take} and rest_of "
-            f"{', '.join(spec.rest_of)}; remove one of them"
-        )
-    if spec.take is not None and spec.take < 1:
-        raise ValueError(f"{where}.pool.take: must be at least 1, found {spec.take}")
-    if spec.epochs < 1:
-        raise ValueError(f"{where}.epochs: must be at least 1, found {spec.epochs}")
-    if spec.shortage not in get_args(Shortage):
-        raise ValueError(
-            f"{where}.shortage: must be one of {get_args(Shortage)}, found {spec.shortage!r}"
-        )
-    if spec.epoch_tasks not in get_args(EpochTasks):
-        raise ValueError(
-            f"{where}.epoch_tasks: must be one of {get_args(EpochTasks)}, found "
-            f"{spec.epoch_tasks!r}"
-        )
+    """What the config cannot get wrong, its rates being a mapping; it checks everything else."""
     tasks = [task for task, _ in spec.rates]
     if len(set(tasks)) < len(tasks):
-        raise ValueError(f"{where}.rates: must name a task only once, found {', '.join(tasks)}")
+        raise ValueError(
+            f"stages.{spec.name}.rates: must name a task only once, found {', '.join(tasks)}"
+        )

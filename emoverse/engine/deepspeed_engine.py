@@ -6,9 +6,10 @@ full tensors by parameter name, independent of the ZeRO stage and of the number 
 No other file imports deepspeed; nothing here compiles an operator, so no compiler is needed.
 """
 
+import contextlib
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -31,12 +32,12 @@ from deepspeed.utils import (
 )
 
 from emoverse.config.deepspeed_settings import deepspeed_config
-from emoverse.engine.distributed import World, gather_rows
+from emoverse.engine.distributed import World, gather_rows, shutdown
 from emoverse.engine.optim import set_learning_rate
 from emoverse.engine.step_types import BadNumbers, Packs, Placeholders, StepResult, TrainedState
 from emoverse.engine.stopwatch import Stopwatch
 from emoverse.loss import gradient_scale, mean_loss
-from emoverse.training.loss_guard import finite
+from emoverse.training.loss_guard import check_finite
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -60,6 +61,18 @@ def start_process_group(world: World, *, timeout_s: float) -> None:
         timeout=timedelta(seconds=timeout_s),
         verbose=False,
     )
+
+
+@contextlib.contextmanager
+def process_group(world: World, *, timeout_s: float) -> Iterator[None]:
+    """The process group while the block runs; it can be entered once per process.
+
+    After an error it stays open: other ranks may wait in a collective, and only the end of this
+    process tells them.
+    """
+    start_process_group(world, timeout_s=timeout_s)
+    yield
+    shutdown()
 
 
 class _PackLoss(nn.Module):
@@ -130,7 +143,7 @@ class Engine:
         normaliser: float,
         lr_factor: float,
         make_empty: Callable[[], Packs],
-        judge: Callable[[float, float], str | None] = finite,
+        judge: Callable[[float, float], str | None] = check_finite,
     ) -> StepResult:
         """One optimiser update over all packs of all ranks.
 

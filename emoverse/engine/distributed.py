@@ -8,7 +8,6 @@ until the time-out; therefore what may fail on one rank only runs inside `agree`
 import contextlib
 import os
 import platform
-import socket
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import torch.distributed as dist
 Value = TypeVar("Value")
 
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-WRONG_INPUT = (ValueError, FileNotFoundError)  # what a user can put right: exit code 2, not 1
+WRONG_INPUT = (ValueError, FileNotFoundError)  # what a user can put right
 
 
 class RankError(RuntimeError):
@@ -28,7 +27,7 @@ class RankError(RuntimeError):
 
     def __init__(self, text: str, *, wrong_input: bool, traceback: str = "") -> None:
         super().__init__(text)
-        self.exit_code = 2 if wrong_input else 1
+        self.wrong_input = wrong_input  # what a user can put right, on every rank that failed
         self.traceback = traceback  # of the first rank that failed
 
 
@@ -53,14 +52,6 @@ class World:
         return "nccl" if self.device.type == "cuda" else "gloo"
 
 
-def free_port() -> int:
-    """A TCP port of this host that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def read_world(environ: Mapping[str, str] = os.environ) -> World:
     """The world described by the five rank variables; none of them means one process alone.
 
@@ -71,13 +62,13 @@ def read_world(environ: Mapping[str, str] = os.environ) -> World:
     missing = [name for name in RANK_VARIABLES if name not in present]
     cuda = torch.cuda.is_available()
     if not present:
-        alone = f"tcp://127.0.0.1:{free_port()}"
         device = torch.device("cuda", 0) if cuda else torch.device("cpu")
+        alone = "tcp://127.0.0.1:0"  # port 0: any free one
         return World(rank=0, world_size=1, local_rank=0, device=device, init_method=alone)
     if missing:
         raise ValueError(
-            f"rank variables are half set: {', '.join(present)} are set, {', '.join(missing)} are "
-            "not; set all five (a launcher does) or unset all of them to run one process"
+            f"rank variables are partly set: {', '.join(present)} are set, {', '.join(missing)} "
+            "are not; set all five (a launcher does) or unset all of them to run one process"
         )
     rank, local_rank, world_size = (
         _integer(environ, name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
@@ -126,7 +117,7 @@ def raise_together(world: World, error: Exception | None, doing: str) -> None:
     """
     mine = None
     if error is not None:
-        is_input = isinstance(error, WRONG_INPUT) or getattr(error, "exit_code", 1) == 2
+        is_input = isinstance(error, WRONG_INPUT) or getattr(error, "wrong_input", False)
         stack = "".join(traceback.format_exception(error))
         mine = (f"{type(error).__name__}: {error}", is_input, stack)
     everyone: list[tuple[str, bool, str] | None] = [mine] * world.world_size

@@ -18,11 +18,16 @@ NamedParameters = Sequence[tuple[str, nn.Parameter]]
 class OptimSettings(Protocol):
     """What this file reads of `stages.<name>.optim`; learning rates are peak values."""
 
-    lr_lora: float
-    lr_projector: float
-    weight_decay: float
-    betas: tuple[float, float]
-    eps: float
+    @property
+    def lr_lora(self) -> float: ...
+    @property
+    def lr_projector(self) -> float: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def betas(self) -> tuple[float, float]: ...
+    @property
+    def eps(self) -> float: ...
 
 
 def warmup_steps(fraction: float, num_steps: int) -> int:

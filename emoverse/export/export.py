@@ -129,7 +129,7 @@ def _state_of_run(args: argparse.Namespace) -> State:
         base=folder,
         base_name=str(base),
         below=folds_below(config, which, run_dir),
-        own=read_fold(config, run_dir / which),
+        own=read_fold(run_dir / which, config.model.lora),
         r=config.model.lora.r,
         alpha=config.model.lora.alpha,
         facts=facts,

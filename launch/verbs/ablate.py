@@ -21,7 +21,7 @@ from emoverse.config.yaml_source import split_words
 from emoverse.paper.ablation_page import render_ablations
 from emoverse.paper.ablation_tables import ablation_json, ablation_text
 from emoverse.paper.tables import TABLES, states_of, variants
-from emoverse.training.shutdown import EXIT_STOPPED
+from launch.exit_codes import STOPPED
 from launch.subcommands import StepError, run_step
 
 BASE, STAGES = "base", ("stage1", "stage2")
@@ -201,8 +201,8 @@ def _run_all(plans: Sequence[Variant], parallel: int) -> dict[str, str]:
     for name, future in futures.items():
         error = future.exception()
         if isinstance(error, StepError):
-            if error.code == EXIT_STOPPED:
-                raise SystemExit(EXIT_STOPPED)
+            if error.code == STOPPED:
+                raise SystemExit(STOPPED)
             failed[name] = str(error)
         elif error is not None:
             raise error
@@ -242,12 +242,12 @@ def _share(plan: Variant, home: Path) -> None:
         folder.mkdir(exist_ok=True)
         if not (cache.exists() or cache.is_symlink()):
             cache.symlink_to(Path("..", cache.name))
-    from emoverse.run_dir.stage_reuse import adopt_stage  # torch, which a dry run does not need
+    from emoverse.run_dir.stage_reuse import reuse_stage  # torch, which a dry run does not need
 
     for stage in plan.stages:
         for donor in (home / name for name in variants() if name != plan.name):
             try:
-                adopted = adopt_stage(config, stage, donor)
+                adopted = reuse_stage(config, stage, donor)
             except ValueError as error:  # a damaged donor costs time, no more
                 print(f"{plan.name}: {stage} is not taken from {donor}: {error}", file=sys.stderr)
                 continue

@@ -1,34 +1,28 @@
 """The verb `evaluate`: what to evaluate, in how many processes, and the result as text.
 
 In: a run, a checkpoint, a base model or a file of answers. Out: eval/STATE/{predictions.jsonl,
-metrics.json} and a table. `python -m launch.verbs.evaluate` is one rank of several, as the rank
-variables say. Importing this file does not import torch.
+metrics.json} and a table. With --processes the ranks are `launch.worker`. Importing this file does
+not import torch.
 """
 
 import argparse
 import contextlib
 import json
-import os
-import signal
 import sys
-import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from data_shards.tasks import TASKS, Task
+from emoverse.config.schema import freeze_config
 from emoverse.config.yaml_source import split_words
 from emoverse.evaluation.parsing import MODES
 from emoverse.evaluation.target import Target, name_of, resolve, states_of
-from emoverse.training.shutdown import EXIT_STOPPED as STOPPED
+from launch.exit_codes import DONE, STOPPED, WRONG_INPUT
 from launch.local import run_ranks
-from launch.worker import DONE, FAULT, WRONG_INPUT
 
 if TYPE_CHECKING:
     from data_shards.annotate.endpoint import Endpoint
-
-TIMEOUT_S = 1800.0  # of one collective: as long as another rank may need for its batch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -169,20 +163,22 @@ def target_of(args: argparse.Namespace) -> Target:
 
 def _run_ranks(args: argparse.Namespace, target: Target) -> dict[str, Any]:
     """Several local ranks; their results are read from the files that rank 0 writes."""
-    command = [sys.executable, "-m", "launch.verbs.evaluate", str(args.target), *args.config]
-    command += ["--parser", args.parser]
-    command += [word for state in args.which or () for word in ("--which", state)]
-    command += ["--fresh"] if args.fresh else []
-    command += ["--out", str(args.out)] if args.out else []
+    assert target.config is not None
     logs = target.out / "eval" / "logs"
     logs.mkdir(parents=True, exist_ok=True)
+    frozen = freeze_config(target.config, logs.absolute())
+    command = [sys.executable, "-m", "launch.worker", str(frozen), "--end-with-input"]
+    command += [f"--evaluate-target={args.target}", f"--parser={args.parser}"]
+    command += [f"--which={state}" for state in args.which or ()]
+    command += ["--answer-again"] if args.fresh else []
+    command += [f"--out={args.out}"] if args.out else []
     with contextlib.redirect_stdout(sys.stderr):  # stdout belongs to the result
         code = run_ranks(command, num_ranks=args.processes, logs=logs)
     if code == STOPPED:
         raise SystemExit(STOPPED)
     if code != DONE:
         error = ValueError if code == WRONG_INPUT else RuntimeError
-        raise error(f"the ranks failed; what every rank said: {logs}/rank_*.log")
+        raise error(f"the ranks failed; logs of all ranks: {logs}/rank_*.log")
     states = [name_of(target, state) for state in states_of(target, lambda text: None)]
     files = {state: target.out / "eval" / state / "metrics.json" for state in states}
     return {state: json.loads(path.read_text(encoding="utf-8")) for state, path in files.items()}
@@ -237,41 +233,3 @@ def paper_text(states: Mapping[str, Any]) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
-
-
-# One rank --------------------------------------------------------------------------------------
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Evaluates as the rank that the environment says. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m launch.verbs.evaluate", description=__doc__)
-    add_arguments(parser)
-    args = parser.parse_args(argv)
-    # Every answered batch is on disk: there is nothing to save, the same command goes on.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(number, _stop_at_once)
-    from emoverse.engine import distributed
-    from emoverse.engine.deepspeed_engine import start_process_group
-    from emoverse.evaluation.evaluate import run_target
-
-    try:
-        world = distributed.read_world()
-        start_process_group(world, timeout_s=TIMEOUT_S)
-        run_target(target_of(args), world=world, mode=args.parser, fresh=args.fresh)
-        distributed.shutdown()
-        return DONE
-    except Exception as error:
-        wrong_input = isinstance(error, distributed.WRONG_INPUT)
-        code = int(getattr(error, "exit_code", WRONG_INPUT if wrong_input else FAULT))
-        if code == FAULT:
-            traceback.print_exc()
-        print(f"emoverse evaluate: {error}", file=sys.stderr)
-        return code
-
-
-def _stop_at_once(number: int, frame: FrameType | None) -> None:
-    os._exit(STOPPED)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -77,7 +77,7 @@ def run_status(run_dir: Path, live: Mapping[str, Mapping[str, str]] | None) -> d
 
 def _config(run_dir: Path) -> Config | None:
     """The run's config: of its first start, or as it was frozen for the queue."""
-    found = [run_dir / "config.yaml", *sorted((run_dir / JOBS).glob("config-*.yaml"))]
+    found = [run_dir / "config.yaml", *sorted((run_dir / JOBS).glob("config-*"))]
     return next((load_config([path]) for path in found if path.is_file()), None)
 
 

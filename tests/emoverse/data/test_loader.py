@@ -342,6 +342,7 @@ def damaged_record(number: int) -> Record:
     )
 
 
+@pytest.mark.promise(2)
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_worker_killed_at_any_step_changes_nothing(
     build: Callable[..., StepLoader],

@@ -139,6 +139,7 @@ def kill_at(
     return make
 
 
+@pytest.mark.promise(2)
 def test_killed_workers_begin_again_where_they_were(tmp_path: Path) -> None:
     said: list[str] = []
     make = kill_at({3, 4, 9, 10, 22}, tmp_path)
@@ -163,6 +164,7 @@ def test_a_step_that_kills_twice_is_an_error() -> None:
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.promise(2)
 def test_a_worker_killed_from_outside_at_any_time() -> None:
     """At whatever it is doing: between steps, in the middle of a message, waiting."""
     for delay in (0.0, 0.002, 0.01, 0.05):
@@ -177,6 +179,7 @@ def test_a_worker_killed_from_outside_at_any_time() -> None:
         assert list(results) == []
 
 
+@pytest.mark.promise(2)
 def test_a_worker_that_hangs_is_an_error_that_names_the_record() -> None:
     def make(step: int, desk: Desk) -> dict[str, object]:
         if step == 4:

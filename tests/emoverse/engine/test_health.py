@@ -145,10 +145,10 @@ def test_ranks_that_meet(run_ranks: Callable[..., list[Any]]) -> None:
         try:
             check_nodes(world, NEED)
         except RankError as error:
-            return f"{error.exit_code} {error}"
+            return f"{error.wrong_input}: {error}"
         return "no error"
 
     one, two = run_ranks(bad, 2)
     assert one == two
-    assert one.startswith("1 the nodes are not fit to train together: ")
+    assert one.startswith("False: the nodes are not fit to train together: ")
     assert "n7: torch 0.1, elsewhere" in one and "emoverse launch --exclude n7" in one

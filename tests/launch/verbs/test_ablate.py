@@ -138,7 +138,7 @@ def test_what_variants_share_is_looked_for_before_each_is_trained(
             raise ValueError("its checkpoint is damaged")
         return (config.run.run_dir.name, donor.name) == ("t1", "m2se")
 
-    monkeypatch.setattr("emoverse.run_dir.stage_reuse.adopt_stage", adopt)
+    monkeypatch.setattr("emoverse.run_dir.stage_reuse.reuse_stage", adopt)
     monkeypatch.setattr(ablate, "run_step", lambda words, **options: ran.append(words[0]))
     words = ["ablate", NANO, f"run.run_dir={tmp_path}", "--variant", "t1", "--variant", "ecpe_only"]
     assert main(words) == 2  # nothing really ran, so there is nothing to collect
