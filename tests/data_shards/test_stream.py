@@ -319,7 +319,7 @@ def test_damage_is_replaced_by_the_same_task(folder: Path) -> None:
 def test_substitutes_are_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the number of attempts, or by the records that the task has."""
     damage(folder, {record.key for record in make_records()})
-    with pytest.raises(DamagedSample, match=r"is damaged: .*; .*that could stand in for task"):
+    with pytest.raises(DamagedSample, match=r"is damaged: .*; .*substitutes for task"):
         open_stream(folder, on_damage="replace")[0]
     monkeypatch.setattr(stream_module, "MAX_ATTEMPTS", 2)
     with pytest.raises(DamagedSample, match="2 substitutes are damaged too; build the shards"):
