@@ -381,10 +381,10 @@ def run_rank(job: Job, args: argparse.Namespace, flag: StopFlag) -> int:
 def _check_hosts(job: Job, world: "World") -> None:
     """In a scheduler's job: refuses hosts that are not fit to train together; collective."""
     from emoverse.engine.health import check_nodes
-    from emoverse.estimate.memory import memory_need
+    from emoverse.estimate.memory import estimate_memory
 
     if job.context.job is not None:
-        for note in check_nodes(world, memory_need(job.config, world.world_size)):
+        for note in check_nodes(world, estimate_memory(job.config, world.world_size)):
             if world.is_main:
                 job_log.log(note)
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from emoverse.engine.distributed import RankError, World
-from emoverse.estimate.memory import GIB, Need
+from emoverse.estimate.memory import GIB, MemoryEstimate
 from emoverse.run_dir.provenance import package_versions
 
 CLOCK_S = 5.0  # more apart than this is told: lease and logs compare times of several nodes
@@ -45,7 +45,7 @@ class NodeFacts:
     reduce_s: float
 
 
-def check_nodes(world: World, need: Need) -> list[str]:
+def check_nodes(world: World, need: MemoryEstimate) -> list[str]:
     """Collective; returns what to say on rank 0. `need`: the memory estimate of `plan`, per GPU.
 
     Raises:
@@ -117,7 +117,7 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def problems_of(everyone: Sequence[NodeFacts], need: Need) -> list[tuple[str, str]]:
+def problems_of(everyone: Sequence[NodeFacts], need: MemoryEstimate) -> list[tuple[str, str]]:
     """(host, what is wrong there); the majority decides what is normal."""
     found: dict[tuple[str, str], None] = {}  # several ranks of a host say the same once
     names = sorted({name for facts in everyone for name in facts.versions})
@@ -152,14 +152,14 @@ def _why_on_cpu(facts: NodeFacts) -> str:
     )
 
 
-def _too_small(memory: int, need: Need) -> str:
+def _too_small(memory: int, need: MemoryEstimate) -> str:
     return (
         f"its GPU has {memory / GIB:.1f} GiB, weights and optimiser states alone take "
         f"{need.states / GIB:.1f} GiB; emoverse plan says what would fit"
     )
 
 
-def memory_notes(everyone: Sequence[NodeFacts], need: Need) -> list[str]:
+def memory_notes(everyone: Sequence[NodeFacts], need: MemoryEstimate) -> list[str]:
     """Is there a GPU that the whole estimate does not fit into? Estimates err: only a note."""
     least = min((facts.memory for facts in everyone if facts.memory), default=0)
     if not least or need.total <= least:

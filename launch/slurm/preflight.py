@@ -15,7 +15,7 @@ from pathlib import Path
 
 from data_shards.shards.open import open_index
 from emoverse.config.schema import Config, TrainSection
-from emoverse.estimate.memory import GIB, memory_need
+from emoverse.estimate.memory import GIB, estimate_memory
 from emoverse.models.architecture import base_folder, load_architecture, parameter_counts
 from emoverse.run_dir import storage
 from emoverse.training.stages import DONE, run_plan, stage_dir
@@ -206,7 +206,7 @@ def check_memory(config: Config, cluster: Cluster) -> list[str]:
     """
     if cluster.gpu_memory_gib is None or not cluster.gpus_per_node:
         return []
-    estimate = memory_need(config, cluster.num_ranks)
+    estimate = estimate_memory(config, cluster.num_ranks)
     states, total = estimate.states / GIB, estimate.total / GIB
     if states > cluster.gpu_memory_gib:
         raise ValueError(

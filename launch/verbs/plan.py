@@ -13,7 +13,7 @@ from data_shards.plan.plan import Plan, StagePlan
 from data_shards.shards.index import ShardIndex
 from data_shards.shards.open import open_index
 from emoverse.config.schema import Config, StageSection
-from emoverse.estimate.flops import work_report, work_text
+from emoverse.estimate.flops import flops_report, flops_text
 from emoverse.estimate.memory import memory_report, memory_text
 from emoverse.models.architecture import load_architecture, parameter_counts
 from emoverse.training.stages import run_plan
@@ -42,7 +42,7 @@ def make_plan(config: Config) -> tuple[ShardIndex, Plan, dict[str, Any]]:
         "zero_stage": config.train.zero_stage,
         "parameters": parameters,
         "memory": memory_report(config, architecture),
-        "work": work_report(
+        "work": flops_report(
             config, architecture, sum(stage.num_samples for stage in plan.stages.values())
         ),
         "visual_tokens_per_clip": config.data.frames_per_clip
@@ -100,7 +100,7 @@ def plan_text(report: Mapping[str, Any]) -> str:
         f"llm {parts['llm']:,})",
         f"trainable  {parts['trainable']:,} (" + _trainable_parts(parts) + ")",
     ]
-    lines += ["", *memory_text(report["memory"]), work_text(report["work"])]
+    lines += ["", *memory_text(report["memory"]), flops_text(report["work"])]
     for name, stage in report["stages"].items():
         lines += ["", *_stage_text(name, stage)]
     lines += ["", advice_text(report["saving"]), "", f"plan {report['plan_fingerprint']}"]

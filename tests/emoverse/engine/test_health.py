@@ -9,7 +9,7 @@ import pytest
 from emoverse.engine import health
 from emoverse.engine.distributed import RankError, World, is_lost_peer, shutdown
 from emoverse.engine.health import NodeFacts, check_nodes, memory_notes, notes_of, problems_of
-from emoverse.estimate.memory import GIB, Need
+from emoverse.estimate.memory import GIB, MemoryEstimate
 
 
 def facts(rank: int, **changes: Any) -> NodeFacts:
@@ -30,7 +30,7 @@ def facts(rank: int, **changes: Any) -> NodeFacts:
 
 
 # Of an 8B model on one card.
-NEED = Need(
+NEED = MemoryEstimate(
     weights=15 * GIB,
     gathered=0,
     gradients=1 * GIB,

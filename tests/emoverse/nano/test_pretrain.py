@@ -268,9 +268,9 @@ def test_the_config_of_the_nano_base_loads() -> None:
     ("override", "message"),
     [
         ("align.batch=33", "align: found .*: batch must be a multiple of processes, which is 2"),
-        ("vision.heads=3", "vision.heads: found 3: the heads share the width evenly, but hidden"),
-        ("llm.heads=7", "llm.heads: found 7: the heads share the width evenly, but hidden is"),
-        ("vision.image_size=224", "found 224: the generic pairs are drawn at 112 pixels; set that"),
+        ("vision.heads=3", "vision.heads: found 3: must divide hidden, which is"),
+        ("llm.heads=7", "llm.heads: found 7: must divide hidden, which is"),
+        ("vision.image_size=224", "found 224: must be 112, the size of the generic pairs"),
         ("gates.samples=0", "gates.samples: found 0: must be at least 1"),
         ("llm.familly=phi3", r"found 'phi3': unknown key \(did you mean 'family'\?\)"),
     ],
