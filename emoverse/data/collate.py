@@ -22,9 +22,6 @@ from data_shards.tasks import TASKS, Task
 from emoverse.data.encode import IGNORED, Example
 from emoverse.loss import LossMode, token_weights
 
-Pixels = Callable[[Sequence[Example]], NDArray[np.uint8]]
-"""The frames of some examples behind each other, uint8 [F, H, W, 3]."""
-
 _TASK_NUMBER = {task: number for number, task in enumerate(TASKS)}
 
 
@@ -96,20 +93,15 @@ class FrameShape:
     feature_channels: int | None = None
 
 
-def own_pixels(examples: Sequence[Example]) -> NDArray[np.uint8]:
-    """A copy of the frames that the examples hold."""
-    frames = [example.pixels_F for example in examples if example.pixels_F is not None]
-    assert sum(map(len, frames)) == sum(example.num_frames for example in examples)
-    return np.concatenate(frames)
-
-
 def collate(
-    examples: Sequence[Example], loss_mode: LossMode, *, pixels: Pixels = own_pixels
+    examples: Sequence[Example],
+    loss_mode: LossMode,
+    pixels: NDArray[np.uint8] | None = None,
 ) -> Batch:
     """Pack examples back to back, in the given order.
 
-    `pixels` is asked last, and only if the examples have no features: who decodes frames to their
-    place in the batch does it there.
+    `pixels`: the frames [F, H, W, 3] of all examples without features, in the same order, not
+    copied; by default a copy of the frames that the examples hold.
 
     Raises ValueError if an example has nothing supervised, or some have pixels and some features.
     """
@@ -130,7 +122,7 @@ def collate(
             normaliser += total
     # Nothing predicts the first token of a segment; `_supervised` asserts that it has no label.
     rows = np.flatnonzero(labels_T[1:] != IGNORED)
-    frames, features = _frames(examples, pixels)
+    frames, features = _visuals(examples, pixels)
     samples = [example for example in examples if not example.filler]
     return Batch(
         ids_T=torch.from_numpy(ids_T),
@@ -180,25 +172,20 @@ def pack(examples: Iterable[Example], pack_tokens: int) -> list[list[Example]]:
     return [sorted(group, key=lambda example: example.position) for group in packs]
 
 
-def make_batches(
-    examples: Iterable[Example],
-    *,
-    pack_tokens: int,
-    loss_mode: LossMode,
-    frame_shape: FrameShape,
-    pixels: Pixels = own_pixels,
-) -> list[Batch]:
-    """The packs of one rank's share of a step; none for an empty share.
+def plan_packs(
+    examples: Iterable[Example], pack_tokens: int, frame_shape: FrameShape
+) -> list[list[Example]]:
+    """The packs of one rank's share of a step; none for an empty share. A pure function.
 
     A pack of text alone gets a filler with one frame (beyond `pack_tokens`): vision tower and
-    projector must run in every pack, or ranks would wait for each other at different places.
+    projector must run in every pack, or ranks would wait for each other in different collectives.
     """
-    batches = []
-    for group in pack(examples, pack_tokens):
-        if not any(example.num_frames for example in group):
-            group = [*group, zero_example(frame_shape)]
-        batches.append(collate(group, loss_mode, pixels=pixels))
-    return batches
+    return [
+        group
+        if any(example.num_frames for example in group)
+        else [*group, zero_example(frame_shape)]
+        for group in pack(examples, pack_tokens)
+    ]
 
 
 def zero_example(shape: FrameShape) -> Example:
@@ -239,8 +226,8 @@ def _supervised(example: Example) -> NDArray[np.bool_]:
     return supervised_T
 
 
-def _frames(
-    examples: Sequence[Example], pixels: Pixels
+def _visuals(
+    examples: Sequence[Example], pixels: NDArray[np.uint8] | None
 ) -> tuple[NDArray[np.uint8] | None, NDArray[Any] | None]:
     """All frames in the order of their context tokens: (pixels, features), one of them or none."""
     visual = [example for example in examples if example.num_frames]
@@ -252,7 +239,11 @@ def _frames(
         )
     if features:
         return None, np.concatenate(features)
-    return pixels(visual) if visual else None, None
+    if pixels is None and visual:
+        frames = [example.pixels_F for example in visual if example.pixels_F is not None]
+        pixels = np.concatenate(frames)
+    assert (0 if pixels is None else len(pixels)) == sum(example.num_frames for example in visual)
+    return pixels, None
 
 
 def _fields(batch: Batch) -> dict[str, Any]:

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from data_shards.media.pixels import blank_pixels
 from data_shards.shards.record import Record, Turn
-from data_shards.stream import Damage, Sample
+from data_shards.stream import Damage, Sample, ViewOptions
 from data_shards.tasks import Task, build_query, format_answer
+from emoverse.config.schema import DataSection
 from emoverse.data.prompt import (
     SYSTEM_TEXT,
     Segment,
@@ -42,7 +43,7 @@ class Example:
     """A sample as arrays. T tokens, F frames (or tiles of one image), C channels.
 
     pixels_F, features: at most one of them. Both are absent in a text-only example (no frames) and
-        where the sample's frames still wait to be decoded, straight into the batch.
+        where the sample's frames are not decoded yet.
     filler: no sample, but frames that keep the ranks' work alike (`collate.zero_example`).
     cut_turns: how many turns of the conversation lost their words to `max_tokens`.
     quarantine: the damaged records that were passed over before this one was found.
@@ -84,6 +85,39 @@ class EncodeOptions:
     features: FeatureSource | None = None
     blank_feature: NDArray[Any] | None = None
     system: str = SYSTEM_TEXT
+
+
+def view_options(data: DataSection, architecture: Architecture) -> ViewOptions:
+    """Which frames a model is shown, in training and in evaluation."""
+    return ViewOptions(
+        num_frames=data.frames_per_clip,
+        image_size=architecture.vision.image_size,
+        visual=data.visual,
+        resize=data.resize,
+        peak_tiles=data.peak_tiles,
+    )
+
+
+def encode_options(
+    data: DataSection,
+    architecture: Architecture,
+    *,
+    blank_frames: bool = False,
+    features: FeatureSource | None = None,
+    blank_feature: NDArray[Any] | None = None,
+) -> EncodeOptions:
+    """How samples become examples, in training and in evaluation."""
+    return EncodeOptions(
+        template=architecture.template,
+        tokens_per_frame=architecture.visual_tokens_per_frame,
+        image_size=architecture.vision.image_size,
+        max_tokens=data.max_tokens,
+        frames_per_clip=data.frames_per_clip,
+        give_emotion=data.give_emotion,
+        blank_frames=blank_frames,
+        features=features,
+        blank_feature=blank_feature,
+    )
 
 
 def open_tokenizer(base: str | Path, *, max_tokens: int = 0) -> Tokenizer:
@@ -267,8 +301,8 @@ def _visuals(
                 f"found {list(features.shape)}; they are another base model's, compute them anew"
             )
         return None, features, len(features)
-    if sample.waiting:
-        return None, None, sample.waiting
+    if sample.undecoded:
+        return None, None, sample.undecoded
     frames, size = sample.frames, options.image_size
     if frames is None:
         raise ValueError(
