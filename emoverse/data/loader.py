@@ -14,7 +14,7 @@ import torch
 from data_shards.plan.sampler import WeightedTaskSampler
 from data_shards.shards.index import ShardIndex
 from data_shards.shards.reader import ShardReader
-from data_shards.stream import Sample, StepStream, ViewOptions, view_frames
+from data_shards.stream import Sample, StepStream, View, ViewOptions, view_frames
 from emoverse.config.schema import Config
 from emoverse.data.collate import Batch, FrameShape
 from emoverse.data.encode import encode_options, open_tokenizer, view_options
@@ -124,7 +124,7 @@ def build_loader(
 
 def _wants_frames(
     view: ViewOptions, features: KeyedFeatures | None, *, blank: bool
-) -> Callable[[str, str], bool] | None:
+) -> Callable[[str, View], bool] | None:
     """Which (record key, view) the stream decodes; None is every one."""
     if blank:
         # As many grey frames as the true ones: for some views only decoding tells how many.

@@ -362,7 +362,8 @@ class Engine:
 
     def _local_part(self, param: nn.Parameter, value: Tensor) -> Tensor:
         """This rank's slice of a ZeRO-3 parameter, zero-padded as DeepSpeed pads it."""
-        size = param.ds_tensor.numel()
+        partition: Tensor = param.ds_tensor  # type: ignore[attr-defined]  # DeepSpeed adds it
+        size = partition.numel()
         flat = value.flatten()
         padded = torch.nn.functional.pad(flat, (0, size * self.world.world_size - flat.numel()))
         return padded.narrow(0, size * self.world.rank, size)
@@ -421,7 +422,7 @@ def _partition(
     model: nn.Module, deferred: Placeholders, settings: Mapping[str, Any], device: torch.device
 ) -> None:
     """Collective: gives each placeholder its value and keeps this rank's share of it."""
-    first: nn.Parameter | None = None
+    first: Any = None  # a parameter, to which DeepSpeed adds convert_to_zero_parameters
     for param, value in deferred.values():
         param.data = value.to(device)
         if first is None:
