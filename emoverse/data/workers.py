@@ -11,7 +11,6 @@ import os
 import pickle
 import signal
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing import connection, get_context
@@ -22,6 +21,7 @@ from typing import Final, Generic, TypeVar
 import numpy as np
 import torch
 
+from data_shards.process_errors import WorkerError
 from emoverse.data.shared_memory import Bytes, SharedBuffer, SlotAllocator
 
 T = TypeVar("T")
@@ -45,14 +45,6 @@ class PoolOptions:
     step_bytes: int = 0
     pin: bool = False
     timeout_s: float = 600.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Failure:
-    """An exception of a worker, sent to the trainer."""
-
-    error: Exception
-    trace: str
 
 
 @dataclass(kw_only=True)
@@ -110,9 +102,8 @@ class WorkerPool(Generic[T]):
                 self._start(worker, self._steps[worker.index])
             for index, step in enumerate(self._steps):
                 result = self._take(self._workers[index % len(self._workers)], step)
-                if isinstance(result, _Failure):
-                    result.error.add_note(result.trace)
-                    raise result.error
+                if isinstance(result, WorkerError):
+                    result.reraise()
                 yield result
                 del result  # or the slot of this step would be in use during the next
         finally:
@@ -142,7 +133,7 @@ class WorkerPool(Generic[T]):
         worker.process.start()
         child_pipe.close()
 
-    def _take(self, worker: _Worker, step: int) -> T | _Failure:
+    def _take(self, worker: _Worker, step: int) -> T | WorkerError:
         """The result of the step that this worker owes next."""
         while True:
             assert worker.pipe is not None and worker.process is not None
@@ -164,7 +155,7 @@ class WorkerPool(Generic[T]):
 
     def _unpack(
         self, worker: _Worker, content: bytes, slot: int | None, spans: list[tuple[int, int]]
-    ) -> T | _Failure:
+    ) -> T | WorkerError:
         worker.in_use -= set(worker.released)
         freed, worker.released = worker.released, []
         assert worker.pipe is not None
@@ -176,7 +167,7 @@ class WorkerPool(Generic[T]):
         if slot is not None:
             worker.in_use.add(slot)
             buffers = worker.buffer.views(slot, spans, worker.release)
-        result: T | _Failure = pickle.loads(content, buffers=buffers)
+        result: T | WorkerError = pickle.loads(content, buffers=buffers)
         return result
 
     def _restart(self, worker: _Worker, step: int) -> None:
@@ -247,12 +238,13 @@ def _worker_main(
         return  # the trainer is gone
 
 
-def _run(make: Callable[[int, SlotAllocator], T], step: int, slots: SlotAllocator) -> T | _Failure:
+def _run(
+    make: Callable[[int, SlotAllocator], T], step: int, slots: SlotAllocator
+) -> T | WorkerError:
     try:
         return make(step, slots)
     except Exception as error:
-        trace = f"In the data worker, at step {step}:\n{traceback.format_exc()}"
-        return _Failure(error=_portable(error), trace=trace)
+        return WorkerError.capture(error, f"In the data worker, at step {step}")
 
 
 def _pack(result: object, slots: SlotAllocator) -> tuple[bytes, int | None, list[tuple[int, int]]]:
@@ -274,14 +266,3 @@ def _pack(result: object, slots: SlotAllocator) -> tuple[bytes, int | None, list
         slots.free.append(slot)
         slot = None
     return content, slot, spans
-
-
-def _portable(error: Exception) -> Exception:
-    """The error if it survives pickling, else one with the same message."""
-    try:
-        copy = pickle.loads(pickle.dumps(error))
-    except Exception as reason:
-        kind = ValueError if isinstance(error, ValueError) else RuntimeError
-        return kind(f"{error} ({type(error).__name__} could not be pickled: {reason})")
-    assert isinstance(copy, Exception)
-    return copy

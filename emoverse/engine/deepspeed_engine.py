@@ -35,9 +35,15 @@ from deepspeed.utils import (
 from emoverse.config.deepspeed_settings import deepspeed_config
 from emoverse.engine.distributed import World, gather_rows, shutdown
 from emoverse.engine.optim import set_learning_rate
-from emoverse.engine.step_types import BadNumbers, Packs, Placeholders, StepResult, TrainedState
+from emoverse.engine.step_types import (
+    BadNumbers,
+    Packs,
+    Placeholders,
+    StepResult,
+    TrainedState,
+    check_finite,
+)
 from emoverse.loss import gradient_scale, mean_loss
-from emoverse.training.loss_guard import check_finite
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

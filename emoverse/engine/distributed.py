@@ -61,11 +61,9 @@ def read_world(environ: Mapping[str, str] = os.environ) -> World:
     """
     present = [name for name in RANK_VARIABLES if environ.get(name)]
     missing = [name for name in RANK_VARIABLES if name not in present]
-    cuda = torch.cuda.is_available()
     if not present:
-        device = torch.device("cuda", 0) if cuda else torch.device("cpu")
         alone = "tcp://127.0.0.1:0"  # port 0: any free one
-        return World(rank=0, world_size=1, local_rank=0, device=device, init_method=alone)
+        return World(rank=0, world_size=1, local_rank=0, device=_device(0), init_method=alone)
     if missing:
         raise ValueError(
             f"rank variables are partly set: {', '.join(present)} are set, {', '.join(missing)} "
@@ -79,14 +77,21 @@ def read_world(environ: Mapping[str, str] = os.environ) -> World:
             f"RANK={rank}, LOCAL_RANK={local_rank}, WORLD_SIZE={world_size}: "
             "the rule is 0 <= RANK < WORLD_SIZE and LOCAL_RANK >= 0; check the launcher"
         )
-    gpus = torch.cuda.device_count() if cuda else 0
-    if cuda and local_rank >= gpus:
+    device = _device(local_rank)
+    return World(rank=rank, world_size=world_size, local_rank=local_rank, device=device)
+
+
+def _device(local_rank: int) -> torch.device:
+    """The GPU of a local rank, or the CPU where torch has no GPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    gpus = torch.cuda.device_count()
+    if local_rank >= gpus:
         raise ValueError(
             f"LOCAL_RANK={local_rank} but {platform.node()} shows {gpus} GPUs; "
             "start at most one process per GPU"
         )
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    return World(rank=rank, world_size=world_size, local_rank=local_rank, device=device)
+    return torch.device("cuda", local_rank)
 
 
 def _integer(environ: Mapping[str, str], name: str) -> int:

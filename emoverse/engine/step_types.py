@@ -4,6 +4,7 @@ In: packs, and placeholders of weights that are still to be read. Out: the resul
 trained state, or `BadNumbers`.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -57,3 +58,11 @@ class TrainedState:
     exp_avg: dict[str, Tensor]
     exp_avg_sq: dict[str, Tensor]
     updates: int
+
+
+def check_finite(loss: float, grad_norm: float) -> str | None:
+    """The reason to skip a step whose numbers are not finite, else None."""
+    for name, value in (("loss", loss), ("gradient norm", grad_norm)):
+        if not math.isfinite(value):
+            return f"{name} is not finite: {value}"
+    return None

@@ -176,7 +176,7 @@ def _loop(run: StageRun, flag: StopFlag, watchdog: Watchdog) -> Outcome:
                 normaliser=consensus.normaliser,
                 lr_factor=setup.lr_factor(step),
                 make_empty=setup.loader.zero_batch,
-                judge=setup.loss_guard.check,
+                check=setup.loss_guard.check,
             )
         except BadNumbers as bad:
             step += 1

@@ -14,8 +14,7 @@ from emoverse.engine import distributed
 from emoverse.engine.deepspeed_engine import Engine, deepspeed_config
 from emoverse.engine.distributed import World
 from emoverse.engine.optim import build_optimizer, lr_factor, parameter_groups
-from emoverse.engine.step_types import BadNumbers, TrainedState
-from emoverse.training.loss_guard import check_finite
+from emoverse.engine.step_types import BadNumbers, TrainedState, check_finite
 
 OPTIM = SimpleNamespace(
     lr_lora=1e-2, lr_projector=5e-3, weight_decay=0.1, betas=(0.9, 0.99), eps=1e-8
