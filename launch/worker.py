@@ -405,8 +405,7 @@ def _evaluate(job: Job, world: "World", args: argparse.Namespace, flag: StopFlag
     Returns DONE, or STOPPED if a stop was requested before it began; a later signal ends the
     process. Raises RankError on every rank.
     """
-    from emoverse.engine.distributed import WRONG_INPUT as INPUT_ERRORS
-    from emoverse.engine.distributed import RankError, agree, gather_rows
+    from emoverse.engine.distributed import INPUT_ERRORS, RankError, fail_together, gather_rows
     from emoverse.evaluation.evaluate import run, run_target
     from emoverse.report.report import write_report
     from emoverse.training.outcome import Outcome
@@ -423,7 +422,7 @@ def _evaluate(job: Job, world: "World", args: argparse.Namespace, flag: StopFlag
         run(job.run_dir, world=world, config=job.config)
     except INPUT_ERRORS as error:  # missing shards or states, which every rank finds alike
         raise RankError(str(error), wrong_input=True) from error
-    with agree(world, "report"):
+    with fail_together(world, "report"):
         if world.is_main:
             print(write_report(job.run_dir), flush=True)
     return Outcome.DONE

@@ -14,18 +14,11 @@ from typing import Any
 
 from data_shards.plan.plan import Placement
 from data_shards.shards.index import ShardIndex
+from emoverse.engine.step_types import check_finite
 from emoverse.run_dir import storage
 
 WINDOW = 64  # a spike is measured by the median of this many steps
 MIN_STEPS = 16  # before these nothing counts as a spike: at first the loss falls steeply
-
-
-def check_finite(loss: float, grad_norm: float) -> str | None:
-    """The reason to skip a step whose numbers are not finite, else None."""
-    for name, value in (("loss", loss), ("gradient norm", grad_norm)):
-        if not math.isfinite(value):
-            return f"{name} is not finite: {value}"
-    return None
 
 
 class LossGuard:

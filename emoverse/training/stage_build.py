@@ -18,8 +18,7 @@ from data_shards.plan.sampler import WeightedTaskSampler
 from data_shards.shards.index import ShardIndex
 from data_shards.shards.open import open_index
 from emoverse.config.schema import Config, StageSection
-from emoverse.data.loader import StepLoader
-from emoverse.data.pipeline import build_loader
+from emoverse.data.loader import StepLoader, build_loader
 from emoverse.engine.distributed import World
 from emoverse.engine.optim import lr_factor, warmup_steps
 from emoverse.models.architecture import load_architecture

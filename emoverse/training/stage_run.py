@@ -20,7 +20,7 @@ import torch.distributed as dist
 from emoverse.config.deepspeed_settings import deepspeed_config
 from emoverse.data.collate import Batch
 from emoverse.engine.deepspeed_engine import Engine
-from emoverse.engine.distributed import RankError, World, agree, from_main
+from emoverse.engine.distributed import RankError, World, fail_together, from_main
 from emoverse.engine.optim import build_optimizer, parameter_groups
 from emoverse.engine.step_types import BadNumbers
 from emoverse.models.architecture import parameter_counts
@@ -44,7 +44,7 @@ def start_run(setup: StageSetup, world: World, lock: RunLock | None) -> Iterator
     architecture, groups = setup.model.architecture, setup.model.trainable_groups()
     counts = parameter_counts(architecture, config.model.lora, config.model.projector)
     num_trainable = sum(p.numel() for named in groups.values() for _, p in named)
-    with agree(world, f"{stage}: engine settings"):
+    with fail_together(world, f"{stage}: engine settings"):
         optimizer = build_optimizer(parameter_groups(groups, optim), optim)
         settings = deepspeed_config(
             zero_stage=config.train.zero_stage,
@@ -61,7 +61,7 @@ def start_run(setup: StageSetup, world: World, lock: RunLock | None) -> Iterator
             if work is not None:
                 write_run_files(config, stage, setup.index, setup.plan, settings, work=work)
     engine = Engine(setup.model, optimizer, world, settings, setup.model.deferred)
-    with agree(world, f"{stage}: loading trained weights"):
+    with fail_together(world, f"{stage}: loading trained weights"):
         load_starting_weights(
             engine,
             setup.section,
@@ -69,7 +69,7 @@ def start_run(setup: StageSetup, world: World, lock: RunLock | None) -> Iterator
             parent=setup.parent,
             log=setup.notes.append,
         )
-    with agree(world, f"{stage}: telemetry"), _writing(lock) as work:
+    with fail_together(world, f"{stage}: telemetry"), _writing(lock) as work:
         telemetry = Telemetry(
             stage_dir=setup.folder,
             stage=stage,
@@ -167,7 +167,10 @@ class StageRun:
         self.telemetry.sync()
         failure: str | None = None
         size = 0
-        with agree(self.world, f"{setup.stage}: saving step {step}"), _writing(self.lock) as work:
+        with (
+            fail_together(self.world, f"{setup.stage}: saving step {step}"),
+            _writing(self.lock) as work,
+        ):
             if work is not None:
                 try:
                     newest = checkpoint.save_checkpoint(
@@ -231,7 +234,7 @@ class StageRun:
         by_rank = [own] * self.world.world_size
         if self.world.world_size > 1:
             dist.all_gather_object(by_rank, own)
-        with agree(self.world, f"{setup.stage}: step {step}"), _writing(self.lock) as work:
+        with fail_together(self.world, f"{setup.stage}: step {step}"), _writing(self.lock) as work:
             if work is None:
                 return
             samples = [
@@ -265,7 +268,7 @@ class StageRun:
         """Mark the stage as done, after its last checkpoint has been written."""
         setup = self.setup
         skipped = setup.loss_guard.skipped
-        with agree(self.world, f"{setup.stage}: finishing"), _writing(self.lock) as work:
+        with fail_together(self.world, f"{setup.stage}: finishing"), _writing(self.lock) as work:
             if work is not None:
                 done = {
                     "step": step,

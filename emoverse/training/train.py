@@ -21,7 +21,7 @@ from data_shards.tasks import TASKS
 from emoverse.config.schema import Config
 from emoverse.data.collate import Batch
 from emoverse.engine import distributed, rank_faults
-from emoverse.engine.distributed import RankError, World, agree, vote
+from emoverse.engine.distributed import RankError, World, agree_on_step, fail_together
 from emoverse.engine.step_types import BadNumbers
 from emoverse.engine.watchdog import Watchdog, watching
 from emoverse.loss import rank_normaliser
@@ -64,7 +64,7 @@ def train_stages(
     """
     flag.limit(config.train.max_minutes)
     lock: RunLock | None = None
-    with agree(world, "run directory"):
+    with fail_together(world, "run directory"):
         if world.is_main:
             lock = acquire(config.run.run_dir, take_over=options.take_over)
             rank_faults.clear(config.run.run_dir)
@@ -92,7 +92,7 @@ def _train_stage(
 ) -> Outcome:
     """Train one stage to its end, or to a stop; collective. `lock`: on rank 0 only."""
     folder = stage_dir(config, stage)
-    with agree(world, f"{stage}: run directory"):
+    with fail_together(world, f"{stage}: run directory"):
         done = is_done(config, stage, accept_changes=options.accept_changes)
     if distributed.from_main(world, done):
         if world.is_main:
@@ -106,7 +106,7 @@ def _train_stage(
 
     limit_s = 60 * config.train.hang_minutes
     with watching(folder / "heartbeat", world, limit_s=limit_s, lost=lost) as watchdog:
-        with agree(world, f"{stage}: set-up"):
+        with fail_together(world, f"{stage}: set-up"):
             setup = set_up_stage(
                 config, stage, world, resume=options.resume, accept_changes=options.accept_changes
             )
@@ -151,7 +151,7 @@ def _loop(run: StageRun, flag: StopFlag, watchdog: Watchdog) -> Outcome:
         # (2) The ranks agree: how many packs, the sum of weights, does any rank want to stop?
         watchdog.beat("waiting for the other ranks", step + 1)
         begin = time.monotonic()
-        consensus = vote(
+        consensus = agree_on_step(
             world,
             num_packs=len(packs),
             normaliser=rank_normaliser(packs),
@@ -176,7 +176,7 @@ def _loop(run: StageRun, flag: StopFlag, watchdog: Watchdog) -> Outcome:
                 normaliser=consensus.normaliser,
                 lr_factor=setup.lr_factor(step),
                 make_empty=setup.loader.zero_batch,
-                judge=setup.loss_guard.check,
+                check=setup.loss_guard.check,
             )
         except BadNumbers as bad:
             step += 1

@@ -14,8 +14,7 @@ from emoverse.engine import distributed
 from emoverse.engine.deepspeed_engine import Engine, deepspeed_config
 from emoverse.engine.distributed import World
 from emoverse.engine.optim import build_optimizer, lr_factor, parameter_groups
-from emoverse.engine.step_types import BadNumbers, TrainedState
-from emoverse.training.loss_guard import check_finite
+from emoverse.engine.step_types import BadNumbers, TrainedState, check_finite
 
 OPTIM = SimpleNamespace(
     lr_lora=1e-2, lr_projector=5e-3, weight_decay=0.1, betas=(0.9, 0.99), eps=1e-8
@@ -114,7 +113,7 @@ def train(engine: Engine, world: World, first: int, last: int, pack_size: int) -
     rows = []
     for step in range(first, last):
         packs = share(step, world, pack_size)
-        ballot = distributed.vote(
+        consensus = distributed.agree_on_step(
             world,
             num_packs=len(packs),
             normaliser=float(sum(len(p.inputs) for p in packs)),
@@ -124,8 +123,8 @@ def train(engine: Engine, world: World, first: int, last: int, pack_size: int) -
         )
         result = engine.step(
             packs,
-            num_packs=ballot.num_packs,
-            normaliser=ballot.normaliser,
+            num_packs=consensus.num_packs,
+            normaliser=consensus.normaliser,
             lr_factor=lr_factor(step, num_steps=STEPS, warmup=2, min_ratio=0.1),
             make_empty=empty,
         )
@@ -296,7 +295,7 @@ def test_a_bad_step_leaves_no_trace(
 ) -> None:
     """On one rank of two: all raise, and training goes on as if the step had not been."""
 
-    def judge(loss: float, norm: float) -> str | None:
+    def check(loss: float, norm: float) -> str | None:
         return "spike: the loss is a spike" if poison == "spike" else check_finite(loss, norm)
 
     def work(world: World) -> Any:
@@ -311,7 +310,7 @@ def test_a_bad_step_leaves_no_trace(
         )
         with pytest.raises(BadNumbers, match=f"{poison}.* is (not finite|a spike)") as bad:
             step = {"num_packs": 2, "normaliser": 6.0, "lr_factor": 1.0, "make_empty": empty}
-            engine.step(packs, judge=judge, **step)
+            engine.step(packs, check=check, **step)
         handle.remove()
         after = engine.export_state()
         rows = train(engine, world, 1, STEPS, 2)

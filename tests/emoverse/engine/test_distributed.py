@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from emoverse.engine import distributed
-from emoverse.engine.distributed import RankError, World, agree, read_world, vote
+from emoverse.engine.distributed import RankError, World, agree_on_step, fail_together, read_world
 
 FIVE = {
     "RANK": "1",
@@ -54,13 +54,13 @@ def test_impossible_ranks_are_refused(change: dict[str, str], message: str) -> N
         read_world(FIVE | change)
 
 
-def test_agree_alone_keeps_the_reason_and_the_cause() -> None:
-    with pytest.raises(RankError) as raised, agree(ALONE, "reading the data"):
+def test_a_failure_alone_keeps_the_reason_and_the_cause() -> None:
+    with pytest.raises(RankError) as raised, fail_together(ALONE, "reading the data"):
         raise ValueError("no shards")
     assert str(raised.value) == "reading the data: ValueError: no shards"
     assert raised.value.wrong_input
     assert isinstance(raised.value.__cause__, ValueError)
-    with pytest.raises(RankError) as fault, agree(ALONE, "x"):
+    with pytest.raises(RankError) as fault, fail_together(ALONE, "x"):
         raise ZeroDivisionError("1/0")
     assert not fault.value.wrong_input
 
@@ -68,10 +68,10 @@ def test_agree_alone_keeps_the_reason_and_the_cause() -> None:
 @pytest.mark.promise(5)
 def test_one_failing_rank_fails_all_with_its_reason(run_ranks: Ranks) -> None:
     def work(world: World) -> Any:
-        with agree(world, "loading"):  # nobody fails
+        with fail_together(world, "loading"):  # nobody fails
             pass
         try:
-            with agree(world, "loading"):
+            with fail_together(world, "loading"):
                 if world.rank == 1:
                     raise FileNotFoundError("no base model")
         except RankError as error:
@@ -81,18 +81,18 @@ def test_one_failing_rank_fails_all_with_its_reason(run_ranks: Ranks) -> None:
     assert run_ranks(work, 2) == [("loading: rank 1: FileNotFoundError: no base model", True)] * 2
 
 
-def test_equal_reasons_are_told_once(run_ranks: Ranks) -> None:
+def test_equal_reasons_are_reported_once(run_ranks: Ranks) -> None:
     def work(world: World) -> Any:
-        with pytest.raises(RankError) as raised, agree(world, "loading"):
+        with pytest.raises(RankError) as raised, fail_together(world, "loading"):
             raise ValueError("bad key")
         return str(raised.value)
 
     assert run_ranks(work, 2) == ["loading: rank 0, 1: ValueError: bad key"] * 2
 
 
-def test_vote_is_max_of_packs_sum_of_weights_any_of_stop(run_ranks: Ranks) -> None:
+def test_consensus_is_max_of_packs_sum_of_weights_any_of_stop(run_ranks: Ranks) -> None:
     def work(world: World) -> Any:
-        ballot = vote(
+        consensus = agree_on_step(
             world,
             num_packs=1 + world.rank,
             normaliser=2.5 + world.rank,
@@ -101,16 +101,16 @@ def test_vote_is_max_of_packs_sum_of_weights_any_of_stop(run_ranks: Ranks) -> No
             doing="step 3",
             extra=[7.0, float(world.rank)],
         )
-        return ballot.num_packs, ballot.normaliser, ballot.stop, ballot.extra
+        return consensus.num_packs, consensus.normaliser, consensus.stop, consensus.extra
 
     assert run_ranks(work, 2) == [(2, 6.0, True, [[7.0, 0.0], [7.0, 1.0]])] * 2
 
 
-def test_a_vote_with_an_error_raises_everywhere(run_ranks: Ranks) -> None:
+def test_a_consensus_with_an_error_raises_everywhere(run_ranks: Ranks) -> None:
     def work(world: World) -> Any:
         error = ValueError("record k is damaged") if world.rank == 0 else None
         with pytest.raises(RankError) as raised:
-            vote(world, num_packs=1, normaliser=1, stop=False, error=error, doing="step 3")
+            agree_on_step(world, num_packs=1, normaliser=1, stop=False, error=error, doing="step 3")
         return str(raised.value)
 
     assert run_ranks(work, 2) == ["step 3: rank 0: ValueError: record k is damaged"] * 2

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emoverse.training.loss_guard import MIN_STEPS, WINDOW, LossGuard, check_finite
+from emoverse.engine.step_types import check_finite
+from emoverse.training.loss_guard import MIN_STEPS, WINDOW, LossGuard
 
 INF = math.inf
 

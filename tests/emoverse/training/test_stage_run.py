@@ -16,7 +16,7 @@ from data_shards.files import read_complete_lines
 from data_shards.shards.index import ShardIndex
 from emoverse.config.schema import Config
 from emoverse.data.collate import Batch
-from emoverse.data.loader import StepLoader
+from emoverse.data.pipeline import BatchPipeline
 from emoverse.run_dir import storage
 from emoverse.run_dir.checkpoint import find_checkpoint, read_checkpoint
 
@@ -134,16 +134,16 @@ def test_saving_by_minutes(train: Train, tiny_config: MakeConfig) -> None:
 
 def poison(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
     """Rank 1's weights of the samples of these 0-based steps are not finite."""
-    original = StepLoader.batches
+    original = BatchPipeline.batches
 
-    def batches(self: StepLoader, step: int) -> list[Batch]:
+    def batches(self: BatchPipeline, step: int) -> list[Batch]:
         packs = original(self, step)
-        if step in steps and self._steps.sampler.rank == 1:
+        if step in steps and self.stream.sampler.rank == 1:
             bad = packs[0].row_weights * float("nan")
             packs = [dataclasses.replace(packs[0], row_weights=bad), *packs[1:]]
         return packs
 
-    monkeypatch.setattr(StepLoader, "batches", batches)
+    monkeypatch.setattr(BatchPipeline, "batches", batches)
 
 
 @pytest.mark.promise(8)

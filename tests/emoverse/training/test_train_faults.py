@@ -108,7 +108,7 @@ def test_a_stopped_rank_ends_the_job_within_the_bound(
     assert limit_s <= int(stuck_s) < limit_s + watchdog.BACKSTOP_S
     assert "Timeout (" not in said  # the watchdog found it, not the backstop behind it
     assert "forward, backward, update, step 3" in said
-    assert "rank 1: NO SIGN OF LIFE for" in said and " s, last seen " in said
+    assert "rank 1: NO HEARTBEAT for" in said and " s, last seen " in said
     stacks = said[said.index("stacks of this rank:") :]
     assert "engine.py" in stacks and "train.py" in stacks and "Thread 0x" in stacks
 
