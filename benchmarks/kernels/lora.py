@@ -17,7 +17,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from emoverse.kernels.dropout import Dropout
-from emoverse.kernels.lora import Linears, lora_linears
+from emoverse.kernels.lora import lora_linears
+from emoverse.kernels.types import Linears
 
 RANK = 8
 PADS = (0, 16, 64)  # elements behind each row of K

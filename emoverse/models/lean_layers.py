@@ -16,7 +16,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 from emoverse.kernels.attention import check_window, varlen_attention
 from emoverse.kernels.dropout import draw_seed
 from emoverse.kernels.layer import LayerSettings, Rotary, after_attention, before_attention
-from emoverse.kernels.lora import Linears
+from emoverse.kernels.types import Linears
 from emoverse.models.adapters import AdapterParts, read_linear
 
 SETTINGS = ("auto", "on", "off")
