@@ -53,3 +53,12 @@ class Progress:
 
 def _rate(per_s: float) -> str:
     return f"{per_s:.0f}/s" if per_s >= 10 else f"{per_s:.2f}/s"
+
+
+def format_duration(seconds: float) -> str:
+    """3h12m, 4m05s or 12s."""
+    whole = round(seconds)
+    hours, minutes = divmod(whole // 60, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{whole % 60:02d}s" if minutes else f"{whole}s"

@@ -1,4 +1,7 @@
-"""What all tests share: Python in a process of its own, and shard folders without videos."""
+"""Fixtures of all tests: Python in its own process, and shard folders without videos.
+
+Records, clips and whole shard folders come from `tests.builders`.
+"""
 
 import hashlib
 import os

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import IO, Any, Final, Self
 
 from data_shards.build.source_item import FileRecipe, Skipped, Stamp, skipped_from_json, stamp
+from data_shards.files import flush_to_disk
 from data_shards.shards.index import ENTRY_DTYPE, ShardInfo
-from data_shards.shards.writer import flush_to_disk, shard_files
+from data_shards.shards.writer import shard_files
 
 _IDENTITY: Final = "build.json"
 

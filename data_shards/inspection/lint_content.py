@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 
 from data_shards.annotate.action_units import NEUTRAL_PHRASE
 from data_shards.annotate.au_phrases import PHRASE_TABLES
-from data_shards.media.mp4_header import mp4_seconds
+from data_shards.media.mp4 import mp4_seconds
 from data_shards.media.video import count_frames
 from data_shards.shards.record import Frames, Record, Video
 from data_shards.tasks import Task, build_query, format_answer, parse_answer

@@ -12,7 +12,7 @@ from typing import Any
 
 from data_shards.build.curation import read_curation
 from data_shards.inspection.preview_page import media_files, write_page
-from data_shards.media.mp4_header import mp4_seconds
+from data_shards.media.mp4 import mp4_seconds
 from data_shards.shards.index import INDEX_FILE, ShardIndex
 from data_shards.shards.reader import ShardReader, iter_plain
 from data_shards.shards.record import Record, Video, from_members

@@ -17,7 +17,7 @@ from data_shards.inspection import corpus_stats
 from data_shards.inspection.stats_page import write_page
 from data_shards.inspection.summary import cause_place, counted, summary
 from data_shards.inspection.table_one import table_rows, table_text
-from data_shards.media.mp4_header import mp4_seconds
+from data_shards.media.mp4 import mp4_seconds
 from data_shards.shards.index import ShardIndex
 from data_shards.shards.reader import DamagedRecord, ShardReader
 from data_shards.shards.record import Record, Video

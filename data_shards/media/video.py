@@ -25,7 +25,7 @@ import av.video.reformatter
 import av.video.stream
 import numpy as np
 
-from data_shards.media.mp4_boxes import require_modest_claims
+from data_shards.media.mp4 import require_modest_claims
 
 # The error belongs to this module's interface.
 from data_shards.media.packets import DamagedVideo as DamagedVideo

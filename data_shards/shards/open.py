@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from data_shards.files import write_atomically
 from data_shards.shards.cache import CacheTooSmall, ShardCache
 from data_shards.shards.fetch import download, is_remote
 from data_shards.shards.index import INDEX_FILE, ShardIndex
@@ -65,10 +66,7 @@ def _open_remote(url: str, cache: CacheOptions) -> ShardIndex:
     files = ShardCache(url, cache.folder / f"shards-{name}", cache.max_bytes)
     # The small file lies outside of what the cache may remove.
     folder = cache.folder / f"index-{name}"
-    folder.mkdir(exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-        file.write(index_bytes)
-    Path(file.name).replace(folder / INDEX_FILE)
+    write_atomically(folder / INDEX_FILE, index_bytes)
     index = ShardIndex.load(folder, places=files, source=url)
     largest = max(index.shards, key=lambda shard: shard.bytes)
     if 2 * largest.bytes > cache.max_bytes:

@@ -144,6 +144,26 @@ class ShardReader:
             return None
         return {"json": head[_BLOCK : _BLOCK + text.size], "mp4": mp4}
 
+    def records(
+        self, shards: Iterable[int] | None = None
+    ) -> Iterator[tuple[int, int, Record | DamagedRecord]]:
+        """(shard, slot, record) of all records in index order; a damaged one as its error.
+
+        Args:
+            shards: only these shards, in this order.
+
+        Raises:
+            FileNotFoundError: the tar of a shard is gone.
+        """
+        for shard in range(self.index.num_shards) if shards is None else shards:
+            for slot in range(self.index.shards[shard].records):
+                result: Record | DamagedRecord
+                try:
+                    result = self.read(shard, slot)
+                except DamagedRecord as error:
+                    result = error
+                yield shard, slot, result
+
     def blocks(self, shard: int, offset: int, size: int) -> bytes:
         """Bytes of a tar, not verified.
 
@@ -197,6 +217,22 @@ class ShardReader:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_descriptors": OrderedDict()}
+
+
+def iter_records(index: ShardIndex) -> Iterator[Record]:
+    """All records of a shard folder in index order, with one tar open at a time.
+
+    Raises:
+        DamagedRecord: at the first damaged record; `ShardReader.records` goes on behind it.
+    """
+    reader = ShardReader(index.folder, index, max_open=1)
+    try:
+        for _, _, record in reader.records():
+            if isinstance(record, DamagedRecord):
+                raise record
+            yield record
+    finally:
+        reader.close()
 
 
 def _read_exactly(descriptor: int, size: int, offset: int) -> bytes:

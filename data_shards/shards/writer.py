@@ -6,7 +6,6 @@ Flow: build -> here -> index.
 """
 
 import hashlib
-import os
 import tarfile
 from collections import Counter
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Final
 
 import numpy as np
 
+from data_shards.files import flush_to_disk
 from data_shards.shards.checksum import crc32
 from data_shards.shards.index import (
     ENTRY_DTYPE,
@@ -141,12 +141,3 @@ class ShardWriter:
 def shard_files(tar: Path) -> tuple[Path, Path, Path]:
     """The three files of a shard."""
     return tar, sidecar(tar, ".idx"), sidecar(tar, ".keys")
-
-
-def flush_to_disk(path: Path) -> None:
-    """fsync a file or a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

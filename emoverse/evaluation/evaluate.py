@@ -1,8 +1,8 @@
 """The verb `evaluate`: a trained state answers the held-out shards, and the answers are scored.
 
-(1) choose    which (record, task) entries, in batches that are formed globally (`entries.py`)
+(1) choose    which (record, task) entries, in batches that are formed globally (`held_out.py`)
 (2) answer    ranks take whole batches in turn (`generate.Answerer`); each is kept at once, so
-              that a killed evaluation goes on (`answer_parts.py`)
+              that a killed evaluation goes on (`predictions.PartWriter`)
 (3) score     `eval/<which>/predictions.jsonl` and `metrics.json`, both written atomically
 `which` is `base` (the imported base before any training) or the name of a stage.
 """
@@ -23,29 +23,32 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+from data_shards.files import write_atomically
 from data_shards.shards.index import ShardIndex
 from data_shards.tasks import TASKS, Task
 from emoverse.config.schema import Config
 from emoverse.engine.distributed import World, agree, from_main, read_world
-from emoverse.evaluation.answer_parts import PartWriter, identity_hash, read_parts, remove_parts
 from emoverse.evaluation.metrics import Row
 from emoverse.evaluation.metrics_file import (
     keep_judge,
-    one_line,
+    log_line,
     protocol_of,
     tasks_json,
     with_baseline,
 )
 from emoverse.evaluation.parsing import Mode, read_again
 from emoverse.evaluation.predictions import (
+    PartWriter,
     Prediction,
+    identity_hash,
+    read_parts,
     read_predictions,
+    remove_parts,
     write_predictions,
-    write_text_atomically,
 )
 from emoverse.evaluation.target import Target, name_of, resolve, states_of, write_config
 from emoverse.inference.generate import Answerer, shared_weights
-from emoverse.inference.held_out import Entry, choose_entries, plan_batches, training_truths
+from emoverse.inference.held_out import Entry, choose_entries, plan_batches, training_references
 from emoverse.kernels.attention import attention_backend
 from emoverse.models.architecture import base_folder
 from emoverse.models.emoverse import EmoVerse, build_model
@@ -59,7 +62,7 @@ LOG_EVERY = 10  # batches between two lines where there is no terminal for a bar
 Log = Callable[[str], None]
 
 
-def say(text: str) -> None:
+def log_to_stderr(text: str) -> None:
     """Progress goes to stderr: stdout belongs to `--json`."""
     print(text, file=sys.stderr, flush=True)
 
@@ -127,7 +130,7 @@ def load_state(
     return model
 
 
-# --- one state ---
+# One state -----------------------------------------------------------------------------------
 
 
 def answers_identity(config: Config, folder: Path | None, index: ShardIndex) -> dict[str, Any]:
@@ -156,7 +159,7 @@ def evaluate_checkpoint(
     out: Path | None = None,
     mode: Mode = "tolerant",
     fresh: bool = False,
-    log: Log = say,
+    log: Log = log_to_stderr,
 ) -> dict[str, Any]:
     """Answer and score the held-out entries in one trained state; returns `metrics.json`.
 
@@ -167,7 +170,7 @@ def evaluate_checkpoint(
     started = time.monotonic()
     name = which if checkpoint is None else f"{which}@{checkpoint.name}"
     target = (out or run_dir) / "eval" / name
-    # One process alone lets its error through as it is: the front door knows what it means.
+    # A single process raises the error as it is: the command line maps its type to an exit code.
     together = agree(world, f"evaluating {name}") if world.world_size > 1 else nullcontext()
     with together:
         if checkpoint is not None:
@@ -182,24 +185,26 @@ def evaluate_checkpoint(
     if known and world.is_main:
         log(f"{name}: {len(known)} of {len(batches)} batches are answered already")
     together = agree(world, f"evaluating {name}") if world.world_size > 1 else nullcontext()
-    found = dict(known)
+    answers = dict(known)
     with together:
-        left = [number for number in range(len(batches)) if number not in known]
+        left = [batch for batch in range(len(batches)) if batch not in known]
         mine = left[world.rank :: world.world_size]
         shared = _shares_weights(config, world)
         if mine or (left and shared):
             model = load_state(config, folder, world.device, defer=shared)
             with shared_weights(model, world, config.model.precision):
-                found |= _answer(
+                answers |= _answer(
                     model, answerer, batches, mine, target / PARTS, identity, world, log
                 )
-    found = _gather(found, world)
-    predictions = [one for number in range(len(batches)) for one in found[number]]
+    answers = _gather(answers, world)
+    predictions = [prediction for batch in range(len(batches)) for prediction in answers[batch]]
     order = {
-        (one.task, one.shard, one.slot): place
-        for place, one in enumerate(entry for entries in chosen.values() for entry in entries)
+        (entry.task, entry.shard, entry.slot): position
+        for position, entry in enumerate(entry for entries in chosen.values() for entry in entries)
     }
-    predictions.sort(key=lambda one: order[one.row.task, one.shard, one.slot])
+    predictions.sort(
+        key=lambda prediction: order[prediction.row.task, prediction.shard, prediction.slot]
+    )
     predictions = with_baseline(
         read_again(predictions, mode), training, give_emotion=config.data.give_emotion
     )
@@ -216,7 +221,7 @@ def evaluate_checkpoint(
     }
     if world.is_main:
         for task, line in metrics["tasks"].items():
-            log(f"{name}: {task} {one_line(line)}")
+            log(f"{name}: {task} {log_line(line)}")
         _write(target, metrics, predictions)
     return metrics
 
@@ -233,7 +238,7 @@ def _shares_weights(config: Config, world: World) -> bool:
 def _write(target: Path, metrics: dict[str, Any], predictions: Sequence[Prediction]) -> None:
     keep_judge(metrics, target / METRICS)
     write_predictions(target / PREDICTIONS, predictions)
-    write_text_atomically(target / METRICS, json.dumps(metrics, indent=1) + "\n")
+    write_atomically(target / METRICS, json.dumps(metrics, indent=1) + "\n")
     remove_parts(target / PARTS)
 
 
@@ -258,7 +263,7 @@ def _scored(
     predictions: Sequence[Prediction], training: Mapping[Task, Sequence[Row]], give_emotion: bool
 ) -> dict[str, Any]:
     return {
-        "clips": len({one.row.key for one in predictions}),
+        "clips": len({prediction.row.key for prediction in predictions}),
         "answers": len(predictions),
         "tasks": tasks_json(predictions, training, give_emotion=give_emotion),
     }
@@ -277,17 +282,18 @@ def _inside(folder: Path, run_dir: Path) -> str:
 def _known(
     target: Path, batches: Sequence[Sequence[Entry]], identity: str
 ) -> dict[int, list[Prediction]]:
-    """Batches that an earlier process has answered: of a finished evaluation, or of its parts."""
+    """Batches that an earlier process answered, from a finished evaluation or from its parts."""
     metrics = target / METRICS
     whole = metrics.is_file() and (target / PREDICTIONS).is_file()
     if not whole or json.loads(metrics.read_text()).get("identity") != identity:
         return read_parts(target / PARTS, identity)
     answered = {
-        (one.row.task, one.shard, one.slot): one for one in read_predictions(target / PREDICTIONS)
+        (prediction.row.task, prediction.shard, prediction.slot): prediction
+        for prediction in read_predictions(target / PREDICTIONS)
     }
     return {
-        number: [answered[entry.task, entry.shard, entry.slot] for entry in batch]
-        for number, batch in enumerate(batches)
+        batch: [answered[entry.task, entry.shard, entry.slot] for entry in entries]
+        for batch, entries in enumerate(batches)
     }
 
 
@@ -302,7 +308,7 @@ def _answer(
     log: Log,
 ) -> dict[int, list[Prediction]]:
     """This rank's batches, each written before the next one; a bar or lines on the main rank."""
-    found = {}
+    answers = {}
     terminal = sys.stderr.isatty()
     bar = tqdm(
         total=len(mine),
@@ -311,27 +317,31 @@ def _answer(
         disable=not (world.is_main and terminal),
     )
     with PartWriter(parts, identity, world.rank) as writer, bar:
-        answered = answerer.predict(model, [batches[number] for number in mine])
-        for place, (number, predictions) in enumerate(zip(mine, answered, strict=True), start=1):
-            writer.write(number, predictions)
-            found[number] = predictions
+        answered = answerer.predict(model, [batches[batch] for batch in mine])
+        for position, (batch, predictions) in enumerate(zip(mine, answered, strict=True), start=1):
+            writer.write(batch, predictions)
+            answers[batch] = predictions
             bar.update()
-            if world.is_main and not terminal and (place % LOG_EVERY == 0 or place == len(mine)):
+            if (
+                world.is_main
+                and not terminal
+                and (position % LOG_EVERY == 0 or position == len(mine))
+            ):
                 share = f" of rank 0's share of {world.world_size}" if world.world_size > 1 else ""
-                log(f"{parts.parent.name}: {place}/{len(mine)} batches{share}")
-    return found
+                log(f"{parts.parent.name}: {position}/{len(mine)} batches{share}")
+    return answers
 
 
-def _gather(found: dict[int, list[Prediction]], world: World) -> dict[int, list[Prediction]]:
+def _gather(answers: dict[int, list[Prediction]], world: World) -> dict[int, list[Prediction]]:
     """Everyone's batches on every rank."""
     if world.world_size == 1:
-        return found
+        return answers
     everyone: list[dict[int, list[Prediction]] | None] = [None] * world.world_size
-    dist.all_gather_object(everyone, found)
-    return {number: one for part in everyone for number, one in (part or {}).items()}
+    dist.all_gather_object(everyone, answers)
+    return {batch: predictions for part in everyone for batch, predictions in (part or {}).items()}
 
 
-# --- the whole way ---
+# All states of a target ----------------------------------------------------------------------
 
 
 def run(
@@ -342,7 +352,7 @@ def run(
     config: Config | None = None,
     mode: Mode = "tolerant",
     fresh: bool = False,
-    log: Log = say,
+    log: Log = log_to_stderr,
 ) -> dict[str, Any]:
     """Evaluate some states of a run directory, one after the other; {state: metrics}.
 
@@ -364,7 +374,7 @@ def run_target(
     world: World | None = None,
     mode: Mode = "tolerant",
     fresh: bool = False,
-    log: Log = say,
+    log: Log = log_to_stderr,
 ) -> dict[str, Any]:
     """`run` for any target with a model: a run, one checkpoint, or a base as it was downloaded."""
     config = target.config
@@ -376,7 +386,7 @@ def run_target(
     if target.kind == "base" and world.is_main:
         write_config(target)
     answerer = Answerer(config, ShardIndex.load(config.evaluation.shards), target.out / "cache")
-    training = training_truths(config.data.shards, TASKS, config.data.cache)
+    training = training_references(config.data.shards, TASKS, config.data.cache)
     return {
         name_of(target, state): evaluate_checkpoint(
             config,

@@ -88,20 +88,24 @@ def score(metric: Metric, rows: Sequence[Row]) -> Score:
     """
     if not rows or not metric.applies(rows):
         return NO_SCORE
-    parts = metric.contributions(rows)
-    parts = parts[_counted(metric, parts)]
-    if not len(parts):
+    contributions = metric.contributions(rows)
+    contributions = contributions[_counted(metric, contributions)]
+    if not len(contributions):
         return NO_SCORE
-    resampled = _resampled(metric, parts)
+    resampled = _resampled(metric, contributions)
     finite = resampled[np.isfinite(resampled)]
     low, high = np.quantile(finite, (0.025, 0.975)) if len(finite) else (math.nan, math.nan)
-    exact = _spread(parts[:, 0]) / math.sqrt(len(parts)) if metric.per_clip else _spread(resampled)
+    exact = (
+        _spread(contributions[:, 0]) / math.sqrt(len(contributions))
+        if metric.per_clip
+        else _spread(resampled)
+    )
     return Score(
-        value=float(metric.finish(parts.sum(0))),
+        value=float(metric.finish(contributions.sum(0))),
         standard_error=exact,
         low=float(low),
         high=float(high),
-        n=len(parts),
+        n=len(contributions),
     )
 
 

@@ -36,40 +36,40 @@ _SCORE = re.compile(r"(?<![\d.])(10|\d)(?:\s*/\s*10)?(?![\d.]*\d)")
 _ASK = (
     "Two texts explain what a person in a video feels and why. The first is the reference. How "
     "well does the second agree with it, in the emotion and in the reasons given? Answer with one "
-    f"integer from 0 (nothing agrees) to {BEST} (all agrees).\n\nReference: {{truth}}\n\n"
+    f"integer from 0 (nothing agrees) to {BEST} (all agrees).\n\nReference: {{reference}}\n\n"
     "Text: {response}\n\nScore:"
 )
 
 
-def question(one: Prediction) -> list[Message]:
+def question(prediction: Prediction) -> list[Message]:
     """The chat messages of one verdict."""
-    text = _ASK.format(truth=one.label, response=one.row.response)
+    text = _ASK.format(reference=prediction.label, response=prediction.row.response)
     return [{"role": "user", "content": text}]
 
 
 def read_verdict(text: str) -> float | None:
     """The one integer of 0 to 10 in an answer, as a share of 10; None without exactly one."""
-    found = {int(number) for number in _SCORE.findall(text)}
-    return found.pop() / BEST if len(found) == 1 else None
+    integers = {int(digits) for digits in _SCORE.findall(text)}
+    return integers.pop() / BEST if len(integers) == 1 else None
 
 
-def verdict_key(one: Prediction, model: str) -> str:
+def verdict_key(prediction: Prediction, model: str) -> str:
     """What a verdict is about: judge, prompt and texts, not the clip."""
-    parts = (model, PROMPT_VERSION, one.label, one.row.response)
+    parts = (model, PROMPT_VERSION, prediction.label, prediction.row.response)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def read_verdicts(path: Path) -> dict[str, float]:
     """The verdicts of an earlier judging; a line that a crash cut off is left out."""
-    found: dict[str, float] = {}
+    verdicts: dict[str, float] = {}
     if path.is_file():
         for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
             try:
                 record = json.loads(line)
-                found[str(record["key"])] = float(record["judge"])
+                verdicts[str(record["key"])] = float(record["judge"])
             except (ValueError, KeyError, TypeError):
                 continue
-    return found
+    return verdicts
 
 
 def judge_predictions(
@@ -83,17 +83,17 @@ def judge_predictions(
 ) -> list[Prediction]:
     """The predictions with verdicts; unreadable ERI answers get 0 without a question.
 
-    An answer that the judge refuses, or to which it says no number, keeps none; how many, and why
-    the first one, is logged.
+    An answer that the judge refuses or answers without a number gets no verdict; the count and the
+    first reason are logged.
     Raises ValueError for wrong settings of the endpoint, RuntimeError if it does not answer.
     """
     known = read_verdicts(store)
     asked = {
-        verdict_key(one, endpoint.model): one
-        for one in predictions
-        if one.row.task is Task.ERI and one.row.value is not None
+        verdict_key(prediction, endpoint.model): prediction
+        for prediction in predictions
+        if prediction.row.task is Task.ERI and prediction.row.value is not None
     }
-    todo = {key: one for key, one in asked.items() if key not in known}
+    todo = {key: prediction for key, prediction in asked.items() if key not in known}
     causes: list[str] = []
     if todo:
         store.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,7 @@ def judge_predictions(
     missing = sum(key not in known for key in asked)
     why = f"; the first: {causes[0]}" if causes else ""
     log(f"judge {endpoint.model}: {len(asked)} answers, {len(todo)} asked, {missing} unscored{why}")
-    return [_judged(one, endpoint.model, known) for one in predictions]
+    return [_judged(prediction, endpoint.model, known) for prediction in predictions]
 
 
 def _end_line(store: Path) -> None:
@@ -114,11 +114,11 @@ def _end_line(store: Path) -> None:
             file.write("\n")
 
 
-def _judged(one: Prediction, model: str, known: Mapping[str, float]) -> Prediction:
-    if one.row.task is not Task.ERI:
-        return one
-    said = 0.0 if one.row.value is None else known.get(verdict_key(one, model))
-    return replace(one, row=replace(one.row, judge=said))
+def _judged(prediction: Prediction, model: str, known: Mapping[str, float]) -> Prediction:
+    if prediction.row.task is not Task.ERI:
+        return prediction
+    verdict = 0.0 if prediction.row.value is None else known.get(verdict_key(prediction, model))
+    return replace(prediction, row=replace(prediction.row, judge=verdict))
 
 
 async def _ask_all(
@@ -131,28 +131,28 @@ async def _ask_all(
 ) -> dict[str, float]:
     """The verdicts by key; `causes` gets a line for each answer that keeps none."""
     gate = asyncio.Semaphore(concurrency)
-    found: dict[str, float] = {}
+    verdicts: dict[str, float] = {}
     async with ChatClient(patience, connections=concurrency) as client:
 
-        async def one(key: str, prediction: Prediction) -> None:
+        async def ask_one(key: str, prediction: Prediction) -> None:
             async with gate:
                 try:
                     text = await client.ask(endpoint, question(prediction))
                 except Refused as error:
                     causes.append(str(error))
                     return
-            said = read_verdict(text)
-            if said is None:
+            verdict = read_verdict(text)
+            if verdict is None:
                 causes.append(f"not one integer from 0 to {BEST}: {text[:QUOTED]!r}")
                 return
-            found[key] = said
-            file.write(json.dumps({"key": key, "judge": said}) + "\n")
+            verdicts[key] = verdict
+            file.write(json.dumps({"key": key, "judge": verdict}) + "\n")
             file.flush()
 
         try:
             async with asyncio.TaskGroup() as group:
                 for key, prediction in todo.items():
-                    group.create_task(one(key, prediction))
+                    group.create_task(ask_one(key, prediction))
         except* Unanswered as errors:
             raise RuntimeError(
                 f"the judge at {endpoint.base_url} does not answer: {errors.exceptions[0]}; the "
@@ -160,7 +160,7 @@ async def _ask_all(
             ) from None
         except* ValueError as errors:
             raise ValueError(str(errors.exceptions[0])) from None
-    return found
+    return verdicts
 
 
 def judge_state(

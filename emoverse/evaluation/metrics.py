@@ -1,15 +1,16 @@
-"""The metrics of the five tasks as pure functions: rows (truth, parsed answer) in, numbers out.
+"""The metrics of the five tasks as pure functions: rows (reference, parsed answer) in, numbers out.
 
 Every metric is `finish(sum of contributions)`, over clips or, for the official ECPE protocol, over
-conversations; `significance.py` needs no more for values, intervals and paired differences.
+conversations; `intervals.py` needs no more for values, intervals and paired differences.
 An answer that cannot be parsed (`value is None`) is wrong; it is never dropped.
-Stands after generate -> parse in `evaluate.py` and under `report.py`. Torch-free; scikit-learn is
-only the oracle of the tests. Shares are fractions of 1, not percent. Definitions: docs/metrics.md.
+Torch-free; scikit-learn is only the oracle of the tests. Shares are fractions of 1, not percent.
+Definitions: docs/metrics.md.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -18,7 +19,63 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_shards.tasks import EMOTIONS, POLARITIES, Answer, Pair, Task, polarity
-from emoverse.evaluation.text_scores import concluded_emotion, rouge_l, set_f1
+
+EMOTION_WORDS: dict[str, str] = {
+    **{name: name for name in EMOTIONS},
+    **dict.fromkeys(("calm", "neutrality"), "neutral"),
+    **dict.fromkeys(("surprised", "surprising", "astonished", "amazed"), "surprise"),
+    **dict.fromkeys(("afraid", "fearful", "scared", "frightened"), "fear"),
+    **dict.fromkeys(("sad", "sorrow", "unhappy"), "sadness"),
+    **dict.fromkeys(("happy", "happiness", "joyful", "glad"), "joy"),
+    **dict.fromkeys(("disgusted", "disgusting"), "disgust"),
+    **dict.fromkeys(("angry", "furious"), "anger"),
+}
+
+_CAUSE = re.compile(r"\b(?:because|since|due to)\b")
+
+
+def concluded_emotion(reason: str) -> str | None:
+    """The emotion that a free-text reason ends in, or None.
+
+    Rule: only the last sentence counts, and of it the part before "because" (since, due to), unless
+    no emotion is named there; the last emotion word in it decides (whole words, any case, the forms
+    of `EMOTION_WORDS`). "The words sound sad. She feels joy because of the sad old song." -> joy.
+    A reason whose last sentence names no emotion concludes nothing, whatever was said before.
+    """
+    sentences = [part for part in re.split(r"[.!?\n]+", reason.lower()) if part.strip()]
+    if not sentences:
+        return None
+    for part in (_CAUSE.split(sentences[-1])[0], sentences[-1]):
+        named = [EMOTION_WORDS[w] for w in re.findall(r"[a-z]+", part) if w in EMOTION_WORDS]
+        if named:
+            return named[-1]
+    return None
+
+
+def rouge_l(answer: str, reference: str) -> float:
+    """ROUGE-L F-measure (beta 1) of lower-cased alphanumeric tokens, in [0, 1].
+
+    Longest common subsequence L of the two token lists: P = L/len(answer), R = L/len(reference),
+    F = 2PR/(P+R); two empty texts agree fully, an empty one against a full one scores 0.
+    """
+    a, b = (re.findall(r"[a-z0-9]+", text.lower()) for text in (answer, reference))
+    if not a or not b:
+        return float(a == b)
+    longest = [0] * (len(b) + 1)
+    for word in a:
+        diagonal = 0
+        for j, other in enumerate(b, start=1):
+            above = longest[j]
+            longest[j] = diagonal + 1 if word == other else max(above, longest[j - 1])
+            diagonal = above
+    return 2 * longest[-1] / (len(a) + len(b))
+
+
+def set_f1(answer: Sequence[str], reference: Sequence[str]) -> float:
+    """F1 of two sets of phrases; two empty sets agree fully."""
+    predicted, true = set(answer), set(reference)
+    return 2 * len(predicted & true) / (len(predicted) + len(true)) if predicted or true else 1.0
+
 
 Floats = NDArray[np.float64]
 
@@ -31,16 +88,16 @@ EPSILON = 1e-8  # what the official ECPE scorer adds to its denominators
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One answered (record, task) entry: what was true, what was said, and what the rules need.
+    """One answered (record, task) entry: its reference, its parsed answer, and what metrics need.
 
-    sentiment: the true intensity (-3..3). number: the intensity that was answered, where the answer
-    is one. conversation: equal for all records of one conversation, empty where there is none.
-    judge: what another model says of an ERI answer, 0..1.
+    sentiment: reference intensity, -3 to 3. number: predicted intensity, for numeric answers.
+    conversation: identifier shared by the records of one conversation, empty without one.
+    judge: verdict of the judge model on an ERI answer, 0 to 1.
     """
 
     key: str
     task: Task
-    truth: Answer
+    reference: Answer
     value: Answer | None
     response: str = ""
     status: str = "parsed"
@@ -66,25 +123,25 @@ def as_pairs(answer: Answer | None) -> set[Pair]:
     return {item for item in items if isinstance(item, Pair)}
 
 
-def _counts(said: set[str], true: set[str]) -> list[float]:
-    return [float(len(said & true)), float(len(said)), float(len(true))]
+def _counts(predicted: set[str], true: set[str]) -> list[float]:
+    return [float(len(predicted & true)), float(len(predicted)), float(len(true))]
 
 
-def _one_hot_counts(said: str | None, true: str, classes: Sequence[str]) -> list[float]:
-    """Per class (hit, said, true). A value outside the classes is the extra, unsupported class."""
+def _one_hot_counts(predicted: str | None, true: str, classes: Sequence[str]) -> list[float]:
+    """Per class (hit, predicted, true). A value outside the classes has no support."""
     return [
         float(flag)
         for name in classes
-        for flag in (said == true == name, said == name, true == name)
+        for flag in (predicted == true == name, predicted == name, true == name)
     ]
 
 
-def true_polarity(row: Row) -> str:
+def reference_polarity(row: Row) -> str:
     """Non-negative is positive, as MMSA's Has0 columns; without a number the label itself."""
-    return str(row.truth) if row.sentiment is None else polarity(row.sentiment)
+    return str(row.reference) if row.sentiment is None else polarity(row.sentiment)
 
 
-def said_polarity(row: Row, *, zero: str = "positive") -> str | None:
+def predicted_polarity(row: Row, *, zero: str = "positive") -> str | None:
     """The answered polarity; a number of exactly 0 is `zero`: positive in N/N, negative in N/P."""
     if row.number is not None:
         return zero if row.number == 0 else polarity(row.number)
@@ -93,29 +150,31 @@ def said_polarity(row: Row, *, zero: str = "positive") -> str | None:
 
 def acc2_nn(row: Row) -> list[float]:
     """Negative against non-negative, all clips."""
-    return [float(said_polarity(row) == true_polarity(row)), 1.0]
+    return [float(predicted_polarity(row) == reference_polarity(row)), 1.0]
 
 
 def acc2_np(row: Row) -> list[float]:
     """Negative against positive: clips of sentiment 0 do not count; an answered 0 is negative."""
-    said = said_polarity(row, zero="negative")
-    return [0.0, 0.0] if row.sentiment == 0 else [float(said == true_polarity(row)), 1.0]
+    predicted = predicted_polarity(row, zero="negative")
+    return [0.0, 0.0] if row.sentiment == 0 else [float(predicted == reference_polarity(row)), 1.0]
 
 
 def f1_nn(row: Row) -> list[float]:
     """Counts of the two classes of `acc2_nn`."""
-    return _one_hot_counts(said_polarity(row), true_polarity(row), POLARITIES)
+    return _one_hot_counts(predicted_polarity(row), reference_polarity(row), POLARITIES)
 
 
 def f1_np(row: Row) -> list[float]:
     """Counts of the two classes of `acc2_np`."""
     if row.sentiment == 0:
         return [0.0] * (3 * len(POLARITIES))
-    return _one_hot_counts(said_polarity(row, zero="negative"), true_polarity(row), POLARITIES)
+    return _one_hot_counts(
+        predicted_polarity(row, zero="negative"), reference_polarity(row), POLARITIES
+    )
 
 
-def said_number(row: Row) -> float:
-    """The answered intensity; an unreadable answer stands at the end of the scale that is farther.
+def predicted_intensity(row: Row) -> float:
+    """The predicted intensity; an unreadable answer counts as the farther end of the scale.
 
     So it is wrong in every class and as far off as can be, and no metric profits from leaving
     answers unreadable.
@@ -132,11 +191,11 @@ def same_class(limit: float) -> Callable[[Row], list[float]]:
     def contribution(row: Row) -> list[float]:
         if row.sentiment is None:
             return [0.0, 0.0]
-        said, true = (
+        predicted, true = (
             float(np.round(min(max(number, -limit), limit)))
-            for number in (said_number(row), row.sentiment)
+            for number in (predicted_intensity(row), row.sentiment)
         )
-        return [float(said == true), 1.0]
+        return [float(predicted == true), 1.0]
 
     return contribution
 
@@ -145,49 +204,49 @@ def absolute_error(row: Row) -> list[float]:
     """Distance of the two intensities, not clipped."""
     if row.sentiment is None:
         return [0.0, 0.0]
-    return [abs(said_number(row) - row.sentiment), 1.0]
+    return [abs(predicted_intensity(row) - row.sentiment), 1.0]
 
 
 def moments(row: Row) -> list[float]:
     """n, x, y, xx, yy, xy of answered x and true y."""
     if row.sentiment is None:
         return [0.0] * 6
-    x, y = said_number(row), row.sentiment
+    x, y = predicted_intensity(row), row.sentiment
     return [1.0, x, y, x * x, y * y, x * y]
 
 
 def accuracy(row: Row) -> list[float]:
     """The label itself."""
-    return [float(row.value == row.truth), 1.0]
+    return [float(row.value == row.reference), 1.0]
 
 
 def emotion_counts(row: Row) -> list[float]:
     """Counts per emotion; an unreadable answer belongs to none."""
-    said = str(row.value) if row.value is not None else None
-    return _one_hot_counts(said, str(row.truth), EMOTIONS)
+    predicted = str(row.value) if row.value is not None else None
+    return _one_hot_counts(predicted, str(row.reference), EMOTIONS)
 
 
 def phrase_f1(row: Row) -> list[float]:
     """Set F1 of one clip."""
     # None is not the empty set: an unparseable answer is wrong even where no phrase is true.
-    said = row.value is not None
-    return [set_f1(as_phrases(row.value), as_phrases(row.truth)) if said else 0.0, 1.0]
+    predicted = row.value is not None
+    return [set_f1(as_phrases(row.value), as_phrases(row.reference)) if predicted else 0.0, 1.0]
 
 
 def phrase_exact(row: Row) -> list[float]:
     """The very set of phrases."""
-    same = row.value is not None and set(as_phrases(row.value)) == set(as_phrases(row.truth))
+    same = row.value is not None and set(as_phrases(row.value)) == set(as_phrases(row.reference))
     return [float(same), 1.0]
 
 
 def phrase_counts(row: Row) -> list[float]:
     """Phrases of all clips pooled."""
-    return _counts(set(as_phrases(row.value)), set(as_phrases(row.truth)))
+    return _counts(set(as_phrases(row.value)), set(as_phrases(row.reference)))
 
 
 def reason_emotion(row: Row) -> str | None:
     """The emotion an ERI answer should conclude: the record's label, else the true reason's."""
-    return row.emotion if row.emotion is not None else concluded_emotion(str(row.truth))
+    return row.emotion if row.emotion is not None else concluded_emotion(str(row.reference))
 
 
 def emotion_agreement(row: Row) -> list[float]:
@@ -200,7 +259,7 @@ def emotion_agreement(row: Row) -> list[float]:
 
 def rouge(row: Row) -> list[float]:
     """ROUGE-L of the reason."""
-    return [rouge_l(str(row.value), str(row.truth)) if row.value is not None else 0.0, 1.0]
+    return [rouge_l(str(row.value), str(row.reference)) if row.value is not None else 0.0, 1.0]
 
 
 def judged(row: Row) -> list[float]:
@@ -210,37 +269,39 @@ def judged(row: Row) -> list[float]:
 
 def pair_counts(row: Row) -> list[float]:
     """Pairs are sets within one record; a record without a true pair is left out (the paper)."""
-    said, true = as_pairs(row.value), as_pairs(row.truth)
+    predicted, true = as_pairs(row.value), as_pairs(row.reference)
     if not true:
         return [0.0, 0.0, 0.0]
-    return [float(len(said & true)), float(len(said)), float(len(true))]
+    return [float(len(predicted & true)), float(len(predicted)), float(len(true))]
 
 
-def _counts_by_emotion(said: set[Pair], true: set[Pair]) -> list[float]:
+def _counts_by_emotion(predicted: set[Pair], true: set[Pair]) -> list[float]:
     counts: list[float] = []
     for name in PAIR_EMOTIONS:
-        p, t = ({pair for pair in pairs if pair.emotion == name} for pairs in (said, true))
+        p, t = ({pair for pair in pairs if pair.emotion == name} for pairs in (predicted, true))
         counts += [float(len(p & t)), float(len(p)), float(len(t))]
     return counts
 
 
 def pair_counts_by_emotion(row: Row) -> list[float]:
     """`pair_counts` for each of the six emotions."""
-    true = as_pairs(row.truth)
+    true = as_pairs(row.reference)
     return _counts_by_emotion(as_pairs(row.value) if true else set(), true)
 
 
 def conversation_counts(rows: Sequence[Row]) -> list[float]:
     """One conversation of the official protocol: sets over all its targets, without neutral."""
-    said = {pair for row in rows for pair in as_pairs(row.value)}
-    true = {pair for row in rows for pair in as_pairs(row.truth)}
-    return _counts_by_emotion(said, true)
+    predicted = {pair for row in rows for pair in as_pairs(row.value)}
+    true = {pair for row in rows for pair in as_pairs(row.reference)}
+    return _counts_by_emotion(predicted, true)
 
 
 def cause_counts(row: Row) -> list[float]:
     """Cause numbers alone, by the rule of `pair_counts`."""
-    said, true = ({str(pair.cause) for pair in as_pairs(a)} for a in (row.value, row.truth))
-    return _counts(said, true) if true else [0.0, 0.0, 0.0]
+    predicted, true = (
+        {str(pair.cause) for pair in as_pairs(a)} for a in (row.value, row.reference)
+    )
+    return _counts(predicted, true) if true else [0.0, 0.0, 0.0]
 
 
 # --- finishes: sums [..., K] -> metric [...] ---
@@ -257,8 +318,8 @@ def weighted_f1(sums_K: Floats) -> Floats:
 
     A class without any hit has F1 0 (scikit-learn's zero_division=0); no support at all is nan.
     """
-    hit, said, true = (sums_K[..., start::3] for start in range(3))
-    f1 = 2 * hit / np.maximum(said + true, 1)
+    hit, predicted, true = (sums_K[..., start::3] for start in range(3))
+    f1 = 2 * hit / np.maximum(predicted + true, 1)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.asarray((f1 * true).sum(-1) / true.sum(-1))
 
@@ -274,22 +335,22 @@ def pearson(sums_K: Floats) -> Floats:
         return np.asarray(np.clip(r, -1, 1))
 
 
-def _official_f1(hit: Floats, said: Floats, true: Floats) -> Floats:
-    precision, recall = hit / (said + EPSILON), hit / (true + EPSILON)
+def _official_f1(hit: Floats, predicted: Floats, true: Floats) -> Floats:
+    precision, recall = hit / (predicted + EPSILON), hit / (true + EPSILON)
     return np.asarray(2 * precision * recall / (precision + recall + EPSILON))
 
 
 def official_micro(sums_K: Floats) -> Floats:
     """F1 over all pairs of the six emotions."""
-    hit, said, true = (sums_K[..., start::3].sum(-1) for start in range(3))
-    return _official_f1(hit, said, true)
+    hit, predicted, true = (sums_K[..., start::3].sum(-1) for start in range(3))
+    return _official_f1(hit, predicted, true)
 
 
 def official_weighted(sums_K: Floats) -> Floats:
     """Per-emotion F1 weighted by the emotion's share of true pairs; nan without a true pair."""
-    hit, said, true = (sums_K[..., start::3] for start in range(3))
+    hit, predicted, true = (sums_K[..., start::3] for start in range(3))
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.asarray((_official_f1(hit, said, true) * true).sum(-1) / true.sum(-1))
+        return np.asarray((_official_f1(hit, predicted, true) * true).sum(-1) / true.sum(-1))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,6 +1,6 @@
 """What `metrics.json` says about some predictions: scores, rules beside them, the authors' script.
 
-Predictions and the truths on which the rules are fitted go in, JSON values come out. Used by
+Predictions and the references on which the rules are fitted go in, JSON values come out. Used by
 `evaluate.py` for answers of our own and by `score_results` for result files of other systems.
 Torch-free.
 """
@@ -88,7 +88,7 @@ def _task_json(
         "calibration": asdict(calibrated) if calibrated else None,
         "paper": paper_json(task, mine),
         # The official ECPE protocol is complete only where such targets were asked too.
-        "without_truth": sum(row.truth == () for row in rows),
+        "without_truth": sum(row.reference == () for row in rows),
     }
 
 
@@ -159,13 +159,13 @@ def protocol_of(config: Config, index: ShardIndex) -> dict[str, Any]:
     }
 
 
-def leakage_rule(training: Path, evaluated: ShardIndex) -> str | None:
+def leakage_rule(training: str | Path, evaluated: ShardIndex) -> str | None:
     """The leakage rule of the records that were trained; None = their folder names none.
 
     The evaluated folder answers where the training folder is no longer there.
     """
     try:
-        document = json.loads((training / INDEX_FILE).read_text(encoding="utf-8"))
+        document = json.loads((Path(training) / INDEX_FILE).read_text(encoding="utf-8"))
         provenance = document["provenance"]
     except (OSError, ValueError, KeyError):
         provenance = evaluated.provenance
@@ -173,7 +173,7 @@ def leakage_rule(training: Path, evaluated: ShardIndex) -> str | None:
     return None if rule is None else str(rule)
 
 
-def one_line(line: Mapping[str, Any]) -> str:
+def log_line(line: Mapping[str, Any]) -> str:
     """A task's primary metric beside the rule's, for the log."""
     found, rule = (line[name][line["primary"]]["value"] for name in ("metrics", "majority"))
     values = " ".join("-" if value is None else f"{value:.3f}" for value in (found, rule))

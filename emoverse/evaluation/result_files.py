@@ -14,11 +14,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from data_shards.files import write_atomically
 from data_shards.jsonl import read_utf8
 from data_shards.tasks import IDENTIFIER, TASKS, Answer, Pair, Task, parse_answer
 from emoverse.evaluation.metrics import END_OF_SCALE, Row
+from emoverse.evaluation.metrics_file import tasks_json
 from emoverse.evaluation.parsing import Mode, read_again, read_text
 from emoverse.evaluation.predictions import Prediction, from_json
+from emoverse.run_dir.provenance import package_versions
 
 
 def read_results(
@@ -31,10 +34,10 @@ def read_results(
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give a jsonl file with one answer per line")
-    found: list[Prediction] = []
+    results: list[Prediction] = []
     keys: Counter[tuple[Task, str]] = Counter()
     own: dict[tuple[Task, str], int] = {}
-    for number, line in enumerate(read_utf8(path).split("\n"), start=1):
+    for line_number, line in enumerate(read_utf8(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -42,27 +45,27 @@ def read_results(
             if not isinstance(fields, dict):
                 raise ValueError("a line must be a JSON object")
             if "truth" in fields and "task" in fields:
-                found.append(from_json(fields))
-                row = found[-1].row
-                first = own.setdefault((row.task, row.key), number)
-                if first != number:  # two files in one, say: every clip would count twice
+                results.append(from_json(fields))
+                row = results[-1].row
+                first = own.setdefault((row.task, row.key), line_number)
+                if first != line_number:  # two files in one, say: every clip would count twice
                     raise ValueError(f"{row.task} of {row.key} is answered on line {first} already")
             else:
-                found.append(_foreign(fields, task, keys, number))
+                results.append(_foreign(fields, task, keys, line_number))
         except (ValueError, KeyError, TypeError) as error:
             name = "" if type(error) is ValueError else f"{type(error).__name__}: "
-            raise ValueError(f"{path}:{number}: not a result: {name}{error}") from error
-    if not found:
+            raise ValueError(f"{path}:{line_number}: not a result: {name}{error}") from error
+    if not results:
         raise ValueError(f"{path}: holds no answer; each line is a JSON object with a response")
-    return read_again(found, mode)
+    return read_again(results, mode)
 
 
 def _foreign(
-    fields: Mapping[str, Any], task: Task | None, keys: Counter[tuple[Task, str]], line: int
+    fields: Mapping[str, Any], given_task: Task | None, keys: Counter[tuple[Task, str]], line: int
 ) -> Prediction:
     query = _query(fields)
-    found = _task(fields, query) or task
-    if found is None:
+    task = _task(fields, query) or given_task
+    if task is None:
         raise ValueError(
             "the task is not known: no key 'task', and no task identifier such as <emotion> in "
             "the query; name it with --task"
@@ -71,22 +74,22 @@ def _foreign(
     response = fields.get("response")
     if not isinstance(response, str) or not isinstance(label, str):
         raise ValueError("'response' and 'label' (or 'labels') must be texts")
-    parsed = parse_answer(found, label)
+    parsed = parse_answer(task, label)
     if parsed.value is None:
-        raise ValueError(f"the label {label!r} is no {found} answer ({parsed.rule})")
+        raise ValueError(f"the label {label!r} is no {task} answer ({parsed.rule})")
     key = _key(fields) or f"line-{line}"
-    keys[found, key] += 1
-    if keys[found, key] > 1:  # several questions about one clip
-        key = f"{key}#{keys[found, key]}"
+    keys[task, key] += 1
+    if keys[task, key] > 1:  # several questions about one clip
+        key = f"{key}#{keys[task, key]}"
     row = Row(
         key=key,
-        task=found,
-        truth=parsed.value,
+        task=task,
+        reference=parsed.value,
         value=None,
         sentiment=_sentiment(fields),
-        emotion=_emotion(found, parsed.value),
+        emotion=_emotion(task, parsed.value),
         target=_target(parsed.value),
-        conversation=str(fields.get("conversation") or _conversation(found, query)),
+        conversation=str(fields.get("conversation") or _conversation(task, query)),
     )
     row, rule = read_text(row, response)
     return Prediction(
@@ -120,8 +123,8 @@ def _task(fields: Mapping[str, Any], query: str) -> Task | None:
         except ValueError:
             names = ", ".join(TASKS)
             raise ValueError(f"task: must be one of {names}, found {fields['task']!r}") from None
-    found = [task for task, identifier in IDENTIFIER.items() if identifier in query]
-    return found[0] if len(found) == 1 else None
+    named = [task for task, identifier in IDENTIFIER.items() if identifier in query]
+    return named[0] if len(named) == 1 else None
 
 
 def _key(fields: Mapping[str, Any]) -> str:
@@ -142,21 +145,21 @@ def _sentiment(fields: Mapping[str, Any]) -> float | None:
     value = fields.get("sentiment")
     if value is None:
         return None
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not abs(value) <= END_OF_SCALE:  # also refuses nan
+    line_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not line_number or not abs(value) <= END_OF_SCALE:  # also refuses nan
         raise ValueError(f"sentiment: must be a number from -3 to 3, found {value!r}")
     return float(value)
 
 
-def _emotion(task: Task, truth: Answer) -> str | None:
+def _emotion(task: Task, reference: Answer) -> str | None:
     if task is Task.ER:
-        return str(truth)
-    pairs = [one for one in truth if isinstance(one, Pair)]
+        return str(reference)
+    pairs = [prediction for prediction in reference if isinstance(prediction, Pair)]
     return pairs[0].emotion if pairs else None
 
 
-def _target(truth: Answer) -> int:
-    return next((one.target for one in truth if isinstance(one, Pair)), 0)
+def _target(reference: Answer) -> int:
+    return next((prediction.target for prediction in reference if isinstance(prediction, Pair)), 0)
 
 
 def _conversation(task: Task, query: str) -> str:
@@ -165,3 +168,33 @@ def _conversation(task: Task, query: str) -> str:
     if task is not Task.ECPE or not before:
         return ""
     return hashlib.sha256(before.encode()).hexdigest()[:16]
+
+
+def score_results(
+    path: Path,
+    *,
+    task: Task | None = None,
+    mode: Mode = "tolerant",
+    give_emotion: bool = False,
+    out: Path | None = None,
+) -> dict[str, Any]:
+    """Scores of the answers in `path`; written to `out` where it is given.
+
+    give_emotion: whether the ECPE queries held the target's emotion (for the rules beside it). The
+    rules are fitted on the evaluated records, since a file holds no others; metrics.json says so.
+    Raises what `read_results` raises.
+    """
+    predictions = read_results(path, task=task, mode=mode)
+    metrics = {
+        "which": path.name,
+        "parser": mode,
+        "clips": len({prediction.row.key for prediction in predictions}),
+        "answers": len(predictions),
+        "protocol": {"leakage": None, "give_emotion": give_emotion},
+        "tasks": tasks_json(predictions, {}, give_emotion=give_emotion),
+        "data": {"file": str(path), "fingerprint": hashlib.sha256(path.read_bytes()).hexdigest()},
+        "versions": package_versions(),
+    }
+    if out is not None:
+        write_atomically(out, json.dumps(metrics, indent=1) + "\n")
+    return metrics

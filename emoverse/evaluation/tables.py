@@ -15,12 +15,12 @@ from emoverse.evaluation.metrics import (
     Row,
     as_pairs,
     as_phrases,
+    concluded_emotion,
     phrase_exact,
+    predicted_polarity,
     reason_emotion,
-    said_polarity,
-    true_polarity,
+    reference_polarity,
 )
-from emoverse.evaluation.text_scores import concluded_emotion
 
 LABELLED = (Task.MSA, Task.ER, Task.ERI)
 NUM_BINS = 10
@@ -29,11 +29,11 @@ NUM_BINS = 10
 def labels_of(row: Row) -> tuple[str | None, str | None]:
     """Answered and true class of an MSA (N/N), ER or ERI (concluded emotion) row."""
     if row.task is Task.MSA:
-        return said_polarity(row), true_polarity(row)
-    said = None if row.value is None else str(row.value)
+        return predicted_polarity(row), reference_polarity(row)
+    predicted = None if row.value is None else str(row.value)
     if row.task is Task.ERI:
-        return concluded_emotion(said or ""), reason_emotion(row)
-    return said, str(row.truth)
+        return concluded_emotion(predicted or ""), reason_emotion(row)
+    return predicted, str(row.reference)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,9 +52,9 @@ def confusion(task: Task, rows: Sequence[Row]) -> Confusion | None:
     classes = POLARITIES if task is Task.MSA else EMOTIONS
     counts = [[0] * (len(classes) + 1) for _ in classes]
     for row in rows:
-        said, true = labels_of(row)
+        predicted, true = labels_of(row)
         if true in classes:
-            column = classes.index(said) if said in classes else len(classes)
+            column = classes.index(predicted) if predicted in classes else len(classes)
             counts[classes.index(true)][column] += 1
     return Confusion(
         classes=classes, answers=(*classes, "none"), counts=tuple(tuple(c) for c in counts)
@@ -73,37 +73,37 @@ class ItemScore:
 
 
 def _items(row: Row) -> tuple[set[tuple[str, str]], set[tuple[str, str]]]:
-    """(class, item) of answer and truth: phrases, pairs, or the one label of the clip."""
+    """(class, item) of answer and reference: phrases, pairs, or the one label of the clip."""
     if row.task is Task.FER:
-        said, true = (set(as_phrases(answer)) for answer in (row.value, row.truth))
-        return {(one, one) for one in said}, {(one, one) for one in true}
+        predicted, true = (set(as_phrases(answer)) for answer in (row.value, row.reference))
+        return {(one, one) for one in predicted}, {(one, one) for one in true}
     if row.task is Task.ECPE:
-        pairs = (as_pairs(answer) for answer in (row.value, row.truth))
+        pairs = (as_pairs(answer) for answer in (row.value, row.reference))
         found = [{(pair.emotion, str(pair)) for pair in one} for one in pairs]
         return found[0], found[1]
-    label, truth = labels_of(row)
-    if truth is None:  # nothing to agree with, as in the metric
+    label, reference = labels_of(row)
+    if reference is None:  # nothing to agree with, as in the metric
         return set(), set()
-    return ({(label, label)} if label is not None else set()), {(truth, truth)}
+    return ({(label, label)} if label is not None else set()), {(reference, reference)}
 
 
 def item_scores(rows: Sequence[Row]) -> tuple[ItemScore, ...]:
     """Scores per class (MSA, ER, ERI), phrase (FER) or emotion of pairs (ECPE), by support."""
     tables: dict[str, list[int]] = {}
     for row in rows:
-        said, true = _items(row)
-        for column, items in enumerate((said & true, said, true)):
+        predicted, true = _items(row)
+        for column, items in enumerate((predicted & true, predicted, true)):
             for name, _ in items:
                 tables.setdefault(name, [0, 0, 0])[column] += 1
     found = [
         ItemScore(
             name=name,
-            precision=hit / said if said else 0.0,
+            precision=hit / predicted if predicted else 0.0,
             recall=hit / true if true else 0.0,
-            f1=2 * hit / (said + true),
+            f1=2 * hit / (predicted + true),
             support=true,
         )
-        for name, (hit, said, true) in tables.items()
+        for name, (hit, predicted, true) in tables.items()
     ]
     return tuple(sorted(found, key=lambda item: (-item.support, item.name)))
 
@@ -135,9 +135,9 @@ def answered_right(row: Row) -> bool | None:
     if row.task is Task.FER:
         return bool(phrase_exact(row)[0])
     if row.task is Task.ECPE:
-        return row.value is not None and as_pairs(row.value) == as_pairs(row.truth)
-    said, true = labels_of(row)
-    return said == true
+        return row.value is not None and as_pairs(row.value) == as_pairs(row.reference)
+    predicted, true = labels_of(row)
+    return predicted == true
 
 
 def calibration(answers: Sequence[tuple[Row, float | None]]) -> Calibration | None:
@@ -156,17 +156,17 @@ def calibration(answers: Sequence[tuple[Row, float | None]]) -> Calibration | No
     confidence = np.array([p for _, p in known])
     places = np.minimum((confidence * NUM_BINS).astype(int), NUM_BINS - 1)
     bins, error = [], 0.0
-    for place in range(NUM_BINS):
-        inside = places == place
+    for bin_index in range(NUM_BINS):
+        inside = places == bin_index
         n = int(inside.sum())
-        said, hit = (float(one[inside].mean()) if n else 0.0 for one in (confidence, correct))
-        error += n / len(known) * abs(said - hit)
+        predicted, hit = (float(one[inside].mean()) if n else 0.0 for one in (confidence, correct))
+        error += n / len(known) * abs(predicted - hit)
         bins.append(
             CalibrationBin(
-                low=place / NUM_BINS,
-                high=(place + 1) / NUM_BINS,
+                low=bin_index / NUM_BINS,
+                high=(bin_index + 1) / NUM_BINS,
                 n=n,
-                confidence=said,
+                confidence=predicted,
                 right=hit,
             )
         )

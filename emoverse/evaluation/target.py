@@ -1,7 +1,7 @@
 """What `emoverse evaluate TARGET` shall answer or score: a run, a checkpoint, a base, or a file.
 
 A path, config files and overrides go in; a `Target` comes out, or an error that says what the path
-lacks. Torch-free, so that a wrong path is told at once.
+lacks. Torch-free, so that a wrong path is reported at once.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from data_shards.files import write_atomically
 from emoverse.config.schema import Config, load_config, to_yaml
 from emoverse.training.stages import BASE
 
@@ -22,8 +23,8 @@ Kind = Literal["run", "checkpoint", "base", "predictions"]
 class Target:
     """One thing to evaluate; `config` is None for a predictions file.
 
-    states: what is asked for by name, () for the config's own list. checkpoint: the one folder
-    that stands for its stage instead of the newest. out: the run directory that is written to.
+    states: names given by the user, () for the config's own list. checkpoint: this folder instead
+    of the newest of its stage. out: the run directory that is written to.
     """
 
     kind: Kind
@@ -103,9 +104,7 @@ def _checkpoint(
     folder = path.resolve()
     run_dir, stage = folder.parents[2], folder.parents[1].name
     if states or configs:
-        raise ValueError(
-            f"{path} is one checkpoint; --which and config files have no place beside it"
-        )
+        raise ValueError(f"{path} is one checkpoint; give neither --which nor config files with it")
     if not (run_dir / "config.yaml").is_file():
         raise FileNotFoundError(
             f"{run_dir / 'config.yaml'}: not found; a checkpoint is evaluated inside its run "
@@ -120,10 +119,10 @@ def _is_base(path: Path) -> bool:
     if not file.is_file():
         return False
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file}: not JSON ({error}); download the folder again") from error
-    return isinstance(found, dict) and {"vision_config", "llm_config"} <= found.keys()
+    return isinstance(content, dict) and {"vision_config", "llm_config"} <= content.keys()
 
 
 def _base(
@@ -136,7 +135,7 @@ def _base(
     """A model as it was downloaded: the state `base` of a run that never trains."""
     if not configs:
         raise ValueError(
-            f"{path} is a base model; say what it shall answer with a config behind it, such as "
+            f"{path} is a base model; name its config after it, such as "
             f"`emoverse evaluate {path} configs/emoverse_4b.yaml evaluation.shards=DIR`"
         )
     if set(states) - {BASE}:
@@ -150,17 +149,17 @@ def _base(
 
 
 def states_of(target: Target, log: Callable[[str], None]) -> list[str]:
-    """What a target's model shall answer as: by name, or what of `evaluation.when` is trained."""
+    """States to evaluate: those given by name, else those of `evaluation.when` that are trained."""
     assert target.config is not None
     if target.states:
         return list(target.states)
-    found = []
+    states = []
     for state in target.config.evaluation.when:
         if state == BASE or (target.path / state / "checkpoints").is_dir():
-            found.append(state)
+            states.append(state)
         else:
             log(f"{state}: not trained yet, left out")
-    return found
+    return states
 
 
 def name_of(target: Target, state: str) -> str:
@@ -169,7 +168,6 @@ def name_of(target: Target, state: str) -> str:
 
 
 def write_config(target: Target) -> None:
-    """Makes the folder of a base's answers a run directory, so that `report` can read it."""
+    """Write config.yaml beside a base's answers, so that `report` can read the folder as a run."""
     assert target.config is not None
-    target.out.mkdir(parents=True, exist_ok=True)
-    (target.out / "config.yaml").write_text(to_yaml(target.config), encoding="utf-8")
+    write_atomically(target.out / "config.yaml", to_yaml(target.config))

@@ -3,7 +3,7 @@
 `generate_answers` answers one batch greedily with transformers' own `generate` and left padding;
 the packed layers and kernels are for training. `Answerer` leads batches of entries through read,
 decode, encode (one batch ahead), generate and parse. The answer to a clip does not depend on its
-neighbours in the batch, except for floating-point noise. Stands between shards and `evaluate.py`.
+neighbours in the batch, except for floating-point noise.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from emoverse.engine import distributed
 from emoverse.engine.distributed import World
 from emoverse.evaluation.parsing import read_text
 from emoverse.evaluation.predictions import Prediction
-from emoverse.inference.held_out import Entry, truth_row
+from emoverse.inference.held_out import Entry, reference_row
 from emoverse.models.emoverse import EmoVerse
 from emoverse.models.features import (
     FeatureCache,
@@ -110,10 +110,12 @@ def _generate(
 ) -> tuple[Tensor, Tensor]:
     """New ids, int64 [B, L], padded behind their end token, and their log-probabilities [B, L]."""
     chosen = _ChosenLogProbs()
-    items = [(one.ids_T, _visual(one)) for one in examples]
     # A rank without examples still gathers weights with the others.
+    items: list[tuple[Any, Any]] = [(example.ids_T, _visual(example)) for example in examples]
     inputs = model.prepare_generation(items or [([tokenizer.stop_ids[0]], None)])
-    ids_BL: Tensor = model.native.generate(
+    # transformers types `generate` by protocols that its own classes do not satisfy.
+    generate: Callable[..., Tensor] = getattr(model.native, "generate")  # noqa: B009
+    ids_BL = generate(
         **inputs,
         max_new_tokens=max_new_tokens if items else 1,
         do_sample=False,
@@ -124,7 +126,8 @@ def _generate(
         logits_processor=LogitsProcessorList([chosen]),
         synced_gpus=model.partitioned,
     )
-    return ids_BL.cpu()[: len(items)], torch.stack(chosen.steps, dim=1)[: len(items)]
+    count = len(items)
+    return ids_BL.cpu()[:count], torch.stack(chosen.steps, dim=1)[:count]
 
 
 def _visual(example: Example) -> Any:
@@ -132,11 +135,11 @@ def _visual(example: Example) -> Any:
 
 
 def read_answer(ids: Sequence[int], logprobs: Sequence[float], tokenizer: Tokenizer) -> Answered:
-    """The text up to the first end token, and the probability of what was generated till there.
+    """The text up to the first end token, and the probability of what was generated up to there.
 
-    Rows of the output head behind the vocabulary (padding of the released models) mean nothing.
+    Ids beyond the vocabulary (padding rows of the released output heads) are dropped.
     """
-    ends = [place for place, token in enumerate(ids) if token in tokenizer.stop_ids]
+    ends = [index for index, token in enumerate(ids) if token in tokenizer.stop_ids]
     kept = ids[: ends[0]] if ends else ids
     counted = logprobs[: ends[0] + 1] if ends else logprobs
     text = tokenizer.decode(token for token in kept if token < tokenizer.vocab_size)
@@ -165,10 +168,10 @@ def shared_weights(model: EmoVerse, world: World, precision: str) -> Iterator[No
 
 
 class Answerer:
-    """Reads entries of one shard folder and lets a model answer them.
+    """Reads entries of one shard folder and generates a model's answers to them.
 
-    cache_dir: where frozen vision features are kept over states and processes, if the config says
-    `cache_features`; the training's own cache folder will do.
+    cache_dir: folder of frozen vision features with `model.cache_features`, shared by all states
+    and processes; the training's own cache folder may be used.
     """
 
     def __init__(self, config: Config, index: ShardIndex, cache_dir: Path) -> None:
@@ -210,8 +213,8 @@ class Answerer:
             blank_feature=blank_feature(model) if blank else None,
         )
 
-        # Agreed on before the first batch: after its last one a rank would ask for it while others
-        # are in the middle of theirs.
+        # Agreed before the first batch: a rank that has finished must not start a collective while
+        # others are inside theirs.
         rounds = len(batches)
         if model.partitioned:
             rounds = distributed.largest(rounds, model.native.lm_head.weight.device)
@@ -267,7 +270,7 @@ class Answerer:
         return entry, record, encode_query(sample, self.tokenizer, options, max_new_tokens=limit)
 
     def _prediction(self, entry: Entry, record: Record, answer: Answered) -> Prediction:
-        row, rule = read_text(truth_row(record, entry.task), answer.text)
+        row, rule = read_text(reference_row(record, entry.task), answer.text)
         return Prediction(
             row=row,
             label=format_answer(entry.task, record.answer(entry.task)),
@@ -295,8 +298,8 @@ def _one_ahead(load: Callable[[T], U], items: Sequence[T]) -> Iterator[tuple[T, 
     """`load(item)` for every item; one thread reads the next one while this one is answered."""
     with ThreadPoolExecutor(max_workers=1) as pool:
         pending = [pool.submit(load, item) for item in items[:1]]
-        for place, item in enumerate(items):
+        for index, item in enumerate(items):
             loaded = pending.pop().result()
-            if place + 1 < len(items):
-                pending.append(pool.submit(load, items[place + 1]))
+            if index + 1 < len(items):
+                pending.append(pool.submit(load, items[index + 1]))
             yield item, loaded

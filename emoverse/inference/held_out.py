@@ -1,8 +1,8 @@
 """Which held-out (record, task) entries are answered, and in which batches: pure functions.
 
-In: the index of a shard folder. Out: entries per task, batches that are formed globally, so that
-neither the number of ranks nor a resumed run changes what is answered beside what; and the truths
-of the training shards for the rules. Torch-free.
+In: the index of a shard folder. Out: entries per task, and batches that are formed globally, so
+that neither the number of ranks nor a resume changes which samples share a batch; also the labels
+of training records on which the baseline rules are fitted. Torch-free.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from data_shards.tasks import TASKS, Task, bit
 from emoverse.evaluation.metrics import Row
 from emoverse.evaluation.parsing import conversation_id
 
-TRAINING_TRUTHS = 2000  # records per task of the training shards on which the rules are fitted
+TRAINING_RECORDS = 2000  # records per task of the training shards on which the rules are fitted
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,29 +79,31 @@ def plan_batches(
     return batches
 
 
-def training_truths(
+def training_references(
     shards: str | Path, tasks: Iterable[Task], cache: CacheOptions | None = None
 ) -> dict[Task, list[Row]]:
-    """Truths of the training shards, at most TRAINING_TRUTHS per task; {} without the folder."""
+    """Truths of the training shards, at most TRAINING_RECORDS per task; {} without the folder."""
     if isinstance(shards, Path) and not shards.is_dir():
         return {}
     index = open_index(shards, cache)
     reader = ShardReader(index.folder, index)
-    chosen = choose_entries(index, TRAINING_TRUTHS)
+    chosen = choose_entries(index, TRAINING_RECORDS)
     rows = {
-        task: [truth_row(reader.read(one.shard, one.slot), task) for one in chosen.get(task, ())]
+        task: [
+            reference_row(reader.read(one.shard, one.slot), task) for one in chosen.get(task, ())
+        ]
         for task in tasks
     }
     reader.close()
     return rows
 
 
-def truth_row(record: Record, task: Task) -> Row:
+def reference_row(record: Record, task: Task) -> Row:
     """The scorers' row of one entry, before it is answered."""
     return Row(
         key=record.key,
         task=task,
-        truth=record.answer(task),
+        reference=record.answer(task),
         value=None,
         sentiment=record.sentiment,
         emotion=record.emotion,

@@ -43,16 +43,16 @@ class Answers:
 def read_answers(home: Path) -> dict[State, Answers]:
     """Every evaluated (variant, state) that the tables name and HOME holds."""
     named = [row.ours for table in TABLES for row in table.rows if row.ours]
-    found = {}
+    answers = {}
     for variant, state in dict.fromkeys(named):
         folder = home / variant / "eval" / state
         if (folder / "metrics.json").is_file() and (folder / "predictions.jsonl").is_file():
             predictions = read_predictions(folder / "predictions.jsonl")
-            found[variant, state] = Answers(
+            answers[variant, state] = Answers(
                 metrics=json.loads((folder / "metrics.json").read_text(encoding="utf-8")),
                 rows={task: rows_of_task(predictions, task) for task in Task},
             )
-    return found
+    return answers
 
 
 def ablation_json(home: Path, numbers: Sequence[str] = ()) -> dict[str, Any]:
@@ -60,8 +60,8 @@ def ablation_json(home: Path, numbers: Sequence[str] = ()) -> dict[str, Any]:
 
     Raises FileNotFoundError if nothing has been evaluated below HOME.
     """
-    found = read_answers(home)
-    if not found:
+    answers = read_answers(home)
+    if not answers:
         raise FileNotFoundError(
             f"{home}: no evaluated variant; `emoverse ablate CONFIG run.run_dir={home}` trains and "
             "evaluates them"
@@ -69,18 +69,18 @@ def ablation_json(home: Path, numbers: Sequence[str] = ()) -> dict[str, Any]:
     shown = [table for table in TABLES if not numbers or table.number in numbers]
     return {
         "home": str(home),
-        "tables": [_table(table, found) for table in shown],
+        "tables": [_table(table, answers) for table in shown],
         "effects": [
-            _effect(effect, found) for effect in EFFECTS if not numbers or effect.table in numbers
+            _effect(effect, answers) for effect in EFFECTS if not numbers or effect.table in numbers
         ],
-        "conditions": _conditions(found),
+        "conditions": _conditions(answers),
     }
 
 
 # --- tables ---
 
 
-def _table(table: PaperTable, found: Mapping[State, Answers]) -> dict[str, Any]:
+def _table(table: PaperTable, answers: Mapping[State, Answers]) -> dict[str, Any]:
     return {
         "number": table.number,
         "title": table.title,
@@ -90,7 +90,7 @@ def _table(table: PaperTable, found: Mapping[State, Answers]) -> dict[str, Any]:
                 "label": row.label,
                 "paper": list(row.values),
                 "run": "/".join(row.ours) if row.ours else None,
-                "ours": [_cell(column, row.ours, found) for column in table.columns],
+                "ours": [_cell(column, row.ours, answers) for column in table.columns],
             }
             for row in table.rows
         ],
@@ -99,10 +99,10 @@ def _table(table: PaperTable, found: Mapping[State, Answers]) -> dict[str, Any]:
 
 
 def _cell(
-    column: Column, ours: State | None, found: Mapping[State, Answers]
+    column: Column, ours: State | None, answers: Mapping[State, Answers]
 ) -> dict[str, Any] | None:
     """Our value in percent with its interval; None where no run of ours stands for the row."""
-    rows = found[ours].rows[column.task] if ours in found else []
+    rows = answers[ours].rows[column.task] if ours is not None and ours in answers else []
     if not rows:
         return None
     one = score(_metric(column.task, column.metric), rows)
@@ -127,7 +127,7 @@ def _metric(task: Task, name: str) -> Metric:
 # --- effects ---
 
 
-def _effect(effect: Effect, found: Mapping[State, Answers]) -> dict[str, Any]:
+def _effect(effect: Effect, answers: Mapping[State, Answers]) -> dict[str, Any]:
     """The claim with our paired difference in percent points, and whether it appears here.
 
     appears: at least two standard errors above 0; opposite: below; else not resolved.
@@ -144,9 +144,9 @@ def _effect(effect: Effect, found: Mapping[State, Answers]) -> dict[str, Any]:
         "n": 0,
         "verdict": "not run",
     }
-    if effect.better not in found or effect.worse not in found:
+    if effect.better not in answers or effect.worse not in answers:
         return line
-    better, worse = (found[one].rows[effect.task] for one in (effect.better, effect.worse))
+    better, worse = (answers[one].rows[effect.task] for one in (effect.better, effect.worse))
     if not {row.key for row in better} & {row.key for row in worse}:
         return line
     gap = paired_difference(_metric(effect.task, effect.metric), better, worse)
@@ -166,17 +166,17 @@ def _effect(effect: Effect, found: Mapping[State, Answers]) -> dict[str, Any]:
 # --- conditions ---
 
 
-def _conditions(found: Mapping[State, Answers]) -> dict[str, Any]:
+def _conditions(answers: Mapping[State, Answers]) -> dict[str, Any]:
     """What the paper's numbers and ours depend on, line by line, and where ours differ among us."""
-    protocols = {"/".join(state): one.metrics.get("protocol", {}) for state, one in found.items()}
+    protocols = {"/".join(state): one.metrics.get("protocol", {}) for state, one in answers.items()}
     first = next(iter(protocols.values()))
     mixed = sorted(
         key for key in first if len({json.dumps(p.get(key)) for p in protocols.values()}) > 1
     )
-    fingerprints = {str(one.metrics.get("data", {}).get("fingerprint")) for one in found.values()}
+    fingerprints = {str(one.metrics.get("data", {}).get("fingerprint")) for one in answers.values()}
     mixed += ["data"] * (len(fingerprints) > 1)
-    mixed += ["parser"] * (len({str(one.metrics.get("parser")) for one in found.values()}) > 1)
-    metrics = next(iter(found.values())).metrics
+    mixed += ["parser"] * (len({str(one.metrics.get("parser")) for one in answers.values()}) > 1)
+    metrics = next(iter(answers.values())).metrics
     ours = {
         "data": str(metrics.get("data", {}).get("shards", "-")),
         "model": str(metrics.get("run", "-")),
@@ -189,13 +189,13 @@ def _conditions(found: Mapping[State, Answers]) -> dict[str, Any]:
     lines = [{"what": key, "paper": CONDITIONS[key], "ours": ours[key]} for key in CONDITIONS]
     return {
         "lines": lines,
-        "clips": {"/".join(state): one.metrics.get("clips") for state, one in found.items()},
+        "clips": {"/".join(state): one.metrics.get("clips") for state, one in answers.items()},
         "fingerprints": sorted(fingerprints),
         "unequal_protocols": mixed,
         # Evaluated on the way: the numbers are of an earlier checkpoint than the stage's last one.
         "unfinished": [
             "/".join(state)
-            for state, one in found.items()
+            for state, one in answers.items()
             if one.metrics.get("stage_done") is False
         ],
     }

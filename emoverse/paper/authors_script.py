@@ -77,7 +77,7 @@ class ScriptResult:
 def script_results(task: Task, texts: Sequence[Text]) -> list[ScriptResult]:
     """Every function of the script that scores this task; [] for FER and ERI, which it lacks."""
     if task is Task.MSA:
-        signed = [one for one in texts if one.sentiment != 0]
+        signed = [item for item in texts if item.sentiment != 0]
         return [
             emoverse_sentiment(texts),
             emoverse_sentiment(signed, function="compute_pos"),
@@ -102,11 +102,11 @@ def emoverse_sentiment(
     texts: Sequence[Text], *, function: str = "emoverse_sentiment"
 ) -> ScriptResult:
     """Recall of both texts and the accuracy over records whose label is one of them."""
-    labels = Counter(one.label for one in texts if one.label in SENTIMENT_TEXTS)
+    labels = Counter(item.label for item in texts if item.label in SENTIMENT_TEXTS)
     for label in SENTIMENT_TEXTS:
         if not labels[label]:
             return _undefined(function, f"divides by zero: no record is labelled {label}")
-    hits = Counter(one.label for one in texts if one.response == one.label)
+    hits = Counter(item.label for item in texts if item.response == item.label)
     positive, negative = (hits[label] / labels[label] for label in SENTIMENT_TEXTS)
     right = sum(hits[label] for label in SENTIMENT_TEXTS)
     return ScriptResult(
@@ -123,11 +123,11 @@ def other_sentiment(
     texts: Sequence[Text], *, function: str = "other_sentiment", start: float = 0.0
 ) -> ScriptResult:
     """Accuracy of baseline models: 'positive', then 'negative' as a substring, else Negative."""
-    kept = [one for one in texts if one.label in SENTIMENT_TEXTS]
+    kept = [item for item in texts if item.label in SENTIMENT_TEXTS]
     if not kept:
         return _undefined(function, "divides by zero: no record")
     right = sum(
-        _found(one.response, ("positive", "negative"), "negative") == one.label for one in kept
+        _found(item.response, ("positive", "negative"), "negative") == item.label for item in kept
     )
     return ScriptResult(function=function, values={"accuracy": (start + right) / len(kept)})
 
@@ -145,9 +145,11 @@ def _label_scores(function: str, pairs: Sequence[tuple[str, str]]) -> ScriptResu
     """Accuracy and weighted F1 of (answered, true) texts."""
     if not pairs:
         return _undefined(function, "no record")
-    said, true = Counter(a for a, _ in pairs), Counter(b for _, b in pairs)
+    predicted, true = Counter(a for a, _ in pairs), Counter(b for _, b in pairs)
     hits = Counter(a for a, b in pairs if a == b)
-    weighted = sum(2 * hits[name] / (said[name] + n) * n for name, n in true.items()) / len(pairs)
+    weighted = sum(2 * hits[name] / (predicted[name] + n) * n for name, n in true.items()) / len(
+        pairs
+    )
     return ScriptResult(
         function=function,
         values={"accuracy": hits.total() / len(pairs), "weighted_f1": weighted},
@@ -156,18 +158,18 @@ def _label_scores(function: str, pairs: Sequence[tuple[str, str]]) -> ScriptResu
 
 def emoverse_emotion(texts: Sequence[Text]) -> ScriptResult:
     """Exact texts only; anything else stops the script."""
-    for one in texts:
-        for what, text in (("answer", one.response), ("label", one.label)):
+    for item in texts:
+        for what, text in (("answer", item.response), ("label", item.label)):
             if text not in EMOTION_TEXTS:
-                return _undefined("emoverse_emotion", f"stops at the {what} {text!r} of {one.key}")
-    return _label_scores("emoverse_emotion", [(one.response, one.label) for one in texts])
+                return _undefined("emoverse_emotion", f"stops at the {what} {text!r} of {item.key}")
+    return _label_scores("emoverse_emotion", [(item.response, item.label) for item in texts])
 
 
 def other_emotion(texts: Sequence[Text]) -> ScriptResult:
     """Baseline models: substring search, else Neutral."""
     return _label_scores(
         "other_emotion",
-        [(_found(one.response, EMOTION_SEARCH, "neutral"), one.label) for one in texts],
+        [(_found(item.response, EMOTION_SEARCH, "neutral"), item.label) for item in texts],
     )
 
 
@@ -177,7 +179,7 @@ def other_emotion(texts: Sequence[Text]) -> ScriptResult:
 def _pair_scores(
     function: str,
     hits: Counter[str],
-    said: Counter[str],
+    predicted: Counter[str],
     true: Counter[str],
 ) -> ScriptResult:
     """Micro F1 and support-weighted F1 from counts per emotion, with the script's divisions."""
@@ -185,12 +187,12 @@ def _pair_scores(
         return _undefined(function, "divides by zero: nothing is right")
     f1 = {}
     for name in PAIR_EMOTIONS:
-        for what, counts in (("predicted", said), ("true", true), ("right", hits)):
+        for what, counts in (("predicted", predicted), ("true", true), ("right", hits)):
             if not counts[name]:
                 return _undefined(function, f"divides by zero: {name} is never {what}")
-        precision, recall = hits[name] / said[name], hits[name] / true[name]
+        precision, recall = hits[name] / predicted[name], hits[name] / true[name]
         f1[name] = 2 * precision * recall / (precision + recall)
-    precision, recall = hits.total() / said.total(), hits.total() / true.total()
+    precision, recall = hits.total() / predicted.total(), hits.total() / true.total()
     return ScriptResult(
         function=function,
         values={
@@ -203,19 +205,19 @@ def _pair_scores(
 def emoverse_ecf2(texts: Sequence[Text]) -> ScriptResult:
     """Pairs as texts, repeated ones counted every time; records with an empty label skipped."""
     function = "emoverse_ecf2"
-    hits, said, true = Counter[str](), Counter[str](), Counter[str]()
-    for one in texts:
-        if not one.label:
+    hits, predicted, true = Counter[str](), Counter[str](), Counter[str]()
+    for item in texts:
+        if not item.label:
             continue
-        gold = one.label.split(";")
+        gold = item.label.split(";")
         true.update(_emotion_of(pair) or "" for pair in gold)
-        for pair in one.response.split(";"):
+        for pair in item.response.split(";"):
             emotion = _emotion_of(pair)
             if emotion is None:
-                return _undefined(function, f"stops at the pair {pair!r} of {one.key}: no '_'")
-            said[emotion] += 1
+                return _undefined(function, f"stops at the pair {pair!r} of {item.key}: no '_'")
+            predicted[emotion] += 1
             hits[emotion] += pair in gold
-    return _pair_scores(function, hits, said, true)
+    return _pair_scores(function, hits, predicted, true)
 
 
 def _emotion_of(pair: str) -> str | None:
@@ -225,15 +227,15 @@ def _emotion_of(pair: str) -> str | None:
 
 def other_ecf2(texts: Sequence[Text]) -> ScriptResult:
     """Baseline models: every integer of the answer is a cause of the gold label's emotion."""
-    hits, said, true = Counter[str](), Counter[str](), Counter[str]()
-    for one in texts:
-        if not one.label:
+    hits, predicted, true = Counter[str](), Counter[str](), Counter[str]()
+    for item in texts:
+        if not item.label:
             continue
-        gold = one.label.split(";")
+        gold = item.label.split(";")
         true.update(_emotion_of(pair) or "" for pair in gold)
         emotion = _emotion_of(gold[0]) or ""
         causes = {pair.partition(",")[2] for pair in gold}
-        for number in re.findall(r"\d+", one.response):
-            said[emotion] += 1
+        for number in re.findall(r"\d+", item.response):
+            predicted[emotion] += 1
             hits[emotion] += number in causes
-    return _pair_scores("other_ecf2", hits, said, true)
+    return _pair_scores("other_ecf2", hits, predicted, true)

@@ -68,7 +68,7 @@ def verdict(row: Row) -> Verdict:
     metric = primary(row.task)
     alone = metric.value([row])
     if math.isnan(alone):  # nothing is true: only saying nothing is right
-        alone = float(row.value == row.truth)
+        alone = float(row.value == row.reference)
     return "right" if alone >= 1 - 1e-9 else "wrong" if alone == 0 else "partly"
 
 

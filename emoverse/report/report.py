@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from emoverse.evaluation.predictions import write_text_atomically
+from data_shards.files import write_atomically
 from emoverse.evaluation.result_files import read_results
 from emoverse.report.clips import pick_clips
 from emoverse.report.curves import read_curves
@@ -68,6 +68,6 @@ def write_report(
         peak_memory_bytes=peak_memory_bytes,
     )
     path = run_dir / "report.html"
-    write_text_atomically(path, render_page(page))
-    write_text_atomically(summary_path, json.dumps(summary, indent=2) + "\n")
+    write_atomically(path, render_page(page))
+    write_atomically(summary_path, json.dumps(summary, indent=2) + "\n")
     return path

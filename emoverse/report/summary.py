@@ -94,7 +94,7 @@ def majority_rows_of(evaluation: Evaluation, task: Task) -> list[Row]:
         Row(
             key=one.row.key,
             task=task,
-            truth=one.row.truth,
+            reference=one.row.reference,
             value=one.baseline,
             sentiment=one.row.sentiment,
             emotion=one.row.emotion,

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from data_shards.progress import format_duration as format_duration
+
 # A rank is named when it needs this much more than the others do, and it matters to the step.
 SLOWER, OF_STEP = 1.2, 0.05
 
@@ -58,15 +60,6 @@ def straggler(ranks: Sequence[Mapping[str, float]], seconds: float) -> str | Non
         f"data, {found['forward_s'] / seconds:.0%} in forward passes; the others "
         f"{usual / seconds:.0%} for both"
     )
-
-
-def format_duration(seconds: float) -> str:
-    """3h12m, 4m05s or 12s."""
-    whole = round(seconds)
-    hours, minutes = divmod(whole // 60, 60)
-    if hours:
-        return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{whole % 60:02d}s" if minutes else f"{whole}s"
 
 
 def _distinct(values: Iterable[float]) -> list[float]:

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_shards.files import write_atomically
 from emoverse.config.errors import did_you_mean
 from emoverse.config.schema import Config, load_config
 from emoverse.config.yaml_source import split_words
-from emoverse.evaluation.predictions import write_text_atomically
 from emoverse.paper.ablation_page import render_ablations
 from emoverse.paper.ablation_tables import ablation_json, ablation_text
 from emoverse.paper.tables import TABLES, states_of, variants
@@ -105,8 +105,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if not failed:
             raise
         return {"home": str(home), "failed": failed, "ok": False}
-    write_text_atomically(home / "ablations.json", json.dumps(result, indent=1) + "\n")
-    write_text_atomically(home / "ablations.html", render_ablations(result))
+    write_atomically(home / "ablations.json", json.dumps(result, indent=1) + "\n")
+    write_atomically(home / "ablations.html", render_ablations(result))
     return {**result, "page": str(home / "ablations.html"), "ok": not failed}
 
 

@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def _evaluate(args: argparse.Namespace, target: Target) -> dict[str, Any]:
     if target.kind == "predictions":
-        from emoverse.evaluation.score_results import score_results
+        from emoverse.evaluation.result_files import score_results
 
         task = Task(args.task) if args.task else None
         scores = score_results(
@@ -132,12 +132,9 @@ def _judge(
     results: dict[str, Any], target: Target, args: argparse.Namespace, endpoint: "Endpoint"
 ) -> None:
     """Adds the judge's scores to every result and its files."""
+    from data_shards.files import write_atomically
     from emoverse.evaluation.judge import judge_state
-    from emoverse.evaluation.predictions import (
-        read_predictions,
-        write_predictions,
-        write_text_atomically,
-    )
+    from emoverse.evaluation.predictions import read_predictions, write_predictions
     from emoverse.evaluation.result_files import read_results
 
     def log(text: str) -> None:
@@ -155,7 +152,7 @@ def _judge(
             judged = judge_state(metrics, answers, endpoint, folder, log=log)
             write_predictions(folder / "predictions.jsonl", judged)
             path = folder / "metrics.json"
-        write_text_atomically(path, json.dumps(metrics, indent=1) + "\n")
+        write_atomically(path, json.dumps(metrics, indent=1) + "\n")
 
 
 def target_of(args: argparse.Namespace) -> Target:

@@ -20,12 +20,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from data_shards.build.build import build_shards
-from data_shards.media.video import encode_mp4
 from data_shards.plan.plan import StageSpec
 from data_shards.shards import fetch
-from data_shards.shards.record import Record, Video
 from data_shards.tasks import Task, mask_of
+from tests.builders import make_record, make_shards
 
 
 class MemoryTable:
@@ -269,23 +267,8 @@ def unused_url() -> str:
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight shards of three records, for reading only."""
-    frames = np.random.default_rng(0).integers(0, 255, (4, 32, 32, 3)).astype(np.uint8)
-    record = Record(
-        key="clip_0",
-        source="test",
-        split="train",
-        utterance="Hello.",
-        speaker="Ann",
-        sentiment=0.5,
-        emotion="joy",
-        tasks=(Task.MSA, Task.ER),
-        num_frames=4,
-        media=Video(mp4=encode_mp4(frames, 25)),
-    )
-    folder = tmp_path_factory.mktemp("remote") / "shards"
-    records = [replace(record, key=f"clip_{n}") for n in range(24)]
-    build_shards(records, folder, provenance={}, max_records_per_shard=3)
-    return folder
+    records = [make_record(f"clip_{index}", num_frames=4) for index in range(24)]
+    return make_shards(tmp_path_factory.mktemp("remote") / "shards", records, per_shard=3)
 
 
 class FileServer(ThreadingHTTPServer):

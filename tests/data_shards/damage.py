@@ -22,6 +22,7 @@ import numpy as np
 from data_shards.media.video import encode_mp4
 from data_shards.shards.index import ENTRY_DTYPE, ShardIndex
 from data_shards.shards.reader import untar
+from tests.builders import tar_blocks
 
 KEY = "clip_1"  # the victim: record (0, 1), between two others
 TAR, IDX = "shard-000000.tar", "shard-000000.idx"
@@ -37,17 +38,6 @@ class Kind:
     found: Literal["load", "read", "decode"]  # when it must be noticed at the latest
     says: str  # regular expression for the cause
     lost: int = 1  # records that cannot be used
-
-
-def tar_of(*members: tuple[str, bytes, bytes]) -> bytes:
-    """Tar blocks of (name, content, type)."""
-    blocks = b""
-    for name, content, kind in members:
-        info = tarfile.TarInfo(name)
-        info.type, info.size = kind, len(content)
-        info.linkname = "/etc/passwd" if kind in (tarfile.SYMTYPE, tarfile.LNKTYPE) else ""
-        blocks += info.tobuf(tarfile.PAX_FORMAT) + content + bytes(-len(content) % 512)
-    return blocks
 
 
 def members_of(folder: Path) -> dict[str, bytes]:
@@ -88,7 +78,7 @@ def sealed(*extra: tuple[str, bytes, bytes], **changes: bytes | None) -> Callabl
     def spoil(folder: Path) -> None:
         members: dict[str, bytes | None] = {**members_of(folder), **changes}
         kept = [(f"{KEY}.{name}", c, REGULAR) for name, c in members.items() if c is not None]
-        seal(folder, tar_of(*kept, *extra))
+        seal(folder, tar_blocks(*kept, *extra, tar_format=tarfile.PAX_FORMAT))
 
     return spoil
 
@@ -347,5 +337,9 @@ def _claims_more(folder: Path) -> None:
     members = members_of(folder)
     info = tarfile.TarInfo(f"{KEY}.mp4")
     info.size = 99_999
-    blocks = tar_of((f"{KEY}.json", members["json"], REGULAR)) + info.tobuf() + bytes(1024)
+    blocks = (
+        tar_blocks((f"{KEY}.json", members["json"]), tar_format=tarfile.PAX_FORMAT)
+        + info.tobuf()
+        + bytes(1024)
+    )
     seal(folder, blocks)

@@ -1,34 +1,25 @@
 """The damage corpus is found in full: each kind by shard, record, place and cause, and only it."""
 
-import importlib.util
 import re
 import resource
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from data_shards.build.build import build_shards
 from data_shards.inspection.lint import lint
-from data_shards.media.video import encode_mp4
 from data_shards.shards.index import ShardIndex
 from data_shards.shards.reader import DamagedRecord, ShardReader
 from data_shards.shards.record import Record, Video
 from data_shards.shards.writer import pack_record
 from data_shards.stream import ViewOptions, decode_view
 from data_shards.tasks import Task
-
-# Test folders are no packages; the corpus is a file of its own for its length.
-_spec = importlib.util.spec_from_file_location("damage", Path(__file__).with_name("damage.py"))
-assert _spec is not None and _spec.loader is not None
-damage = sys.modules["damage"] = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(damage)
+from tests.builders import make_record, make_shards
+from tests.data_shards import damage
 
 NOWHERE = Path("/nonexistent")
 NAMES = [kind.name for kind in damage.kinds(NOWHERE)]
@@ -37,23 +28,8 @@ VIEW = ViewOptions(num_frames=4, image_size=28)
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    frames = np.random.default_rng(0).integers(0, 255, (12, 32, 32, 3)).astype(np.uint8)
-    record = Record(
-        key="clip_0",
-        source="test",
-        split="train",
-        utterance="Hello.",
-        speaker="Ann",
-        sentiment=0.5,
-        emotion="joy",
-        tasks=(Task.MSA, Task.ER),
-        num_frames=12,
-        media=Video(mp4=encode_mp4(frames, 25)),
-    )
-    folder = tmp_path_factory.mktemp("damage") / "shards"
-    records = [replace(record, key=f"clip_{n}", utterance="Hi." * n) for n in range(6)]
-    build_shards(records, folder, provenance={}, max_records_per_shard=3)
-    return folder
+    records = [make_record(f"clip_{n}", utterance="Hi." * n, num_frames=12) for n in range(6)]
+    return make_shards(tmp_path_factory.mktemp("damage") / "shards", records, per_shard=3)
 
 
 def find(folder: Path) -> tuple[str, list[tuple[str, DamagedRecord | ValueError]]]:
@@ -130,9 +106,9 @@ def test_bombs_do_not_take_the_memory(
     next(kind for kind in damage.kinds(NOWHERE) if kind.name == name).spoil(folder)
     program = f"""
 import resource
-from data_shards.index import ShardIndex
-from data_shards.reader import ShardReader
-from data_shards.shard_writer import pack_record
+from data_shards.shards.index import ShardIndex
+from data_shards.shards.reader import ShardReader
+from data_shards.shards.writer import pack_record
 from data_shards.stream import ViewOptions, decode_view
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 400 * 2**20, used + 400 * 2**20))

@@ -4,11 +4,9 @@ The default tier takes a few seconds; `-m slow` looks at a few thousand times as
 """
 
 import hashlib
-import io
 import json
 import resource
 import shutil
-import tarfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,28 +18,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_shards.build.build import build_shards
-from data_shards.media.mp4_boxes import MAX_CLAIMS, require_modest_claims
+from data_shards.media.mp4 import MAX_CLAIMS, require_modest_claims
 from data_shards.media.pixels import jpeg_decode, jpeg_encode
 from data_shards.media.video import DamagedVideo, count_frames, decode_frames, encode_mp4
 from data_shards.shards.index import ENTRY_DTYPE, ShardIndex
 from data_shards.shards.reader import DamagedRecord, ShardReader, untar
-from data_shards.shards.record import Record, Video, from_members, to_members
+from data_shards.shards.record import Video, from_members, to_members
 from data_shards.tasks import Task
+from tests.builders import make_record, make_shards, tar_blocks
 
 FRAMES = np.random.default_rng(0).integers(0, 255, (8, 32, 32, 3)).astype(np.uint8)
 CLIP = encode_mp4(FRAMES, 25, gop=4)
-RECORD = Record(
-    key="clip_0",
-    source="test",
-    split="train",
-    utterance="Hello.",
-    speaker="Ann",
-    sentiment=0.5,
-    tasks=(Task.MSA,),
-    num_frames=8,
-    media=Video(mp4=CLIP),
-)
+RECORD = make_record("clip_0", tasks=(Task.MSA,), num_frames=8, media=Video(mp4=CLIP))
 # Values that parsers stumble over, in the widths that headers use.
 EDGES = st.sampled_from([0, 1, 0x7F, 0x80, 0xFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF])
 SECONDS_EACH = 5.0
@@ -92,8 +80,7 @@ def tiers(examples: int, many: int, **strategies: Any) -> Callable[[Property], P
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fuzz") / "shards"
     records = [replace(RECORD, key=f"clip_{n}") for n in range(4)]
-    build_shards(records, folder, provenance={}, max_records_per_shard=2)
-    return folder
+    return make_shards(folder, records, per_shard=2)
 
 
 @pytest.fixture(autouse=True)
@@ -146,13 +133,8 @@ test_any_index, test_any_index_at_length = tiers(60, 20_000, data=st.data())(_an
 
 
 def _blocks() -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for extension, content in to_members(RECORD).items():
-            info = tarfile.TarInfo(f"clip_0.{extension}")
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return buffer.getvalue()[: buffer.tell() // 512 * 512].rstrip(b"\0") + bytes(512)
+    members = to_members(RECORD).items()
+    return tar_blocks(*((f"clip_0.{name}", content) for name, content in members)) + bytes(512)
 
 
 def _any_tar(blocks: bytes) -> None:

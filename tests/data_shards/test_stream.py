@@ -31,6 +31,7 @@ from data_shards.stream import (
     view_of,
 )
 from data_shards.tasks import Task
+from tests.builders import make_record, make_shards
 
 NUM_RECORDS = 24
 NUM_FRAMES = 10
@@ -42,13 +43,10 @@ def make_records() -> list[Record]:
     frames = np.random.default_rng(0).integers(0, 60, (NUM_FRAMES, 32, 32, 3))
     frames += np.arange(NUM_FRAMES).reshape(-1, 1, 1, 1) * 10
     return [
-        Record(
-            key=f"clip_{n:02d}",
-            source="test",
-            split="train",
+        make_record(
+            f"clip_{n:02d}",
             utterance="Hello. " * (n % 5),
-            speaker="Ann",
-            emotion="joy",
+            sentiment=None,
             expressions=("Smile",) if n % 2 else None,
             tasks=(Task.ER, Task.FER) if n % 2 else (Task.ER,),
             num_frames=NUM_FRAMES,
@@ -61,9 +59,7 @@ def make_records() -> list[Record]:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("stream") / "shards"
-    build_shards(make_records(), folder, provenance={}, max_records_per_shard=5)
-    return folder
+    return make_shards(tmp_path_factory.mktemp("stream") / "shards", make_records(), per_shard=5)
 
 
 def open_stream(

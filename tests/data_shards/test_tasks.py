@@ -26,6 +26,7 @@ from data_shards.tasks import (
     polarity,
     tasks_in,
 )
+from tests.builders import make_record
 
 LINE = st.text(max_size=60).map(lambda text: " ".join(text.split())).filter(bool)
 PHRASE = LINE.map(lambda text: text.replace(";", "").strip(" .")).map(
@@ -60,17 +61,12 @@ NEAR = st.lists(
 
 def record(**changes: object) -> Record:
     fields: dict[str, object] = {
-        "key": "clip-1",
-        "source": "test",
-        "split": "train",
         "utterance": "What  a day!",
-        "speaker": "Ann",
-        "emotion": "joy",
+        "sentiment": None,
         "tasks": (Task.ER,),
-        "num_frames": 8,
         "media": Video(mp4=b"mp4"),
     }
-    return Record(**(fields | changes))  # type: ignore[arg-type]
+    return make_record("clip-1", **(fields | changes))
 
 
 @given(TASK_AND_ANSWER)

@@ -154,9 +154,9 @@ def test_a_rank_that_lost_another_waits_for_the_verdict(tmp_path: Path) -> None:
         import signal, sys, threading, time, os
         sys.path.insert(0, {str(ROOT / "tests/launch")!r})
         from pathlib import Path
-        from emoverse.stop import listen
+        from emoverse.training.shutdown import listen
         from test_worker import SLURM, job
-        from launch.rendezvous import Door
+        from launch.context import Door
         job(Path({str(tmp_path)!r}), Door(launcher="nobody")).wait_for_verdict(None)
         threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
         with listen() as flag:
@@ -221,9 +221,9 @@ def test_an_evaluation_that_waits_for_other_ranks_is_requeued_at_once(tmp_path: 
         import ctypes, sys, torch
         sys.path.insert(0, {str(ROOT / "tests/launch")!r})
         from pathlib import Path
-        from emoverse import evaluate
-        from emoverse.distributed import World
-        from emoverse.stop import listen
+        from emoverse.evaluation import evaluate
+        from emoverse.engine.distributed import World
+        from emoverse.training.shutdown import listen
         from launch import worker
         from test_worker import SLURM, job
 

@@ -24,8 +24,8 @@ import sys
 sys.path.insert(0, {root!r})
 import numpy as np
 from pathlib import Path
-from data_shards.video import count_frames, decode_frames
-from data_shards.openface import Faces, INTENSITY_AUS, PRESENCE_AUS, write_openface
+from data_shards.media.video import count_frames, decode_frames
+from data_shards.annotate.openface import Faces, INTENSITY_AUS, PRESENCE_AUS, write_openface
 words = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 mp4 = Path(words["-f"]).read_bytes()
 count = count_frames(mp4)

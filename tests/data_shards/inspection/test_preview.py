@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from data_shards.build.build import BuildOptions, build_shards
 from data_shards.inspection.preview import add_arguments, preview, report_text, run
-from data_shards.media.mp4_header import mp4_seconds
+from data_shards.media.mp4 import mp4_seconds
 from data_shards.media.video import encode_mp4
 from data_shards.shards.record import Record, Turn, Video
 from data_shards.tasks import INSTRUCTION, Pair, Task

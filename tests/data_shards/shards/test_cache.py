@@ -15,19 +15,13 @@ import pytest
 from data_shards.shards.cache import CacheTooSmall, ShardCache
 from data_shards.shards.index import ShardIndex
 from data_shards.shards.open import CacheOptions, open_index
-from data_shards.shards.reader import ShardReader
-from data_shards.shards.record import Record
+from data_shards.shards.reader import ShardReader, iter_records
 
 NUM_SHARDS = 8
 
 
 def options(tmp_path: Path, max_bytes: int = 2**30) -> CacheOptions:
     return CacheOptions(folder=tmp_path / "cache", max_bytes=max_bytes)
-
-
-def read_all(index: ShardIndex) -> list[Record]:
-    reader = ShardReader(index.folder, index)
-    return [reader.read(*index.address(number)) for number in range(index.num_records)]
 
 
 def cache_of(index: ShardIndex) -> ShardCache:
@@ -57,7 +51,8 @@ def test_the_room_is_bounded(server: Any, tmp_path: Path) -> None:
     watcher.start()
     readers = [
         threading.Thread(
-            target=read_all, args=(open_index(server.url, options(tmp_path / "small", room)),)
+            target=list,
+            args=(iter_records(open_index(server.url, options(tmp_path / "small", room))),),
         )
         for _ in range(2)
     ]

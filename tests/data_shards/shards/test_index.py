@@ -4,43 +4,23 @@ import json
 import pickle
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from data_shards.build.build import build_shards
-from data_shards.media.video import encode_mp4
 from data_shards.shards.index import ENTRY_DTYPE, ShardIndex
-from data_shards.shards.record import Record, Video
 from data_shards.tasks import Task
+from tests.builders import make_record, make_shards
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight records in shards of three: masks 3, 1, 3, 1, ..."""
-    mp4 = encode_mp4(np.zeros((2, 32, 32, 3), np.uint8), 25)
-    record = Record(
-        key="clip_0",
-        source="test",
-        split="train",
-        utterance="Hello.",
-        speaker="Ann",
-        sentiment=0.5,
-        emotion="joy",
-        tasks=(Task.MSA, Task.ER),
-        num_frames=2,
-        media=Video(mp4=mp4),
-    )
-    records = [
-        replace(record, key=f"clip_{n}", tasks=(Task.MSA,) if n % 2 else (Task.MSA, Task.ER))
-        for n in range(8)
-    ]
+    tasks = (Task.MSA, Task.ER)
+    records = [make_record(f"clip_{n}", tasks=tasks[: 1 + (n + 1) % 2]) for n in range(8)]
     folder = tmp_path_factory.mktemp("index") / "shards"
-    build_shards(records, folder, provenance={"seed": 1}, max_records_per_shard=3)
-    return folder
+    return make_shards(folder, records, per_shard=3, provenance={"seed": 1})
 
 
 @pytest.fixture

@@ -21,8 +21,8 @@ from data_shards.shards.cache import ShardCache
 from data_shards.shards.fetch import download, is_remote
 from data_shards.shards.index import ShardIndex
 from data_shards.shards.open import CacheOptions, default_cache_folder, open_index
-from data_shards.shards.reader import DamagedRecord, ShardReader
-from data_shards.shards.record import Record, Video
+from data_shards.shards.reader import DamagedRecord, ShardReader, iter_records
+from data_shards.shards.record import Video
 from data_shards.stream import StepStream, ViewOptions
 from data_shards.tasks import Task
 
@@ -31,11 +31,6 @@ NUM_SHARDS, PER_SHARD = 8, 3
 
 def options(tmp_path: Path, max_bytes: int = 2**30) -> CacheOptions:
     return CacheOptions(folder=tmp_path / "cache", max_bytes=max_bytes)
-
-
-def read_all(index: ShardIndex) -> list[Record]:
-    reader = ShardReader(index.folder, index)
-    return [reader.read(*index.address(number)) for number in range(index.num_records)]
 
 
 def cache_of(index: ShardIndex) -> ShardCache:
@@ -60,23 +55,25 @@ def test_every_user_has_a_cache_of_their_own(monkeypatch: pytest.MonkeyPatch) ->
 def test_records_are_those_of_the_folder(built: Path, server: Any, tmp_path: Path) -> None:
     local, index = ShardIndex.load(built), open_index(server.url, options(tmp_path))
     assert index.fingerprint == local.fingerprint
-    assert read_all(index) == read_all(local) == read_all(index)
+    assert list(iter_records(index)) == list(iter_records(local)) == list(iter_records(index))
     assert set(server.requests.values()) == {1} and len(server.requests) == 1 + 3 * NUM_SHARDS
     # Another start asks for index.json only.
-    assert read_all(open_index(server.url + "/", options(tmp_path)))[0].key == "clip_0"
+    assert next(iter_records(open_index(server.url + "/", options(tmp_path)))).key == "clip_0"
     assert server.requests["index.json"] == 2 and server.requests["shard-000001.tar"] == 1
 
 
 def test_a_dataset_built_anew_is_another_one(server: Any, folder: Path, tmp_path: Path) -> None:
     first = open_index(server.url, options(tmp_path))
-    keys = [record.key for record in read_all(first)]
+    keys = [record.key for record in iter_records(first)]
     shutil.rmtree(folder)
     frames = np.zeros((4, 32, 32, 3), np.uint8)
-    record = replace(read_all(first)[0], media=Video(mp4=encode_mp4(frames, 25)))
+    record = replace(next(iter_records(first)), media=Video(mp4=encode_mp4(frames, 25)))
     build_shards([replace(record, key=f"new_{n}") for n in range(4)], folder, provenance={})
     second = open_index(server.url, options(tmp_path))
-    assert [record.key for record in read_all(second)] == [f"new_{n}" for n in range(4)]
-    assert [record.key for record in read_all(first)] == keys  # whoever still runs is not disturbed
+    assert [record.key for record in iter_records(second)] == [f"new_{n}" for n in range(4)]
+    assert [
+        record.key for record in iter_records(first)
+    ] == keys  # whoever still runs is not disturbed
 
 
 @pytest.mark.parametrize(
@@ -216,7 +213,7 @@ def test_the_next_shards_are_on_their_way(
 def test_fsspec_opens_the_other_schemes(built: Path, tmp_path: Path) -> None:
     """Its local file system stands for them here; s3 has a test of its own."""
     index = open_index(f"file://{built}", options(tmp_path))
-    assert read_all(index) == read_all(ShardIndex.load(built))
+    assert list(iter_records(index)) == list(iter_records(ShardIndex.load(built)))
     with pytest.raises(FileNotFoundError, match=r"nowhere/index\.json: .*check the address"):
         open_index(f"file://{tmp_path}/nowhere", options(tmp_path))
 

@@ -3,43 +3,25 @@
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import s3fs
 from moto.server import ThreadedMotoServer
 
-from data_shards.build.build import build_shards
-from data_shards.media.video import encode_mp4
 from data_shards.shards import fetch
 from data_shards.shards.index import ShardIndex
 from data_shards.shards.open import CacheOptions, open_index
-from data_shards.shards.reader import ShardReader
-from data_shards.shards.record import Record, Video
-from data_shards.tasks import Task
+from data_shards.shards.reader import iter_records
+from tests.builders import make_record, make_shards
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of botocore, which warns of itself
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    frames = np.random.default_rng(0).integers(0, 255, (4, 32, 32, 3)).astype(np.uint8)
-    record = Record(
-        key="clip_0",
-        source="test",
-        split="train",
-        utterance="Hello.",
-        speaker="Ann",
-        sentiment=0.5,
-        tasks=(Task.MSA,),
-        num_frames=4,
-        media=Video(mp4=encode_mp4(frames, 25)),
-    )
-    records = [replace(record, key=f"clip_{n}") for n in range(6)]
-    build_shards(records, tmp_path / "shards", provenance={}, max_records_per_shard=2)
-    return tmp_path / "shards"
+    records = [make_record(f"clip_{index}") for index in range(6)]
+    return make_shards(tmp_path / "shards", records, per_shard=2)
 
 
 @pytest.fixture
@@ -63,22 +45,17 @@ def bucket(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.stop()
 
 
-def read_all(index: ShardIndex) -> list[Record]:
-    reader = ShardReader(index.folder, index)
-    return [reader.read(*index.address(number)) for number in range(index.num_records)]
-
-
 def test_records_on_s3_are_those_of_the_folder(bucket: str, folder: Path, tmp_path: Path) -> None:
     options = CacheOptions(folder=tmp_path / "cache")
     index = open_index(bucket, options)
-    expected = read_all(ShardIndex.load(folder))
+    expected = list(iter_records(ShardIndex.load(folder)))
     child = os.fork()  # data workers fork after the trainer has used s3
     if child == 0:
-        os._exit(0 if read_all(open_index(bucket, options)) == expected else 1)
+        os._exit(0 if list(iter_records(open_index(bucket, options))) == expected else 1)
     assert os.waitpid(child, 0)[1] == 0
-    assert read_all(index) == expected
+    assert list(iter_records(index)) == expected
     # What is cached needs no server; what is missing is said.
     shutil.rmtree(folder)
-    assert read_all(index) == expected
+    assert list(iter_records(index)) == expected
     with pytest.raises(FileNotFoundError, match="check the address and the right to read it"):
         open_index("s3://clips/nothing", options)

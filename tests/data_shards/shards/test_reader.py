@@ -17,37 +17,28 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_shards.build.build import build_shards
-from data_shards.media.video import encode_mp4
 from data_shards.shards.checksum import crc32
 from data_shards.shards.index import ShardIndex
-from data_shards.shards.reader import DamagedRecord, ShardReader, iter_plain, read_header, untar
-from data_shards.shards.record import Record, Video, to_members
-from data_shards.tasks import Task
+from data_shards.shards.reader import (
+    DamagedRecord,
+    ShardReader,
+    iter_plain,
+    iter_records,
+    read_header,
+    untar,
+)
+from data_shards.shards.record import Record, to_members
+from tests.builders import make_record, make_shards, tar_blocks
 
 
 @pytest.fixture(scope="module")
 def records() -> list[Record]:
-    mp4 = encode_mp4(np.random.default_rng(0).integers(0, 255, (6, 32, 32, 3)).astype(np.uint8), 25)
-    record = Record(
-        key="clip_0",
-        source="test",
-        split="train",
-        utterance="Hello.",
-        speaker="Ann",
-        sentiment=0.5,
-        tasks=(Task.MSA,),
-        num_frames=6,
-        media=Video(mp4=mp4),
-    )
-    return [replace(record, key=f"clip_{n}", utterance="Hello." * n) for n in range(6)]
+    return [make_record(f"clip_{n}", utterance="Hello." * n) for n in range(6)]
 
 
 @pytest.fixture(scope="module")
 def built(records: list[Record], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("reader") / "shards"
-    build_shards(records, folder, provenance={}, max_records_per_shard=3)
-    return folder
+    return make_shards(tmp_path_factory.mktemp("reader") / "shards", records, per_shard=3)
 
 
 @pytest.fixture
@@ -60,19 +51,11 @@ def open_reader(folder: Path, **options: int) -> ShardReader:
     return ShardReader(folder, ShardIndex.load(folder), **options)
 
 
-def read_all(reader: ShardReader) -> list[Record | DamagedRecord]:
-    results: list[Record | DamagedRecord] = []
-    for number in range(reader.index.num_records):
-        try:
-            results.append(reader.read(*reader.index.address(number)))
-        except DamagedRecord as error:
-            results.append(error)
-    return results
-
-
 def test_records_come_back_equal(built: Path, records: list[Record]) -> None:
     reader = open_reader(built)
-    assert read_all(reader) == records
+    assert list(reader.records()) == [(n // 3, n % 3, record) for n, record in enumerate(records)]
+    assert [record for _, _, record in reader.records([1, 0])] == records[3:] + records[:3]
+    assert list(iter_records(reader.index)) == records
     assert reader.read(1, 0) == records[3]  # in any order
     reader.close()
     assert reader.read(0, 2) == records[2]  # and after closing
@@ -93,8 +76,8 @@ def test_a_text_of_many_kilobytes_is_read_in_one_piece(
     records: list[Record], tmp_path: Path
 ) -> None:
     record = replace(records[0], utterance="Hello. " * 5000)
-    build_shards([record], tmp_path / "shards", provenance={})
-    assert read_all(open_reader(tmp_path / "shards")) == [record]
+    make_shards(tmp_path / "shards", [record])
+    assert list(open_reader(tmp_path / "shards").records()) == [(0, 0, record)]
 
 
 @given(content=st.binary(max_size=3000), before=st.integers(0, 2**32 - 1))
@@ -120,14 +103,14 @@ def test_a_reader_crosses_to_workers(built: Path, method: str, records: list[Rec
     reader.read(0, 0)
     if method == "spawn":  # what a spawned worker receives, without the seconds of starting one
         copy = pickle.loads(pickle.dumps(reader))
-        assert copy._descriptors == {} and read_all(copy) == records
+        assert copy._descriptors == {} and [record for _, _, record in copy.records()] == records
         return
     context = multiprocessing.get_context("fork")
     queue: multiprocessing.Queue[list[str]] = context.Queue()
     children = [context.Process(target=_read_in_child, args=(reader, queue)) for _ in range(2)]
     for child in children:
         child.start()
-    assert read_all(reader) == records
+    assert [record for _, _, record in reader.records()] == records
     for _ in children:
         assert queue.get(timeout=30) == [f"clip_{n}" for n in (3, 4, 5, 0, 1, 2)]
     for child in children:
@@ -137,7 +120,7 @@ def test_a_reader_crosses_to_workers(built: Path, method: str, records: list[Rec
 def damaged_keys(folder: Path, index: ShardIndex | None = None) -> dict[str, str]:
     """Key -> cause of all damaged records."""
     reader = ShardReader(folder, index or ShardIndex.load(folder))
-    errors = [result for result in read_all(reader) if isinstance(result, DamagedRecord)]
+    errors = [result for _, _, result in reader.records() if isinstance(result, DamagedRecord)]
     return {error.key: error.cause for error in errors}
 
 
@@ -201,41 +184,37 @@ def test_a_tar_that_disappears(folder: Path) -> None:
         reader.read(1, 0)
 
 
-def tar_of(*members: tuple[str, bytes, bytes]) -> bytes:
-    """Tar blocks of (name, content, type)."""
-    blocks = b""
-    for name, content, kind in members:
-        info = tarfile.TarInfo(name)
-        info.type, info.size, info.linkname = kind, len(content), "x" * (kind == tarfile.SYMTYPE)
-        blocks += info.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % 512)
-    return blocks
-
-
 REGULAR = tarfile.REGTYPE
 
 
 @pytest.mark.parametrize(
     ("blocks", "rule"),
     [
-        (tar_of(("k.json", b"", tarfile.SYMTYPE)), "must be a regular file, found tar type b'2'"),
-        (tar_of(("k.json", b"", tarfile.CHRTYPE)), "must be a regular file, found tar type b'3'"),
-        (tar_of(("k.json", b"", tarfile.DIRTYPE)), "must be a regular file"),
-        (tar_of(("x", b"11 path=ab\n", tarfile.XHDTYPE)), "may not set b'path'"),
-        (tar_of(("x", b"99 mtime=1\n", tarfile.XHDTYPE)), "may not set b'mtime'"),
-        (tar_of(("x", b"garbage", tarfile.XHDTYPE)), "extended header may not set"),
-        (tar_of(("x", b"", tarfile.XGLTYPE)), "must be a regular file"),
-        (tar_of(("../k.json", b"{}", REGULAR)), "does not belong to a record with this key"),
-        (tar_of(("/k.json", b"{}", REGULAR)), "does not belong"),
-        (tar_of(("k.a/../json", b"{}", REGULAR)), "does not belong"),
-        (tar_of(("other.json", b"{}", REGULAR)), "does not belong"),
-        (tar_of(("k", b"{}", REGULAR)), "does not belong"),
-        (tar_of(("k.pickle", b"", REGULAR)), "does not belong"),
-        (tar_of(("k.pyd", b"", REGULAR)), "does not belong"),
-        (tar_of(("k.json", b"{}", REGULAR), ("k.json", b"{}", REGULAR)), "comes twice"),
-        (tar_of(("k.mp4", b"x" * 600, REGULAR))[:1024], "claims 600 bytes, 512 are left"),
+        (
+            tar_blocks(("k.json", b"", tarfile.SYMTYPE)),
+            "must be a regular file, found tar type b'2'",
+        ),
+        (
+            tar_blocks(("k.json", b"", tarfile.CHRTYPE)),
+            "must be a regular file, found tar type b'3'",
+        ),
+        (tar_blocks(("k.json", b"", tarfile.DIRTYPE)), "must be a regular file"),
+        (tar_blocks(("x", b"11 path=ab\n", tarfile.XHDTYPE)), "may not set b'path'"),
+        (tar_blocks(("x", b"99 mtime=1\n", tarfile.XHDTYPE)), "may not set b'mtime'"),
+        (tar_blocks(("x", b"garbage", tarfile.XHDTYPE)), "extended header may not set"),
+        (tar_blocks(("x", b"", tarfile.XGLTYPE)), "must be a regular file"),
+        (tar_blocks(("../k.json", b"{}", REGULAR)), "does not belong to a record with this key"),
+        (tar_blocks(("/k.json", b"{}", REGULAR)), "does not belong"),
+        (tar_blocks(("k.a/../json", b"{}", REGULAR)), "does not belong"),
+        (tar_blocks(("other.json", b"{}", REGULAR)), "does not belong"),
+        (tar_blocks(("k", b"{}", REGULAR)), "does not belong"),
+        (tar_blocks(("k.pickle", b"", REGULAR)), "does not belong"),
+        (tar_blocks(("k.pyd", b"", REGULAR)), "does not belong"),
+        (tar_blocks(("k.json", b"{}", REGULAR), ("k.json", b"{}", REGULAR)), "comes twice"),
+        (tar_blocks(("k.mp4", b"x" * 600, REGULAR))[:1024], "claims 600 bytes, 512 are left"),
         (bytes(512), "at byte 0 of the record: no tar header"),
         (b"garbage" * 200, "at byte 0 of the record: no tar header"),
-        (tar_of(("k.json", b"{}", REGULAR))[:-512], "claims 2 bytes, 0 are left"),
+        (tar_blocks(("k.json", b"{}", REGULAR))[:-512], "claims 2 bytes, 0 are left"),
     ],
 )
 def test_only_the_members_of_the_record_are_taken(blocks: bytes, rule: str) -> None:
@@ -273,7 +252,7 @@ def test_the_quick_way_to_read_a_header_is_tarfiles(
 
 
 def test_a_header_with_a_negative_size_is_refused() -> None:
-    blocks = bytearray(tar_of(("k.json", b"{}", REGULAR)))
+    blocks = bytearray(tar_blocks(("k.json", b"{}", REGULAR)))
     blocks[124:136] = b"\xff" * 11 + b"\x00"  # base-256 for -256
     checksum = sum(blocks[:148]) + 8 * 32 + sum(blocks[156:512])
     blocks[148:156] = b"%06o\0 " % checksum
@@ -283,7 +262,9 @@ def test_a_header_with_a_negative_size_is_refused() -> None:
 
 def replace_record(folder: Path, members: dict[str, bytes]) -> None:
     """Write other members over record (0, 0), with a checksum that fits: a wrong builder."""
-    blocks = tar_of(*((f"clip_0.{name}", content, REGULAR) for name, content in members.items()))
+    blocks = tar_blocks(
+        *((f"clip_0.{name}", content, REGULAR) for name, content in members.items())
+    )
     path = folder / "shard-000000.tar"
     content = bytearray(path.read_bytes())
     content[: len(blocks)] = blocks

@@ -8,35 +8,21 @@ import tarfile
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from data_shards.media.video import encode_mp4
 from data_shards.shards.index import ShardIndex
 from data_shards.shards.open import CacheOptions, open_index
 from data_shards.shards.reader import DamagedRecord, ShardReader
-from data_shards.shards.record import Record, Video, to_members
+from data_shards.shards.record import Record, to_members
 from data_shards.tasks import Task
+from tests.builders import make_record
 
 
 @pytest.fixture(scope="module")
 def records() -> list[Record]:
-    frames = np.random.default_rng(0).integers(0, 255, (4, 32, 32, 3)).astype(np.uint8)
-    record = Record(
-        key="clip_0",
-        source="test",
-        split="train",
-        utterance="Hello.",
-        speaker="Ann",
-        sentiment=0.5,
-        emotion="joy",
-        tasks=(Task.MSA, Task.ER),
-        num_frames=4,
-        media=Video(mp4=encode_mp4(frames, 25)),
-    )
+    tasks = (Task.MSA, Task.ER)
     return [
-        replace(record, key=f"clip_{n}", tasks=(Task.MSA,) if n % 2 else (Task.MSA, Task.ER))
-        for n in range(7)
+        make_record(f"clip_{n}", tasks=tasks[: 1 + (n + 1) % 2], num_frames=4) for n in range(7)
     ]
 
 

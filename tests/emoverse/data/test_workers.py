@@ -208,7 +208,7 @@ def test_a_worker_that_leaves_is_noticed() -> None:
 
 PROGRAM = """
 import os, sys, time
-from emoverse.workers import PoolOptions, WorkerPool
+from emoverse.data.workers import PoolOptions, WorkerPool
 results = iter(WorkerPool(lambda step, desk: bytes(10**6), range(99), PoolOptions(workers=2)))
 next(results)
 import multiprocessing

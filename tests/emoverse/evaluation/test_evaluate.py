@@ -19,7 +19,7 @@ from emoverse.config.schema import Config, to_yaml
 from emoverse.engine.distributed import RankError, World
 from emoverse.evaluation.evaluate import run
 from emoverse.evaluation.predictions import Prediction, from_json, read_predictions, to_json
-from emoverse.inference.held_out import Entry, choose_entries, plan_batches, training_truths
+from emoverse.inference.held_out import Entry, choose_entries, plan_batches, training_references
 from emoverse.models.emoverse import build_model
 from emoverse.report.report import write_report
 from emoverse.run_dir.checkpoint import save_checkpoint
@@ -298,7 +298,7 @@ def test_a_damaged_clip_is_named_and_never_left_out(
         run(run_dir, which=["base"], log=quiet)
     assert not (run_dir / "eval" / "base" / "predictions.jsonl").exists()
     with pytest.raises(DamagedRecord):
-        training_truths(broken, TASKS)
+        training_references(broken, TASKS)
 
 
 def test_missing_shards_are_named(
@@ -307,4 +307,4 @@ def test_missing_shards_are_named(
     _, run_dir = make_run(*FEW, f"evaluation.shards={tmp_path / 'nowhere'}")
     with pytest.raises(FileNotFoundError, match=r"nowhere: no such folder; .*emoverse build"):
         run(run_dir, which=["base"], log=quiet)
-    assert training_truths(tmp_path / "nowhere", TASKS) == {}
+    assert training_references(tmp_path / "nowhere", TASKS) == {}

@@ -15,11 +15,15 @@ import torch
 from data_shards.tasks import TASKS, Task
 from emoverse.config.schema import Config, ConfigError, to_yaml
 from emoverse.engine.distributed import World
-from emoverse.evaluation.answer_parts import PartWriter, read_parts
 from emoverse.evaluation.evaluate import run, run_target
-from emoverse.evaluation.predictions import Prediction, read_predictions, write_predictions
-from emoverse.evaluation.result_files import read_results
-from emoverse.evaluation.score_results import score_results
+from emoverse.evaluation.predictions import (
+    PartWriter,
+    Prediction,
+    read_parts,
+    read_predictions,
+    write_predictions,
+)
+from emoverse.evaluation.result_files import read_results, score_results
 from emoverse.evaluation.target import resolve
 from emoverse.inference.generate import Answerer
 from emoverse.models.emoverse import build_model
@@ -221,7 +225,7 @@ def test_one_checkpoint_is_evaluated_beside_the_newest(make_run: MakeRun) -> Non
         return [one.row.response for one in read_predictions(path)]
 
     assert said("stage1@step_000003") == said("base") != said("stage1")
-    with pytest.raises(ValueError, match="is one checkpoint; --which"):
+    with pytest.raises(ValueError, match="is one checkpoint; give neither"):
         resolve(early, states=["stage1"])
     loose = run_dir.parent / "loose" / "a" / "b" / "step_000003"
     shutil.copytree(early, loose)
@@ -241,7 +245,7 @@ def test_a_base_as_it_was_downloaded_answers_like_the_state_base(
     run_target(target, log=quiet)
     assert file_of(out) == file_of(run_dir)
     assert resolve(out).kind == "run"  # so that `report` reads it
-    with pytest.raises(ValueError, match="say what it shall answer with a config behind it"):
+    with pytest.raises(ValueError, match="name its config after it"):
         resolve(tiny_inputs.base)
     with pytest.raises(ValueError, match="has no state but base"):
         resolve(tiny_inputs.base, configs=[yaml], states=["stage1"])
@@ -279,8 +283,8 @@ def test_our_predictions_are_result_lines_and_come_back_unchanged(make_run: Make
     outside.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
     theirs = read_results(outside)
     ours = read_predictions(path)
-    assert [(o.row.task, o.row.value, o.row.truth) for o in theirs] == [
-        (o.row.task, o.row.value, o.row.truth) for o in ours
+    assert [(o.row.task, o.row.value, o.row.reference) for o in theirs] == [
+        (o.row.task, o.row.value, o.row.reference) for o in ours
     ]
     inside, without = score_results(path), score_results(outside)
     for task in ("msa", "er", "fer"):

@@ -67,7 +67,7 @@ def ecpe_rows(answer: Callable[[int, str], tuple[Pair, ...]]) -> list[Row]:
         Row(
             key=f"{conversation}-{number}",
             task=Task.ECPE,
-            truth=truth,
+            reference=truth,
             value=answer(number, emotion),
             emotion=emotion,
             target=number,
@@ -104,7 +104,7 @@ def test_both_ecpe_protocols_give_the_known_rule_baselines_of_ecf2(
 @needs_labels
 def test_the_stored_rules_of_ecpe_are_those_of_the_table() -> None:
     rows = ecpe_rows(lambda n, e: ())
-    assert len(rows) == 1821 and sum(len(row.truth) for row in rows) == 2462
+    assert len(rows) == 1821 and sum(len(row.reference) for row in rows) == 2462
     found = {
         rule: percent(Task.ECPE, "pair_f1", rule_rows(rule, Task.ECPE, [], rows, give_emotion=True))
         for rule in RULES[Task.ECPE]
@@ -117,7 +117,7 @@ def test_constant_answers_on_the_real_labels_of_mosei_and_meld() -> None:
     numbers = json.loads((LABELS / "labels" / "mosei_test_labels.json").read_text())
     values = next(v for v in numbers.values() if isinstance(v, list) and isinstance(v[0], float))
     rows = [
-        Row(key=str(i), task=Task.MSA, truth="?", value="positive", sentiment=value)
+        Row(key=str(i), task=Task.MSA, reference="?", value="positive", sentiment=value)
         for i, value in enumerate(values)
     ]
     assert (percent(Task.MSA, "acc2_nn", rows), percent(Task.MSA, "acc2_np", rows)) == (71.0, 62.8)
@@ -126,7 +126,7 @@ def test_constant_answers_on_the_real_labels_of_mosei_and_meld() -> None:
         v for v in names.values() if isinstance(v, list) and str(v[0]).lower() in EMOTIONS
     )
     rows = [
-        Row(key=str(i), task=Task.ER, truth=name, value="neutral")
+        Row(key=str(i), task=Task.ER, reference=name, value="neutral")
         for i, name in enumerate(emotions)
     ]
     assert (percent(Task.ER, "accuracy", rows), percent(Task.ER, "weighted_f1", rows)) == (
@@ -140,7 +140,7 @@ def test_constant_answers_on_the_real_labels_of_mosei_and_meld() -> None:
 
 def number_rows(pairs: list[tuple[float, float | None]]) -> list[Row]:
     return [
-        Row(key=str(i), task=Task.MSA, truth="?", value=None, sentiment=true, number=said)
+        Row(key=str(i), task=Task.MSA, reference="?", value=None, sentiment=true, number=said)
         for i, (true, said) in enumerate(pairs)
     ]
 
@@ -160,7 +160,7 @@ def test_a_predicted_zero_is_non_negative_but_not_positive() -> None:
 
 
 def test_without_numbers_no_regression_metric_and_unreadable_is_as_far_as_can_be() -> None:
-    words = [Row(key="a", task=Task.MSA, truth="?", value="positive", sentiment=1.0)]
+    words = [Row(key="a", task=Task.MSA, reference="?", value="positive", sentiment=1.0)]
     assert math.isnan(metric(Task.MSA, "mae").value(words))
     assert score(metric(Task.MSA, "acc7"), words).n == 0
     rows = number_rows([(1.0, 1.0), (1.0, None), (-2.0, None)])
@@ -210,7 +210,7 @@ answered = st.lists(st.tuples(st.integers(0, 2), few_pairs, few_pairs), min_size
 def official_oracle(rows: list[Row]) -> tuple[float, float]:
     """Micro and weighted F1 over [conversation, target, cause, emotion] items, without neutral."""
     said = {(r.conversation, p) for r in rows for p in r.value or () if p.emotion != "neutral"}
-    true = {(r.conversation, p) for r in rows for p in r.truth if p.emotion != "neutral"}
+    true = {(r.conversation, p) for r in rows for p in r.reference if p.emotion != "neutral"}
 
     def f1(said: set[object], true: set[object]) -> float:
         precision = len(said & true) / (len(said) + 1e-8)
@@ -234,7 +234,7 @@ def test_the_official_protocol_equals_plain_sets(
     items: list[tuple[int, tuple[Pair, ...], tuple[Pair, ...]]],
 ) -> None:
     rows = [
-        Row(key=str(i), task=Task.ECPE, truth=true, value=said, conversation=f"c{group}")
+        Row(key=str(i), task=Task.ECPE, reference=true, value=said, conversation=f"c{group}")
         for i, (group, true, said) in enumerate(items)
     ]
     micro, weighted = official_oracle(rows)
@@ -247,11 +247,11 @@ def test_a_target_without_cause_counts_in_the_official_protocol_only() -> None:
     right = Row(
         key="a",
         task=Task.ECPE,
-        truth=(Pair(1, "joy", 1),),
+        reference=(Pair(1, "joy", 1),),
         value=(Pair(1, "joy", 1),),
         conversation="c",
     )
-    false = Row(key="b", task=Task.ECPE, truth=(), value=(Pair(2, "joy", 2),), conversation="c")
+    false = Row(key="b", task=Task.ECPE, reference=(), value=(Pair(2, "joy", 2),), conversation="c")
     assert metric(Task.ECPE, "pair_f1").value([right, false]) == 1.0
     assert metric(Task.ECPE, "official_f1").value([right, false]) == pytest.approx(2 / 3)
     again = dataclasses.replace(false, key="d", value=right.value)  # said twice, a set counts once
@@ -261,7 +261,7 @@ def test_a_target_without_cause_counts_in_the_official_protocol_only() -> None:
 
 def test_neutral_pairs_are_ignored_officially_and_cost_precision_in_the_papers_protocol() -> None:
     true = (Pair(1, "joy", 1),)
-    row = Row(key="a", task=Task.ECPE, truth=true, value=(*true, Pair(1, "neutral", 2)))
+    row = Row(key="a", task=Task.ECPE, reference=true, value=(*true, Pair(1, "neutral", 2)))
     assert metric(Task.ECPE, "official_f1").value([row]) == pytest.approx(1.0)
     assert metric(Task.ECPE, "pair_f1").value([row]) == pytest.approx(2 / 3)
     assert metric(Task.ECPE, "weighted_f1").value([row]) == 1.0
@@ -288,7 +288,7 @@ def any_rows(draw: st.DrawFn) -> list[Row]:
         Row(
             key=str(i),
             task=task,
-            truth=draw(true),
+            reference=draw(true),
             value=draw(st.one_of(st.none(), said)),
             sentiment=draw(st.floats(-3, 3, width=16)),
             number=draw(st.one_of(st.none(), st.floats(-3, 3, width=16))) if numbers else None,

@@ -21,10 +21,9 @@ from emoverse.evaluation.baselines import (
     neighbour_pairs,
 )
 from emoverse.evaluation.intervals import paired_difference, score, scores
-from emoverse.evaluation.metrics import Metric, Row
+from emoverse.evaluation.metrics import Metric, Row, concluded_emotion, rouge_l, set_f1
 from emoverse.evaluation.registry import METRICS, primary
 from emoverse.evaluation.tables import confusion, item_scores
-from emoverse.evaluation.text_scores import concluded_emotion, rouge_l, set_f1
 from emoverse.report.summary import clearly_better
 
 
@@ -32,14 +31,14 @@ def rows_of(
     task: Task, truths: list[Answer], values: list[Answer | None], **fields: object
 ) -> list[Row]:
     return [
-        dataclasses.replace(Row(key=f"k{i}", task=task, truth=truth, value=value), **fields)
+        dataclasses.replace(Row(key=f"k{i}", task=task, reference=truth, value=value), **fields)
         for i, (truth, value) in enumerate(zip(truths, values, strict=True))
     ]
 
 
 def msa_rows(sentiments: list[float], values: list[str | None]) -> list[Row]:
     return [
-        Row(key=f"k{i}", task=Task.MSA, truth="?", value=value, sentiment=sentiment)
+        Row(key=f"k{i}", task=Task.MSA, reference="?", value=value, sentiment=sentiment)
         for i, (sentiment, value) in enumerate(zip(sentiments, values, strict=True))
     ]
 
@@ -208,10 +207,10 @@ def test_concluded_emotion(reason: str, expected: str | None) -> None:
 def test_emotion_agreement_uses_the_label_then_the_true_reason_and_skips_neither() -> None:
     truth, none = "The words are kind. The person feels joy.", "The lips part."
     rows = [
-        Row(key="a", task=Task.ERI, truth=truth, value="So he is happy.", emotion="joy"),
-        Row(key="b", task=Task.ERI, truth=truth, value="So he is sad."),
-        Row(key="c", task=Task.ERI, truth=none, value="So he is sad."),
-        Row(key="d", task=Task.ERI, truth=truth, value=None, emotion="joy"),
+        Row(key="a", task=Task.ERI, reference=truth, value="So he is happy.", emotion="joy"),
+        Row(key="b", task=Task.ERI, reference=truth, value="So he is sad."),
+        Row(key="c", task=Task.ERI, reference=none, value="So he is sad."),
+        Row(key="d", task=Task.ERI, reference=truth, value=None, emotion="joy"),
     ]
     found = score(primary(Task.ERI), rows)
     assert (found.value, found.n) == (pytest.approx(1 / 3), 3)
@@ -318,7 +317,7 @@ def test_confusion_has_a_column_for_answers_without_a_class() -> None:
     assert table.counts[joy][joy] == 1 and table.counts[joy][-1] == 1
     assert sum(map(sum, table.counts)) == 3
     assert table.answers[-1] == "none"
-    reasons = [Row(key="a", task=Task.ERI, truth="x", value="He is sad.", emotion="fear")]
+    reasons = [Row(key="a", task=Task.ERI, reference="x", value="He is sad.", emotion="fear")]
     found = confusion(Task.ERI, reasons)
     assert found is not None
     assert found.counts[EMOTIONS.index("fear")][EMOTIONS.index("sadness")] == 1

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from data_shards.tasks import POLARITIES, Pair, Task
 from emoverse.evaluation.metrics import Row
 from emoverse.evaluation.parsing import MODES, Mode, read_text
-from emoverse.evaluation.result_files import read_results
-from emoverse.evaluation.score_results import score_results
+from emoverse.evaluation.result_files import read_results, score_results
 
 
 def swift2(**fields: Any) -> dict[str, Any]:
@@ -107,7 +106,7 @@ def test_missing_and_empty_result_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no answer"):
         read_results(write(tmp_path / "empty.jsonl"))
     named = write(tmp_path / "named.jsonl", {"response": "Happy.", "labels": "Happy."})
-    assert read_results(named, task=Task.ER)[0].row.truth == "joy"
+    assert read_results(named, task=Task.ER)[0].row.reference == "joy"
 
 
 @pytest.mark.parametrize(
@@ -126,7 +125,7 @@ def test_missing_and_empty_result_files_are_refused(tmp_path: Path) -> None:
 def test_an_intensity_is_one_number_on_the_scale(
     text: str, number: float | None, value: str | None
 ) -> None:
-    row = Row(key="a", task=Task.MSA, truth="positive", value=None)
+    row = Row(key="a", task=Task.MSA, reference="positive", value=None)
     found, rule = read_text(row, text)
     assert (found.number, found.value) == (number, value)
     if number is not None:
@@ -137,13 +136,15 @@ def test_an_intensity_is_one_number_on_the_scale(
 def test_pairs_of_a_result_are_pairs(tmp_path: Path) -> None:
     line = {"task": "ecpe", "response": "", "label": "3_joy,1", "id": 7}
     (found,) = read_results(write(tmp_path / "r.jsonl", line))
-    assert found.row.truth == (Pair(3, "joy", 1),)
+    assert found.row.reference == (Pair(3, "joy", 1),)
     assert found.row.value == () and found.row.key == "7"
 
 
 @given(st.text(max_size=40), st.sampled_from(list(Task)), st.sampled_from(MODES))
 def test_reading_never_raises_and_says_what_it_did(text: str, task: Task, mode: Mode) -> None:
-    found, rule = read_text(Row(key="a", task=task, truth="positive", value=None), text, mode=mode)
+    found, rule = read_text(
+        Row(key="a", task=task, reference="positive", value=None), text, mode=mode
+    )
     assert found.response == text and rule
     assert (found.value is None) == (found.status == "unparseable")
     assert mode == "tolerant" or found.status != "repaired"

@@ -26,9 +26,11 @@ SIZES = REGISTRY["internvl2-4b"]
 MEASURE = """
 import json, sys, threading, time
 import torch
-from emoverse.models import internvl2, layouts, lora
-from emoverse.models.fold import Fold
-from emoverse.models.internvl2 import *
+from emoverse.export import layouts
+from emoverse.models import adapters
+from emoverse.models.internvl import checkpoint as internvl2
+from emoverse.models.internvl.checkpoint import *
+from emoverse.models.merge import Fold
 
 def anonymous():
     with open("/proc/self/status") as file:

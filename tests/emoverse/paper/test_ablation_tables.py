@@ -86,7 +86,7 @@ def predictions(skill: float, seed: int) -> list[Prediction]:
             row = Row(
                 key=f"k{i}",
                 task=task,
-                truth=truth,
+                reference=truth,
                 value=said,
                 response=format_answer(task, said),
                 sentiment=1.0 if truth == "positive" else -1.0,
@@ -141,7 +141,7 @@ def test_cells_hold_the_paper_and_ours_with_interval(home: Path) -> None:
     cell = main["ours"][0]
     assert cell["low"] < cell["value"] < cell["high"] and cell["n"] == 60
     rows = [one.row for one in predictions(0.9, 1) if one.row.task is Task.MSA]
-    right = sum(row.value == row.truth for row in rows)
+    right = sum(row.value == row.reference for row in rows)
     assert cell["value"] == pytest.approx(100 * right / 60, abs=0.005)
     three = next(one for one in result["tables"] if one["number"] == "III")
     assert [row["ours"] for row in three["rows"] if row["label"] == "TFN"] == [[None, None]]

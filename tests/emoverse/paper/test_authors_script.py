@@ -156,7 +156,7 @@ def test_on_exact_answers_the_script_and_ours_agree(
         texts(*(tuple(format_answer(Task.ECPE, a) for a in pair) for pair in answers))
     )
     rows = [
-        Row(key=str(i), task=Task.ECPE, truth=true, value=said)
+        Row(key=str(i), task=Task.ECPE, reference=true, value=said)
         for i, (said, true) in enumerate(answers)
     ]
     ours = {one.name: one.value(rows) for one in METRICS[Task.ECPE]}
@@ -173,7 +173,7 @@ def test_on_exact_emotions_the_script_and_ours_agree(pairs: list[tuple[str, str]
         Row(
             key=str(i),
             task=Task.ER,
-            truth=true,
+            reference=true,
             value=parse_answer(Task.ER, format_answer(Task.ER, said), strict=True).value,
         )
         for i, (said, true) in enumerate(pairs)

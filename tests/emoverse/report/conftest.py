@@ -105,7 +105,7 @@ def _predictions(records: Sequence[Record], skill: float, seed: int) -> list[Pre
             row = Row(
                 key=record.key,
                 task=task,
-                truth=record.answer(task),
+                reference=record.answer(task),
                 value=None if broken else value,
                 response="<b>?</b>" if broken else format_answer(task, value),
                 status="unparseable" if broken else "parsed",
@@ -116,7 +116,7 @@ def _predictions(records: Sequence[Record], skill: float, seed: int) -> list[Pre
             found.append(
                 Prediction(
                     row=row,
-                    label=format_answer(task, row.truth),
+                    label=format_answer(task, row.reference),
                     rule="no-label" if broken else "exact",
                     finished=True,
                     baseline=None,

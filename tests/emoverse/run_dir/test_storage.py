@@ -207,7 +207,7 @@ WITHOUT_ROOM = """
 import json, resource, signal, sys
 from pathlib import Path
 import torch
-from emoverse import storage
+from emoverse.run_dir import storage
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 found = []

@@ -54,7 +54,7 @@ def listener(body: str, before: str = "") -> subprocess.Popen[str]:
     code = f"""
     import ctypes, os, signal, sys, time
     {before}
-    from emoverse.stop import listen
+    from emoverse.training.shutdown import listen
     with listen() as flag:
         print("up", flush=True)
         {body}

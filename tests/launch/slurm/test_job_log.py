@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from emoverse.evaluation.answer_parts import PartWriter, remove_parts
+from emoverse.evaluation.predictions import PartWriter, remove_parts
 from launch.context import Door
 from launch.slurm import job_log
 from launch.slurm.job_log import MAX_STARTS_WITHOUT_PROGRESS, JobRecord, why_not_again
