@@ -1,7 +1,7 @@
 """A trained state written as a folder that others read: released layout, transformers', or PEFT's.
 
-In:  a checked base folder and the folds to merge into it. Out: a folder, written shard by shard, so
-that an 8B model is exported with one shard in memory. The sums are taken in fp32 and rounded once.
+In:  a checked base folder and the adapters to merge into it. Out: a folder, written shard by shard,
+so that an 8B model is exported with one shard in memory. Sums are in fp32 and rounded once.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ from emoverse.models.internvl.checkpoint import (
     split_rows,
 )
 from emoverse.models.internvl.released_files import ShardWriter
-from emoverse.models.merge import LORA_A, LORA_B, Fold, check_folds, folded
+from emoverse.models.merge import LORA_A, LORA_B, Adapter, check_adapters, merged
 
 INTERNVL2, TRANSFORMERS, ADAPTER = "internvl2", "transformers", "adapter"
 LAYOUTS = (INTERNVL2, TRANSFORMERS, ADAPTER)
@@ -32,38 +32,38 @@ PROBE_TOKENS = 24
 
 
 def write_internvl2(
-    released: Released, folds: Sequence[Fold], folder: Path, dtype: torch.dtype | None = None
+    released: Released, adapters: Sequence[Adapter], folder: Path, dtype: torch.dtype | None = None
 ) -> None:
     """The released layout: the same names, order and config.json; `dtype` None keeps the stored."""
-    check_folds(folds, released.shapes)
+    check_adapters(adapters, released.shapes)
     copy_small_files(released.folder, folder)
     writer = ShardWriter(folder)
     for name, tensor in released.weights.tensors():
-        link = released.links[name]
-        parts = split_rows(tensor, link, released.architecture)
-        changed = [folded(n, part, folds) for n, part in zip(link.native, parts, strict=True)]
+        entry = released.names[name]
+        parts = split_rows(tensor, entry, released.architecture)
+        changed = [merged(n, part, adapters) for n, part in zip(entry.native, parts, strict=True)]
         if all(new is old for new, old in zip(changed, parts, strict=True)):
-            merged = tensor
+            result = tensor
         else:
-            merged = join_rows([part.float() for part in changed], link, released.architecture)
-        writer.add(name, merged.to(dtype or tensor.dtype, copy=True).contiguous())
+            result = join_rows([part.float() for part in changed], entry, released.architecture)
+        writer.add(name, result.to(dtype or tensor.dtype, copy=True).contiguous())
     writer.close()
 
 
 def write_transformers(
     released: Released,
-    folds: Sequence[Fold],
+    adapters: Sequence[Adapter],
     folder: Path,
     dtype: torch.dtype | None = None,
     *,
     stop_ids: Sequence[int],
 ) -> None:
     """transformers' own classes: InternVLForConditionalGeneration.from_pretrained reads it."""
-    check_folds(folds, released.shapes)
+    check_adapters(adapters, released.shapes)
     folder.mkdir(parents=True, exist_ok=True)
     writer = ShardWriter(folder)
     stored: set[torch.dtype] = set()
-    for name, tensor in released.tensors(dtype, folds=folds):
+    for name, tensor in released.tensors(dtype, adapters=adapters):
         writer.add(name, tensor)
         stored.add(tensor.dtype)
     writer.close()
@@ -97,9 +97,11 @@ def probe_logits(model: EmoVerse) -> Tensor:
 
 
 @torch.no_grad()
-def apart(released: Released, below: Sequence[Fold], own: Fold, dtype: torch.dtype) -> EmoVerse:
+def apart(
+    released: Released, below: Sequence[Adapter], own: Adapter, dtype: torch.dtype
+) -> EmoVerse:
     """Base and adapters apart, by hooks on plain layers: W x + scale B (A x), nothing merged."""
-    native, config_json = import_checkpoint(released.folder, dtype, folds=below)
+    native, config_json = import_checkpoint(released.folder, dtype, adapters=below)
     for name, value in own.tensors.items():
         if name.endswith(LORA_A):
             module = name.removesuffix(LORA_A)

@@ -1,7 +1,7 @@
 """From one stage to the next, to evaluation and export: which weights, and are they the right ones?
 
-In: the config and the stage folders of a run. Out: the folds that rebuild the base of a stage, and
-labels with the hash of what was handed over; a stage that was trained again after its successor
+In: the config and the stage folders of a run. Out: the adapters that rebuild the base of a stage,
+and labels with the hash of what was handed over; a stage that was trained again after its successor
 started is found by them.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from emoverse.config.schema import Config
-from emoverse.models.merge import Fold
+from emoverse.models.merge import Adapter
 from emoverse.run_dir.checkpoint import (
     MANIFEST,
     TRAINED,
@@ -54,9 +54,9 @@ def label_of(checkpoint: Path) -> str:
     return f"{checkpoint.parent.parent.name} {checkpoint.name} {digest[:16]}"
 
 
-def folds_below(
+def adapters_below(
     config: Config, stage: str, run_dir: Path, warn: Callable[[str], None] = print
-) -> list[Fold]:
+) -> list[Adapter]:
     """The adapters that are merged into the base which `stage` trains, the first stage first.
 
     Where the stage itself has checkpoints, they must have been trained on exactly these.
@@ -75,19 +75,19 @@ def folds_below(
                 f"{own} was trained on {trained_on} merged into the base, but the run directory "
                 f"now holds {now}; restore those checkpoints, or train {stage} again"
             )
-    return [read_fold(config, run_dir / name) for name in names]
+    return [read_stage_adapter(config, run_dir / name) for name in names]
 
 
-def folds_below_checkpoint(config: Config, checkpoint: Path) -> list[Fold]:
-    """`folds_below` for the stage that a checkpoint folder belongs to, in its own run directory."""
+def adapters_below_checkpoint(config: Config, checkpoint: Path) -> list[Adapter]:
+    """`adapters_below` for the stage of a checkpoint folder, in its own run directory."""
     stage, run_dir = checkpoint.parents[1].name, checkpoint.parents[2]
-    return folds_below(config, stage, run_dir) if stage in config.stages else []
+    return adapters_below(config, stage, run_dir) if stage in config.stages else []
 
 
-def read_fold(config: Config, stage_folder: Path) -> Fold:
+def read_stage_adapter(config: Config, stage_folder: Path) -> Adapter:
     """What a stage has trained, ready to be merged."""
     tensors = load_trained(stage_folder)
-    return Fold(
+    return Adapter(
         tensors={name.removeprefix(NATIVE): value for name, value in tensors.items()},
         scale=config.model.lora.alpha / config.model.lora.r,
         origin=str(stage_folder),

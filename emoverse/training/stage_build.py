@@ -23,7 +23,7 @@ from emoverse.engine.optim import lr_factor, warmup_steps
 from emoverse.models.architecture import load_architecture
 from emoverse.models.emoverse import EmoVerse, build_model
 from emoverse.run_dir import checkpoint
-from emoverse.run_dir.lineage import folds_below, label_of
+from emoverse.run_dir.lineage import adapters_below, label_of
 from emoverse.run_dir.run_files import decisive_knobs, run_identity
 from emoverse.training.loss_guard import Guard
 from emoverse.training.sample_audit import Ledger
@@ -116,7 +116,7 @@ def read_parts(
         device=world.device,
         dtype=torch.bfloat16 if config.model.precision == "bf16" else torch.float32,
         seed=config.run.seed,
-        folds=folds_below(config, stage, config.run.run_dir, notes.append),
+        adapters=adapters_below(config, stage, config.run.run_dir, notes.append),
         # Cached features need the whole tower now; they are for small models.
         defer=config.train.zero_stage == 3 and not config.model.cache_features,
     ).train()

@@ -18,7 +18,7 @@ from emoverse.engine.deepspeed_engine import Engine, deepspeed_config
 from emoverse.engine.distributed import RankError, World, agree, from_main
 from emoverse.engine.optim import build_optimizer, parameter_groups
 from emoverse.engine.step_types import BadNumbers, TrainedState
-from emoverse.models.adapters import is_adapter
+from emoverse.models.adapters import is_lora
 from emoverse.models.architecture import parameter_counts
 from emoverse.run_dir import checkpoint, storage
 from emoverse.run_dir.lineage import handed_over
@@ -260,7 +260,7 @@ def _hand_over(parts: Parts, engine: Engine) -> None:
     trained = checkpoint.load_trained(parts.parent, parts.notes.append)
     if stage.adapter == "merge":
         # The projector goes on from its fp32 masters, not from their rounded copy in the base.
-        whole = {name: value for name, value in trained.items() if not is_adapter(name)}
+        whole = {name: value for name, value in trained.items() if not is_lora(name)}
         engine.import_params(whole, some=True)
     else:
         engine.import_params(trained)

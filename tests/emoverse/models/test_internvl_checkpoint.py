@@ -15,7 +15,7 @@ from emoverse.models.adapters import attach_lora, trainable_names
 from emoverse.models.architecture import REGISTRY, Architecture, parameter_counts
 from emoverse.models.internvl.checkpoint import build_native, export_checkpoint, import_checkpoint
 from emoverse.models.internvl.native_config import native_config
-from emoverse.models.internvl.tensor_names import links
+from emoverse.models.internvl.tensor_names import tensor_names
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_same_logits_after_import(folder: Path, config_json: dict[str, Any]) -> 
 def test_table_is_the_native_model(config_json: dict[str, Any]) -> None:
     model = build_native(config_json)
     architecture = Architecture.from_config_json(config_json)
-    natives = [name for link in links(architecture) for name in link.native]
+    natives = [name for entry in tensor_names(architecture) for name in entry.native]
     assert len(natives) == len(set(natives))
     assert set(natives) == set(states(model))
     counts = parameter_counts(architecture, None, "frozen")

@@ -22,7 +22,7 @@ from emoverse.models.internvl.native_config import native_config
         ({"llm_config.tie_word_embeddings": True}, "tie_word_embeddings must be False"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings must be False"),
         ({"force_image_size": 112}, r"force_image_size must be .* \(56\), found 112"),
-        ({"llm_config.rms_norm_eps": None}, r"rms_norm_eps is missing .* decides numbers"),
+        ({"llm_config.rms_norm_eps": None}, r"rms_norm_eps is missing .* changes the results"),
         ({"vision_config.layer_norm_eps": None}, "layer_norm_eps is missing"),
         ({"llm_config.rope_theta": None}, "rope_theta is missing"),
         (
@@ -33,7 +33,7 @@ from emoverse.models.internvl.native_config import native_config
         ({"llm_config.rope_scaling.short_factor": None}, "short_factor .* must be a list"),
         ({"llm_config.rope_scaling.rope_type": "default"}, "found 'default' and 'su'"),
         ({"llm_config.rope_scaling.long_mscale": 1.1}, "long_factor, .* only, found 'long_mscale'"),
-        ({"llm_config.rope_scaling": None}, "must say how 24 positions become 768, found None"),
+        ({"llm_config.rope_scaling": None}, "must define how 24 positions become 768, found None"),
         ({"llm_config.rms_norm_eps": 1.0}, "rms_norm_eps in config.json must be below 1"),
         ({"llm_config.pad_token_id": 97}, "pad_token_id .* must be an integer from 0 to 96, found"),
         ({"llm_config.attention_bias": True}, "attention_bias must be False"),
