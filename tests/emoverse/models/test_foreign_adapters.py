@@ -40,13 +40,13 @@ def test_adapters_of_the_released_layout(
     folder_of: Callable[[str], Path], family: str, prefix: str, tmp_path: Path, original: Any
 ) -> None:
     """Merged here, they give the logits of the original on W + 2 B A, wqkv fused and all."""
-    base, adapter = folder_of(family), tmp_path / "adapter"
-    foreign(family, adapter, prefix, original)
+    base, folder = folder_of(family), tmp_path / "adapter"
+    foreign(family, folder, prefix, original)
     released = open_checkpoint(base)
-    adapter, settings = read_adapter(adapter, released.architecture)
+    adapter, settings = read_adapter(folder, released.architecture)
     assert settings["r"] == 4 and adapter.scale == 2.0
     weights = original.random_weights(family)
-    stored = load_file(adapter / "adapter_model.safetensors")
+    stored = load_file(folder / "adapter_model.safetensors")
     for key, a in stored.items():
         if key.endswith(".lora_A.weight"):
             b = stored[key.replace("lora_A", "lora_B")]
