@@ -125,7 +125,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def measure(folder: Path, *words: object) -> dict[str, Any]:
     command = [sys.executable, "-c", MEASURE, str(folder), *map(str, words)]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=900, cwd=Path(__file__).parents[3]
+        command, capture_output=True, text=True, timeout=900, cwd=Path(__file__).parents[4]
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
