@@ -16,7 +16,7 @@ from emoverse.engine.distributed import World
 from emoverse.evaluation.evaluate import find_state, load_state
 from emoverse.models.emoverse import EmoVerse, build_model
 from emoverse.models.internvl.checkpoint import import_checkpoint
-from emoverse.models.merge import Adapter, check_adapters, merged
+from emoverse.models.merge import check_adapters
 from emoverse.run_dir.checkpoint import OtherRun, find_checkpoint, load_trained, read_checkpoint
 from emoverse.run_dir.lineage import adapters_below, handed_over, label_of, read_stage_adapter
 from emoverse.training import shutdown
@@ -232,26 +232,6 @@ def test_the_frozen_part_is_the_file_bit_for_bit(run_ranks: Ranks, tiny_config: 
         assert found["trained"] == {"torch.bfloat16"}
         assert found["rotary"].dtype == torch.float32
         assert torch.equal(found["rotary"], base.model.language_model.rotary_emb.inv_freq)
-
-
-def test_folding_is_fp32_arithmetic() -> None:
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(6, 4, generator=generator).bfloat16()
-    a, b = torch.randn(2, 4, generator=generator), torch.randn(6, 2, generator=generator)
-    tensors = {"x.lora_A.default.weight": a, "x.lora_B.default.weight": b}
-    adapter = Adapter(tensors=tensors, scale=4.0, origin="stage1")
-    assert merged("y.weight", weight, [adapter]) is weight
-    twice = merged("x.weight", weight, [adapter, adapter])
-    torch.testing.assert_close(twice, weight.float() + 8 * b @ a)
-    whole = Adapter(tensors={"x.weight": torch.ones(6, 4)}, scale=4.0, origin="stage2")
-    torch.testing.assert_close(merged("x.weight", weight, [whole, adapter]), 1 + 4 * b @ a)
-    check_adapters([adapter, whole], {"x.weight": (6, 4)})
-    for shapes in ({}, {"x.weight": (6, 5)}, {"x.weight": (5, 4)}):
-        with pytest.raises(ValueError, match=r"stage1: x.lora_A.* must belong together"):
-            check_adapters([adapter], shapes)
-    alone = Adapter(tensors={"x.lora_A.default.weight": a}, scale=1.0, origin="torn")
-    with pytest.raises(ValueError, match=r"torn: x.lora_A"):
-        check_adapters([alone], {"x.weight": (6, 4)})
 
 
 def test_the_adapter_of_a_stage_has_the_names_of_the_base(trained: MakeConfig) -> None:
