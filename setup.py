@@ -24,8 +24,8 @@ setup(
         include=["data_shards", "data_shards.*", "emoverse", "emoverse.*", "launch", "launch.*"]
     ),
     package_data={
-        "data_shards": ["py.typed", "assets/**"],
-        "emoverse": ["py.typed", "assets/**"],
+        "data_shards": ["py.typed", "pages/templates/**"],
+        "emoverse": ["py.typed", "assets/**", "report/templates/**"],
         "launch": ["py.typed"],
     },
     include_package_data=False,
@@ -35,6 +35,7 @@ setup(
         "deepspeed>=0.19",
         "fsspec>=2025.3",
         "httpx2>=2",
+        "jinja2>=3.1",
         "numpy>=2",
         "peft>=0.21",
         "pillow>=11",

@@ -30,8 +30,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_shards.build.build import BuildOptions, build_shards
-from data_shards.build.clip_record import Clip, Draft, MediaOptions, make_record
-from data_shards.build.source_item import Recipe
+from data_shards.build.clip_record import Clip, MediaOptions, PendingRecord, make_record
+from data_shards.build.source_item import RecordFactory
 from data_shards.media.video import clip_indices, encode_mp4
 from data_shards.tasks import Task
 
@@ -112,11 +112,13 @@ def pattern(number: int) -> Iterator[NDArray[np.uint8]]:
         yield picture.clip(0, 255).astype(np.uint8)
 
 
-def recipes(files: Sequence[Path], media: MediaOptions, *, cut: bool) -> Iterator[Recipe]:
+def source_items(
+    files: Sequence[Path], media: MediaOptions, *, cut: bool
+) -> Iterator[RecordFactory]:
     """What a corpus adapter gives the build for these files."""
     start_s, end_s = CUT_S if cut else (None, None)
     for path in files:
-        draft = Draft(
+        pending = PendingRecord(
             key=path.stem,
             source="benchmark",
             split="train",
@@ -126,7 +128,7 @@ def recipes(files: Sequence[Path], media: MediaOptions, *, cut: bool) -> Iterato
             tasks=(Task.ER,),
             clip=Clip(path=path, start_s=start_s, end_s=end_s),
         )
-        yield partial(make_record, draft, media)
+        yield partial(make_record, pending, media)
 
 
 def ours(
@@ -139,7 +141,7 @@ def ours(
     workers: int = 1,
 ) -> None:
     """The build itself."""
-    items = recipes(files, media, cut=cut)
+    items = source_items(files, media, cut=cut)
     index = build_shards(items, out / "shards", options=options, provenance={}, workers=workers)
     assert index.num_records == len(files)
 

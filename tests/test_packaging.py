@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("data_shards", "emoverse", "launch")
 # Distributions whose import name is another.
 IMPORT_NAME = {"pillow": "PIL", "ruamel.yaml": "ruamel", "flash-attn": "flash_attn"}
-# Installed with a declared one: pydantic's core, torch's compiler.
-COMES_WITH = {"pydantic_core": "pydantic", "triton": "torch"}
+# Installed with a declared one: pydantic's core, jinja2's strings, torch's compiler.
+COMES_WITH = {"pydantic_core": "pydantic", "markupsafe": "jinja2", "triton": "torch"}
 
 
 def setup_arguments() -> dict[str, object]:

@@ -2,7 +2,7 @@
 
 In: the faces of a clip (`openface.py`) and its emotion. Out: a `FerAnnotation`, or the
 reason why there is none. Pure functions; what the paper leaves open is a field of `FerOptions`.
-Flow: openface -> here -> fer_verb.
+Flow: openface -> here -> fer.
 """
 
 import hashlib
@@ -31,20 +31,20 @@ KNOWN_EMOTIONS: Final = tuple(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FerOptions:
-    """What the paper leaves open; the defaults follow its text where it says something.
+    """What the paper leaves open; the defaults follow its text where it has a rule.
 
     min_confidence: rows below are dropped; None = no filter (paper), 0.8 is Emotion-LLaMA's.
-    success_only: drop rows where tracking failed; without it a failed frame can be the peak.
+    success_only: drop rows where tracking failed; otherwise a failed frame can be the peak.
     face_id: only this face; None = every face of every frame (paper, equation 2).
-    score_aus: the units that equation 1 sums; all 17 (paper), or without AU45: no blink counts.
-    frequent_aus: sum only so many units, those active in most rows of the clip; None = all (paper).
+    score_aus: the units that equation 1 sums; all 17 (paper), or all but AU45, to ignore blinks.
+    frequent_aus: sum only that many units, the most frequent of the clip; None = all (paper).
     presence: when a unit is in AU_frame: its _c is 1, its _r is above 0, or _r >= threshold.
     threshold: intensity from 0 to 5 for 'r_threshold'.
-    au28: AU28 has no _r: 'by_rule' = never under an _r rule, 'c' = by its _c under every rule.
-    ties: which of several highest rows is the peak, the first or the last in time.
+    au28: AU28 has no _r. 'by_rule': never present under an _r rule; 'c': its _c always counts.
+    ties: which of several rows with the highest score is the peak, the first or the last in time.
     on_empty: without a common unit: no annotation, all units of the peak, or the neutral phrase.
     phrase: which phrase of a unit: the first, or one drawn from (seed, key, unit).
-    seed: of the draw.
+    seed: of that draw.
     emotion_table, phrase_table: names in `au_phrases`.
     """
 
@@ -101,7 +101,7 @@ DEFAULT_OPTIONS: Final = FerOptions()
 class Peak:
     """The most expressive face of a clip."""
 
-    row: int  # in the Faces it was found in
+    row: int  # of the Faces
     frame: int  # 0-based rank by presentation time
     face_id: int
     score: float  # equation 1: sum of intensities
@@ -136,7 +136,7 @@ def find_peak(faces: Faces, options: FerOptions = DEFAULT_OPTIONS) -> Peak | Non
         return None
     rows = np.flatnonzero(keep_R)
     columns = _score_columns(faces, rows, options)
-    # Whole micro-units: a sum of two-decimal numbers must not break a tie by rounding error.
+    # Integers: the sum of two-decimal numbers must not break a tie by a rounding error.
     micro_RI = np.rint(faces.intensity_RI[rows][:, columns] * 1e6).astype(np.int64)
     score_R = micro_RI.sum(axis=1)
     best = rows[score_R == score_R.max()]
@@ -160,7 +160,7 @@ def _score_columns(faces: Faces, rows: NDArray[np.intp], options: FerOptions) ->
 
 
 def _active(faces: Faces, au: str, options: FerOptions) -> NDArray[np.bool_]:
-    """Per row: is the unit in AU_frame?"""
+    """Whether the unit is in AU_frame, per row."""
     if options.presence == "c" or (au == "AU28" and options.au28 == "c"):
         return faces.presence_RC[:, PRESENCE_AUS.index(au)]
     if au not in INTENSITY_AUS:

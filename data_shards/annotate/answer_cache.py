@@ -1,7 +1,8 @@
-"""Answers that were paid for once: a file of (hash of the question, answer) that survives a kill.
+"""`AnswerCache`: a file of (hash of the question, answer), so that no question is paid for twice.
 
-In: the hash of everything that decides an answer. Out: the answer, if it was given before. One line
-per answer, appended as it comes; a line that a kill has torn is cut off when the file is opened.
+In: the hash of everything that decides an answer. Out: the answer, if it was given before. Each
+answer is appended as one line; an incomplete last line, left by a kill, is cut off on opening. Any
+other damage is refused, since `--cache` may name a file that is not a cache.
 """
 
 import fcntl
@@ -14,14 +15,14 @@ from typing import Any, Self
 from data_shards.jsonl import read_rows
 
 
-def question_id(**parts: Any) -> str:
-    """sha256 over everything that decides the answer; JSON values."""
-    text = json.dumps(parts, sort_keys=True, ensure_ascii=True)
+def question_id(**content: Any) -> str:
+    """sha256 of everything that decides the answer; JSON values."""
+    text = json.dumps(content, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
 class AnswerCache:
-    """The answers in one file; locked against a second writer. Use as a context manager."""
+    """The answers in one file, locked against a second writer. Use as a context manager."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -38,7 +39,7 @@ class AnswerCache:
                 f"{self._path}: another run is writing this cache; wait for it or name another one"
             ) from error
         try:
-            self._cut_torn_line()
+            self._cut_incomplete_line()
             for row in read_rows(self._path, "a cache of answers"):
                 self._answers[row.text("id")] = row.text("answer")
         except BaseException:
@@ -56,15 +57,15 @@ class AnswerCache:
         """The answer to a question by its id."""
         return self._answers.get(question)
 
-    def put(self, question: str, answer: str, **about: str) -> None:
-        """Keep an answer; `about` is written beside it for people."""
+    def put(self, question: str, answer: str, **details: str) -> None:
+        """Store an answer; `details` are written beside it for people."""
         self._answers[question] = answer
-        line = json.dumps({"id": question, "answer": answer, **about}) + "\n"
+        line = json.dumps({"id": question, "answer": answer, **details}) + "\n"
         self._file.write(line.encode("ascii"))
         self._file.flush()
 
-    def _cut_torn_line(self) -> None:
+    def _cut_incomplete_line(self) -> None:
         content = self._path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            os.ftruncate(self._file.fileno(), whole)
+        end = content.rfind(b"\n") + 1
+        if end < len(content):
+            os.ftruncate(self._file.fileno(), end)

@@ -1,8 +1,8 @@
 """The tables of the FER annotation: the action units of an emotion, and the text of a unit.
 
-Restated as data from the sources named beside each table, with the emotions renamed to this
-project's vocabulary (happy -> joy, sad -> sadness, angry -> anger). Contempt, worried and doubt
-stand in the sources only; no corpus here has them, yet a table without them would not be theirs.
+The sources are named beside each table; the emotions have this project's names (happy -> joy,
+sad -> sadness, angry -> anger). Contempt, worried and doubt are in the sources but in no corpus
+here; they stay so that the tables are complete.
 """
 
 from typing import Final
@@ -11,8 +11,8 @@ EmotionTable = dict[str, tuple[str, ...]]
 PhraseTable = dict[str, tuple[str, ...]]
 
 
-# Lum1104/MER-Factory@b637adf, tools/emotion_analyzer.py (MIT), there read with the *_c columns.
-# The only one with disgust, which MELD and MOSEI need; hence the default.
+# Lum1104/MER-Factory@b637adf, tools/emotion_analyzer.py (MIT), used there with the *_c columns.
+# The default, because no other table has disgust, which MELD and MOSEI need.
 _MER_FACTORY: Final[EmotionTable] = {
     "joy": ("AU06", "AU12", "AU14"),
     "sadness": ("AU01", "AU04", "AU14", "AU15"),
@@ -24,7 +24,7 @@ _MER_FACTORY: Final[EmotionTable] = {
     "disgust": ("AU09", "AU15"),
 }
 
-# A third-party transcription of the Emotion-LLaMA rules (origin repository not known).
+# A third-party transcription of the Emotion-LLaMA rules (its repository is not known).
 _THIRD_PARTY: Final[EmotionTable] = {
     "joy": ("AU06", "AU12", "AU14"),
     "anger": ("AU04", "AU05", "AU07", "AU10", "AU17", "AU23"),
@@ -51,8 +51,8 @@ EMOTION_TABLES: Final[dict[str, EmotionTable]] = {
     "emotion_llama_docs": _EMOTION_LLAMA_DOCS,
 }
 
-# Two independent third-party transcriptions of the Emotion-LLaMA table; they agree but for one
-# phrase of AU06 and for the key of the lip-suck row (AU28 here). No row for AU45.
+# Two independent third-party transcriptions of the Emotion-LLaMA table; they differ only in one
+# phrase of AU06 and in the key of the lip-suck row (AU28 here). There is no row for AU45.
 _EXPRESSION: Final[PhraseTable] = {
     "AU01": (
         "Inner brow raiser",

@@ -1,8 +1,8 @@
-"""One question to a model behind an OpenAI-compatible endpoint (vLLM and others), asked with care.
+"""Questions to a model behind an OpenAI-compatible endpoint (vLLM and others), with retries.
 
-In: an `Endpoint` and chat messages. Out: the answer's text, or an error that says whether the clip,
-the endpoint or the settings are at fault. Repeats what may pass (busy, down, slow, broken answers)
-with growing pauses, and no earlier than the server asks for.
+In: an `Endpoint` and chat messages. Out: the text of the answer, or an error whose type shows the
+cause: the clip, the endpoint or the settings. Temporary failures (busy, down, slow, broken answers)
+are retried with growing pauses, never earlier than the server asks for.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ _QUOTED: Final = 300  # characters of a server's message that are shown
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Endpoint:
-    """Where a model is served and how it is asked."""
+    """Where a model is served, and the settings of its answers."""
 
     base_url: str  # up to and with the version, e.g. http://host:8000/v1
     model: str
@@ -67,13 +67,13 @@ class Endpoint:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Patience:
-    """How long to wait for what; times in seconds."""
+    """Timeouts and retries; times in seconds."""
 
     timeout_s: float = 120.0  # of one attempt, from the connection to the last byte
     attempts: int = 6  # including the first
-    first_pause_s: float = 1.0  # doubles with every attempt, half of it by chance
-    longest_pause_s: float = 60.0  # of our own choice
-    longest_asked_s: float = 600.0  # of what a server asks for by Retry-After
+    first_pause_s: float = 1.0  # doubles with every attempt; half of it is random
+    longest_pause_s: float = 60.0  # unless the server asks for more
+    longest_asked_s: float = 600.0  # longest pause that a server can ask for with Retry-After
 
     def __post_init__(self) -> None:
         if self.timeout_s <= 0 or self.attempts < 1 or self.first_pause_s < 0:
@@ -88,11 +88,11 @@ class Refused(Exception):
 
 
 class Unanswered(Exception):
-    """No usable answer in all attempts; a later start may have more luck."""
+    """No usable answer in all attempts; a later run may succeed."""
 
 
-class _Passing(Exception):
-    """One attempt failed in a way that may pass."""
+class _Temporary(Exception):
+    """One attempt failed for a reason that may not last."""
 
     def __init__(self, cause: str, *, not_before_s: float = 0.0) -> None:
         super().__init__(cause)
@@ -110,8 +110,8 @@ class ChatClient:
                 max_connections=connections, max_keepalive_connections=connections
             ),
         )
-        self._draw = random.Random(0)  # spreads the pauses, decides nothing that is kept
-        self._closed_until = 0.0  # monotonic time before which a busy server wants no question
+        self._draw = random.Random(0)  # spreads the pauses and affects no result
+        self._closed_until = 0.0  # monotonic time until which a busy server wants no question
         self.retries = 0
 
     async def __aenter__(self) -> Self:
@@ -136,10 +136,10 @@ class ChatClient:
         for attempt in range(1, self._patience.attempts + 1):
             await asyncio.sleep(max(0.0, self._closed_until - time.monotonic()))
             try:
-                # The library's own limit counts from byte to byte: a trickle would never end.
+                # The library's timeout restarts with every byte: a slow stream would never end.
                 async with asyncio.timeout(self._patience.timeout_s):
                     return await self._attempt(endpoint, messages)
-            except (_Passing, httpx2.RequestError, TimeoutError) as error:
+            except (_Temporary, httpx2.RequestError, TimeoutError) as error:
                 cause = _cause(error, self._patience)
                 if attempt == self._patience.attempts:
                     raise Unanswered(f"{cause}, after {attempt} attempts") from error
@@ -151,9 +151,9 @@ class ChatClient:
         longest = self._patience.longest_pause_s
         pause_s = min(longest, self._patience.first_pause_s * 2.0 ** (attempt - 1))
         pause_s *= 0.5 + 0.5 * self._draw.random()
-        if isinstance(error, _Passing) and error.not_before_s > 0:
+        if isinstance(error, _Temporary) and error.not_before_s > 0:
             pause_s = max(pause_s, min(error.not_before_s, self._patience.longest_asked_s))
-            # The server is busy, not this question: the others wait too.
+            # The whole server is busy, so all other questions wait too.
             self._closed_until = max(self._closed_until, time.monotonic() + pause_s)
         return pause_s
 
@@ -174,15 +174,17 @@ class ChatClient:
         status = response.status_code
         if status == 200:
             return _answer(response.text, endpoint)
-        said = f"{status} from {endpoint.base_url}: {response.text.strip()[:_QUOTED]}"
-        if status in _WRONG_SETTINGS or response.is_redirect:  # it asks for another base URL
+        message = f"{status} from {endpoint.base_url}: {response.text.strip()[:_QUOTED]}"
+        if status in _WRONG_SETTINGS or response.is_redirect:  # a redirect means a wrong base URL
             raise ValueError(
-                f"endpoint: {said}; check the base URL, the model name {endpoint.model!r} and the "
-                f"key ({endpoint.key_env or 'none was sent'})"
+                f"endpoint: {message}; check the base URL, the model name {endpoint.model!r} and "
+                f"the key ({endpoint.key_env or 'none was sent'})"
             )
         if status in _BUSY or status >= 500:
-            raise _Passing(said, not_before_s=_retry_after_s(response.headers.get("retry-after")))
-        raise Refused(said)
+            raise _Temporary(
+                message, not_before_s=_retry_after_s(response.headers.get("retry-after"))
+            )
+        raise Refused(message)
 
 
 def _answer(body: str, endpoint: Endpoint) -> str:
@@ -191,11 +193,11 @@ def _answer(body: str, endpoint: Endpoint) -> str:
         text = choice["message"]["content"]
         cut = choice.get("finish_reason") == "length"
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise _Passing(
-            f"an answer that is no chat completion: {body.strip()[:_QUOTED]!r}"
+        raise _Temporary(
+            f"an answer that is not a chat completion: {body.strip()[:_QUOTED]!r}"
         ) from error
     if not isinstance(text, str) or not text.strip():
-        raise _Passing("an empty answer")
+        raise _Temporary("an empty answer")
     if cut:
         raise Refused(f"the answer was cut at max_tokens {endpoint.max_tokens}; raise it")
     return text.strip()

@@ -1,4 +1,4 @@
-"""OpenFace 2.x action-unit csv: reading real files with their quirks, and writing the same format.
+"""The action-unit csv of OpenFace 2.x: a reader for all variants of the format, and a writer.
 
 In: a csv of FeatureExtraction (one face) or FaceLandmarkVidMulti (several rows per frame). Out:
 `Faces`, one row per (frame, face) as numpy columns, frames counted from 0. Read by the FER
@@ -39,7 +39,7 @@ class Faces:
     frame_R: int64, 0-based rank by presentation time (the file counts from 1).
     face_id_R: int64, OpenFace's number of the face; not an identity, it may flip or skip.
     timestamp_R: float64, seconds. confidence_R: float64, 0..1.
-    success_R: bool, False where tracking failed; such rows carry action-unit values all the same.
+    success_R: bool, False where tracking failed; such rows have action-unit values too.
     intensity_RI: float64, 0..5, columns as INTENSITY_AUS.
     presence_RC: bool, columns as PRESENCE_AUS.
     """
@@ -87,17 +87,17 @@ def read_openface(source: Path | str) -> Faces:
         name, text = "<text>", source.removeprefix("\ufeff")
     lines = text.splitlines()
     header = [column.strip() for column in lines[0].split(",")] if lines else []
-    places = _places(name, header)
-    numbers = [number for number, line in enumerate(lines[1:], start=2) if line.strip()]
-    table = np.zeros((len(numbers), len(_ALL_COLUMNS)))  # a missing optional column stays 0
-    given = [n for n, place in enumerate(places) if place is not None]
-    for row, number in enumerate(numbers):
+    positions = _column_positions(name, header)
+    line_numbers = [number for number, line in enumerate(lines[1:], start=2) if line.strip()]
+    table = np.zeros((len(line_numbers), len(_ALL_COLUMNS)))  # a missing optional column stays 0
+    given = list(positions)
+    for row, number in enumerate(line_numbers):
         cells = lines[number - 1].split(",")  # OpenFace never quotes
         if len(cells) != len(header):
-            rule = f"must have {len(header)} fields as the header has"
+            rule = f"must have {len(header)} fields like the header"
             raise ValueError(f"{name}:{number}: a row {rule}, found {len(cells)}")
-        table[row, given] = [_number(cells[place]) for place in places if place is not None]
-    _check_values(name, numbers, table)
+        table[row, given] = [_number(cells[index]) for index in positions.values()]
+    _check_values(name, line_numbers, table)
     first = len(_PLAIN)
     last = first + len(_INTENSITY_COLUMNS)
     return Faces(
@@ -112,15 +112,15 @@ def read_openface(source: Path | str) -> Faces:
 
 
 def _number(cell: str) -> float:
-    """The cell's number, nan when it is none."""
+    """The number in the cell, nan if there is none."""
     try:
         return float(cell)
     except ValueError:
         return math.nan
 
 
-def _places(name: str, header: Sequence[str]) -> list[int | None]:
-    """The place of each of _ALL_COLUMNS in the file; None for an optional one that is missing."""
+def _column_positions(name: str, header: Sequence[str]) -> dict[int, int]:
+    """Index in _ALL_COLUMNS -> index in the file, without optional columns that are missing."""
     if not any(header):
         raise ValueError(
             f"{name}:1: must start with OpenFace's header, found an empty file or line"
@@ -134,13 +134,13 @@ def _places(name: str, header: Sequence[str]) -> list[int | None]:
             raise ValueError(
                 f"{name}:1: column {column}: must be in the header, found none; {hint}"
             )
-    return [header.index(column) if column in header else None for column in _ALL_COLUMNS]
+    return {n: header.index(column) for n, column in enumerate(_ALL_COLUMNS) if column in header}
 
 
-def _check_values(name: str, numbers: Sequence[int], table: NDArray[np.float64]) -> None:
-    """Raise ValueError for the first cell out of its column's rule. `numbers`: each row's line."""
-    for place, column in enumerate(_ALL_COLUMNS):
-        values = table[:, place]
+def _check_values(name: str, line_numbers: Sequence[int], table: NDArray[np.float64]) -> None:
+    """Raise ValueError for the first cell that breaks the rule of its column."""
+    for index, column in enumerate(_ALL_COLUMNS):
+        values = table[:, index]
         good = np.isfinite(values)
         rule = "must be a finite number"
         if column == "frame":
@@ -154,8 +154,8 @@ def _check_values(name: str, numbers: Sequence[int], table: NDArray[np.float64])
             good, rule = (values == 0) | (values == 1), "must be 0 or 1"
         if not good.all():
             row = int(np.argmin(good))
-            found = f"found {values[row]:g}"
-            raise ValueError(f"{name}:{numbers[row]}: column {column}: {rule}, {found}")
+            where = f"{name}:{line_numbers[row]}: column {column}"
+            raise ValueError(f"{where}: {rule}, found {values[row]:g}")
 
 
 def format_openface(faces: Faces, *, spaced: bool = True) -> str:
@@ -182,5 +182,5 @@ def format_openface(faces: Faces, *, spaced: bool = True) -> str:
 
 
 def write_openface(path: Path, faces: Faces, *, spaced: bool = True) -> None:
-    """Write `format_openface` to a file. A failed frame is a row with success False and values."""
+    """Write `format_openface` to a file."""
     path.write_text(format_openface(faces, spaced=spaced), encoding="utf-8", newline="\n")

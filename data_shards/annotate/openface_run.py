@@ -1,8 +1,8 @@
 """OpenFace over the clips of a shard folder: one csv of action units per record.
 
 In: a shard folder and OpenFace 2.x's FeatureExtraction (one face) or FaceLandmarkVidMulti (all
-faces). Out: FOLDER/KEY.csv, made from the very clip that the shard holds, so that its frame numbers
-are the record's. A csv that is there is kept: a stopped run goes on. OpenFace is not part of this
+faces). Out: FOLDER/KEY.csv, made from the clip that the shard holds, so that its frame numbers are
+those of the record. An existing csv is kept, so a stopped run resumes. OpenFace is not part of this
 project; its licence is academic and non-commercial.
 """
 
@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
+from data_shards.files import write_atomically
 from data_shards.shards.index import ShardIndex
-from data_shards.shards.reader import ShardReader
+from data_shards.shards.reader import iter_records
 from data_shards.shards.record import Record, Video
 
 PROGRAMS: Final = {"single": "FeatureExtraction", "multi": "FaceLandmarkVidMulti"}
@@ -24,28 +25,21 @@ _LIMIT_S: Final = 600.0  # for one clip; OpenFace takes a few times the clip's l
 
 
 def find_openface(program: str | None, faces: str) -> Path | None:
-    """OpenFace's program: the one that is named, else the one on the PATH; None if there is none.
+    """The named OpenFace program, else the one on the PATH; None if there is none.
 
     Raises FileNotFoundError if a named one does not exist.
     """
-    found = shutil.which(program if program is not None else PROGRAMS[faces])
-    if program is not None and found is None:
+    path = shutil.which(program if program is not None else PROGRAMS[faces])
+    if program is not None and path is None:
         raise FileNotFoundError(
             f"--openface: no program {program}; give the path of {PROGRAMS[faces]} of OpenFace 2.x"
         )
-    return None if found is None else Path(found)
+    return None if path is None else Path(path)
 
 
 def records_of(shards: Path) -> Iterator[Record]:
     """All records of a shard folder, in order."""
-    index = ShardIndex.load(shards)
-    reader = ShardReader(shards, index, max_open=1)
-    try:
-        for shard, info in enumerate(index.shards):
-            for slot in range(info.records):
-                yield reader.read(shard, slot)
-    finally:
-        reader.close()
+    return iter_records(ShardIndex.load(shards))
 
 
 def measure_records(
@@ -53,11 +47,11 @@ def measure_records(
 ) -> Counter[str]:
     """Write a csv for every record with a video and an emotion that has none yet.
 
+    A clip that OpenFace cannot read gets KEY.failed with OpenFace's output; remove the file to try
+    the clip again.
+
     Returns:
         counts: 'measured', 'there' (from an earlier run), 'no-video' (extracted frames), 'failed'.
-
-    A clip that OpenFace cannot read leaves KEY.failed with what it said; removing the file tries
-    it again.
     """
     csvs.mkdir(parents=True, exist_ok=True)
     counts: Counter[str] = Counter()
@@ -85,12 +79,12 @@ def _measure(record: Record, csvs: Path, program: Path) -> str:
             done = subprocess.run(
                 command, capture_output=True, text=True, timeout=_LIMIT_S, check=False
             )
-            said = f"exit code {done.returncode}\n{done.stdout}{done.stderr}"
+            output = f"exit code {done.returncode}\n{done.stdout}{done.stderr}"
         except subprocess.TimeoutExpired:
-            said = f"no answer in {_LIMIT_S:.0f} s"
-        made = Path(folder) / "clip.csv"
-        if not made.is_file():
-            failed.write_text(said, encoding="utf-8")
+            output = f"no answer in {_LIMIT_S:.0f} s"
+        csv = Path(folder) / "clip.csv"
+        if not csv.is_file():
+            write_atomically(failed, output)
             return "failed"
-        os.replace(made, target)
+        os.replace(csv, target)
     return "measured"

@@ -1,16 +1,18 @@
 """ERI labels: why a person feels what they feel, from two models behind OpenAI-compatible servers.
 
-In: the records of a shard folder that have an emotion. Per clip two calls: a vision model describes
-person and scene from frames, a language model infers the cause from the description, the words and
-the label. Out: JSONL of key, reason, description, models and prompt version, sorted by key, for
-`emoverse build ... --reasons`. Answers are kept as they come: a killed run goes on.
+In: the records of a shard folder that have an emotion. Per clip there are two calls: a vision model
+describes person and scene from frames, then a language model infers the cause from the description,
+the words and the label. Out: JSONL of key, reason, description, models and prompt version, sorted
+by key, for `emoverse build ... --reasons`. Every answer is cached at once: a killed run resumes.
+
+The paper names the two models and the order of the calls but publishes no prompts: these are ours.
 """
 
 import asyncio
+import base64
 import hashlib
 import json
-import os
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,30 +20,44 @@ from typing import Any, Final
 
 from data_shards.annotate.answer_cache import AnswerCache, question_id
 from data_shards.annotate.endpoint import ChatClient, Endpoint, Patience, Refused, Unanswered
-from data_shards.annotate.reason_prompts import (
-    PROMPT_VERSION,
-    describe_messages,
-    infer_messages,
-)
+from data_shards.files import write_atomically
 from data_shards.media.pixels import jpeg_encode, resize_frame
 from data_shards.media.video import clip_indices, decode_frames
 from data_shards.shards.index import ShardIndex
-from data_shards.shards.reader import ShardReader
+from data_shards.shards.reader import iter_records
 from data_shards.shards.record import Frames, Record
 
-READY: Final = "file"  # the model of a text that came from a file
-_GIVE_UP_AFTER: Final = 20  # clips in a row without an answer: the server is gone
+READY: Final = "file"  # stands for the model where a text came from a file
+_GIVE_UP_AFTER: Final = 20  # consecutive clips without an answer: the server is gone
+
+PROMPT_VERSION: Final = "1"  # raise it with every change of the texts below
+
+DESCRIBE_TASK: Final = (
+    "These are {count} frames of one short video clip in order of time. Describe only what can be "
+    "seen. First the person who speaks or is most in view: face, gaze, mouth, brows, gestures and "
+    "posture, and how they change. Then the scene: place, other people, and what happens. Four to "
+    "six plain sentences. Do not guess at words that are spoken and do not name an emotion."
+)
+INFER_SYSTEM: Final = "You explain why a person in a video feels what they feel."
+INFER_TASK: Final = (
+    "What can be seen:\n{description}\n\n{words}\n\nThe person's emotion is known: {emotion}. "
+    "Explain in two to four sentences, as one paragraph: begin with the clues of the face, go on "
+    "with what the words convey, and conclude with the emotion {emotion} and its most likely "
+    "cause. Use only what is given above."
+)
+_WORDS: Final = "The person says: {utterance}"
+_NO_WORDS: Final = "The person says nothing."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReasonOptions:
     """How reasons are made.
 
-    describe, infer: the two models; None where ready texts are given for every clip.
+    describe, infer: the two models; None if ready texts are given for every clip.
     frames, size: frames of a clip by InternVL's rule, and their side in pixels.
-    concurrency: clips in work at the same time.
-    limit: only the first records with an emotion; None = all.
-    descriptions, reasons: ready texts by key, used instead of the calls.
+    concurrency: clips that are processed at the same time.
+    limit: only that many records with an emotion, from the first; None = all.
+    descriptions, reasons: ready texts by key, used instead of calls.
     """
 
     describe: Endpoint | None = None
@@ -74,18 +90,18 @@ class ReasonOptions:
 
 @dataclass(kw_only=True, slots=True)
 class _Outcome:
-    """What a run has found so far."""
+    """The results of a run so far."""
 
     rows: dict[str, dict[str, str]] = field(default_factory=dict)  # by key
     failed: dict[str, str] = field(default_factory=dict)  # key -> cause
     without_emotion: int = 0
-    asked: int = 0  # questions that went to a server
-    kept: int = 0  # answers from the cache
-    in_a_row: int = 0  # clips without an answer since the last one with
+    asked: int = 0  # questions that were sent to a server
+    from_cache: int = 0  # answers that an earlier run got
+    consecutive_unanswered: int = 0  # clips without an answer since the last answered one
 
     @property
     def has_given_up(self) -> bool:
-        return self.in_a_row >= _GIVE_UP_AFTER
+        return self.consecutive_unanswered >= _GIVE_UP_AFTER
 
 
 def annotate_reasons(
@@ -96,14 +112,14 @@ def annotate_reasons(
     cache: Path | None = None,
     progress: Callable[[int, str], None] | None = None,
 ) -> dict[str, Any]:
-    """Write the JSONL of reasons; clips that got none are named in the report.
+    """Write the JSONL of reasons; the report names the clips without a reason.
 
     Args:
-        cache: where answers are kept (default: OUT.answers beside it).
+        cache: file of answers (default: OUT.answers).
         progress: called with the number of records done and a note on failures.
 
     Raises:
-        FileNotFoundError, ValueError: no shard folder, or settings that no server accepts.
+        FileNotFoundError, ValueError: no shard folder, or the server rejects the settings.
     """
     index = ShardIndex.load(folder)
     known = {key for shard in range(index.num_shards) for key in index.keys(shard)}
@@ -118,7 +134,8 @@ def annotate_reasons(
     path = cache or out.with_name(f"{out.name}.answers")
     with AnswerCache(path) as answers:
         asyncio.run(_annotate_all(index, options, answers, outcome, progress))
-    _write(out, outcome.rows)
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for _, row in sorted(outcome.rows.items()))
+    write_atomically(out, "".join(lines))
     return {
         "ok": not outcome.failed,
         "out": str(out),
@@ -126,20 +143,11 @@ def annotate_reasons(
         "reasons": len(outcome.rows),
         "without_emotion": outcome.without_emotion,
         "asked": outcome.asked,
-        "from_cache": outcome.kept,
+        "from_cache": outcome.from_cache,
         "unknown_keys": len((set(options.reasons) | set(options.descriptions)) - known),
         "gave_up": outcome.has_given_up,
         "failed": dict(sorted(outcome.failed.items())),
     }
-
-
-def _write(out: Path, rows: Mapping[str, Mapping[str, str]]) -> None:
-    """The rows by key; written beside and renamed."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f"{out.name}.part")
-    lines = (json.dumps(rows[key], ensure_ascii=False) + "\n" for key in sorted(rows))
-    part.write_text("".join(lines), encoding="utf-8")
-    os.replace(part, out)
 
 
 async def _annotate_all(
@@ -152,10 +160,10 @@ async def _annotate_all(
     running: set[asyncio.Task[None]] = set()
     done = 0
 
-    def settle(finished: set[asyncio.Task[None]]) -> None:
+    def collect(finished: set[asyncio.Task[None]]) -> None:
         nonlocal done
         for task in finished:
-            task.result()  # an error here is an error of the settings: it ends the run
+            task.result()  # raises if the settings are wrong, which ends the run
             done += 1
             if progress is not None:
                 failed = f"{len(outcome.failed)} failed" if outcome.failed else ""
@@ -163,10 +171,10 @@ async def _annotate_all(
 
     async with (
         ChatClient(options.patience, connections=options.concurrency) as client,
-        _all_or_none(running),
+        _cancelled_on_exit(running),
     ):
         chosen = 0
-        for record in _records(index):
+        for record in iter_records(index):
             if record.emotion is None:
                 outcome.without_emotion += 1
                 continue
@@ -177,32 +185,22 @@ async def _annotate_all(
             if len(running) >= options.concurrency:
                 finished, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 running -= finished
-                settle(finished)
+                collect(finished)
         if running:
             finished, _ = await asyncio.wait(running)
             running.clear()
-            settle(finished)
+            collect(finished)
 
 
 @asynccontextmanager
-async def _all_or_none(running: set[asyncio.Task[None]]) -> AsyncIterator[None]:
-    """No clip stays in work when the run ends by an error or by Ctrl-C."""
+async def _cancelled_on_exit(running: set[asyncio.Task[None]]) -> AsyncIterator[None]:
+    """Cancel the tasks that still run when the block ends, by an error or by Ctrl-C."""
     try:
         yield
     finally:
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
-
-
-def _records(index: ShardIndex) -> Iterator[Record]:
-    reader = ShardReader(index.folder, index, max_open=1)
-    try:
-        for shard, info in enumerate(index.shards):
-            for slot in range(info.records):
-                yield reader.read(shard, slot)
-    finally:
-        reader.close()
 
 
 async def _annotate(
@@ -212,21 +210,20 @@ async def _annotate(
     answers: AnswerCache,
     outcome: _Outcome,
 ) -> None:
-    """One clip: description, then reason; a clip that fails is noted and passed over."""
-    work = _Clip(record, client, options, answers, outcome)
+    """Describe one clip, then infer the reason; a failure is recorded in the outcome."""
     try:
-        row = await work.row()
+        row = await _ClipQuestions(record, client, options, answers, outcome).row()
     except (Refused, Unanswered) as error:
         outcome.failed[record.key] = str(error)
-        outcome.in_a_row += isinstance(error, Unanswered)
+        outcome.consecutive_unanswered += isinstance(error, Unanswered)
         return
     if row is not None:
         outcome.rows[record.key] = row
-    outcome.in_a_row = 0
+    outcome.consecutive_unanswered = 0
 
 
 @dataclass(frozen=True, slots=True)
-class _Clip:
+class _ClipQuestions:
     """The two questions about one record."""
 
     record: Record
@@ -236,7 +233,7 @@ class _Clip:
     outcome: _Outcome
 
     async def row(self) -> dict[str, str] | None:
-        """The line of the result; None if only ready reasons are used and there is none."""
+        """The output row; None if only ready reasons are used and there is none for the clip."""
         key, emotion = self.record.key, self.record.emotion
         assert emotion is not None, "only records with an emotion are annotated"
         ready = self.options.reasons.get(key)
@@ -260,15 +257,15 @@ class _Clip:
         }
 
     async def _description(self) -> tuple[str, str]:
-        """The description and the model that gave it."""
+        """The description and the name of its model."""
         ready = self.options.descriptions.get(self.record.key)
         if ready is not None:
             return one_line(ready), READY
         endpoint = self.options.describe
         if endpoint is None:
             raise Refused("no description in the file, and no vision model to ask")
-        # The clip's bytes and not those of the JPEGs: they depend on the installed encoder, and a
-        # question that was answered before needs no decoding.
+        # The clip identifies the question, not its JPEGs: these depend on the installed encoder,
+        # and a question that was answered before needs no decoding.
         question = _question(
             endpoint,
             clip=_media_hash(self.record),
@@ -288,38 +285,38 @@ class _Clip:
     async def _ask(
         self, endpoint: Endpoint, question: str, messages: Callable[[], list[dict[str, Any]]]
     ) -> str:
-        kept = self.answers.get(question)
-        if kept is not None:
-            self.outcome.kept += 1
-            return kept
-        built = await asyncio.to_thread(messages)  # decoding must not hold up the other clips
+        cached = self.answers.get(question)
+        if cached is not None:
+            self.outcome.from_cache += 1
+            return cached
+        built = await asyncio.to_thread(messages)  # decoding must not block the other clips
         self.outcome.asked += 1
         answer = await self.client.ask(endpoint, built)
         self.answers.put(question, answer, model=endpoint.model, key=self.record.key)
         return answer
 
 
-def _question(endpoint: Endpoint, **parts: Any) -> str:
+def _question(endpoint: Endpoint, **content: Any) -> str:
+    """The cache key of a question to a model."""
     return question_id(
         prompt_version=PROMPT_VERSION,
         model=endpoint.model,
         max_tokens=endpoint.max_tokens,
         temperature=endpoint.temperature,
-        **parts,
+        **content,
     )
 
 
 def _media_hash(record: Record) -> str:
     media = record.media
-    parts = media.jpegs if isinstance(media, Frames) else (media.mp4,)
     digest = hashlib.sha256()
-    for part in parts:
-        digest.update(hashlib.sha256(part).digest())
+    for content in media.jpegs if isinstance(media, Frames) else (media.mp4,):
+        digest.update(hashlib.sha256(content).digest())
     return digest.hexdigest()
 
 
 def clip_jpegs(record: Record, count: int, size: int) -> tuple[bytes, ...]:
-    """Frames of a clip as JPEG: `count` by InternVL's rule at `size` pixels, or the stored ones.
+    """Frames of a clip as JPEG: the stored ones, or `count` by InternVL's rule at `size` pixels.
 
     Raises:
         DamagedVideo: the clip cannot be decoded.
@@ -330,6 +327,26 @@ def clip_jpegs(record: Record, count: int, size: int) -> tuple[bytes, ...]:
     return tuple(jpeg_encode(resize_frame(frame, size)) for frame in frames)
 
 
+def describe_messages(jpegs: Sequence[bytes]) -> list[dict[str, Any]]:
+    """The first call: frames as JPEG data URLs, then the task."""
+    images = [
+        {
+            "type": "image_url",
+            "image_url": {"url": "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()},
+        }
+        for jpeg in jpegs
+    ]
+    text = {"type": "text", "text": DESCRIBE_TASK.format(count=len(jpegs))}
+    return [{"role": "user", "content": [*images, text]}]
+
+
+def infer_messages(description: str, utterance: str, emotion: str) -> list[dict[str, Any]]:
+    """The second call: description, words and label; the cause comes back."""
+    words = _WORDS.format(utterance=utterance) if utterance.strip() else _NO_WORDS
+    task = INFER_TASK.format(description=description, words=words, emotion=emotion)
+    return [{"role": "system", "content": INFER_SYSTEM}, {"role": "user", "content": task}]
+
+
 def one_line(text: str) -> str:
-    """The text as a label is stored: one line, single spaces."""
+    """The text in the form of a stored label: one line, single spaces."""
     return " ".join(text.split())

@@ -1,10 +1,10 @@
 """Records to a shard folder: tars that any WebDataset reader can iterate, plus the index.
 
-In: an iterator, read once, of records or of recipes (functions that make one record, called in
+In: an iterator, read once, of source items (records, or functions that make one and are called in
 worker processes). Out: a finished folder, published by one rename. Equal items and options give
-equal bytes for any number of workers. A build that is killed goes on behind its last finished
-shard when it is started again. Memory: a few records per worker, one shard's entries, all keys.
-Flow: sources, annotate -> here -> index, reader.
+equal bytes for any number of workers. A killed build resumes after its last finished shard.
+Memory: a few records per worker, the index entries of one shard, all keys.
+Flow: sources, annotate -> here -> shards.
 """
 
 from collections import Counter
@@ -16,16 +16,16 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from data_shards.build.journal import Unfinished
+from data_shards.build.journal import BuildJournal
 from data_shards.build.source_item import (
-    BY_CHOICE,
+    BY_CURATION,
     SKIPPED_FILE,
-    Recipe,
+    FileStamp,
     Skipped,
-    Stamp,
+    SourceItem,
     count_skipped,
+    file_stamp,
     skipped_lines,
-    stamp,
 )
 from data_shards.build.worker_pool import ordered_map
 from data_shards.media.pixels import jpeg_encode, resize_frame
@@ -59,7 +59,7 @@ class BuildOptions:
 
 
 def build_shards(
-    items: Iterable[Record | Skipped | Recipe],
+    items: Iterable[SourceItem],
     out_dir: Path | str,
     *,
     options: BuildOptions | None = None,
@@ -76,25 +76,24 @@ def build_shards(
     """Write a shard folder and load its index.
 
     Args:
-        items: the same items in the same order at every start; a recipe must be picklable if there
-            is more than one worker.
-        provenance: where the records come from; JSON values, kept in index.json as they are, with
-            `skipped` (source -> reason -> count) added if clips were left out. A build that was
-            killed goes on only with the same provenance and options.
-        max_bytes: size at which a tar ends, unless a single record is larger.
-        workers: processes that run recipes and pack records; 1 = this process.
-        strict: stop at a clip that cannot be a record; otherwise leave it out and list it in
-            skipped.jsonl.
+        items: the same items in the same order at every start; a record factory must be picklable
+            if there is more than one worker.
+        provenance: where the records come from; JSON values, stored in index.json unchanged, with
+            `skipped` (source -> reason -> count) added if clips were skipped. A killed build
+            resumes only with the same provenance and options.
+        max_bytes: largest size of a tar, unless a single record is larger.
+        workers: processes that make and pack records; 1 = this process.
+        strict: stop at a clip that cannot become a record; otherwise list it in skipped.jsonl.
         amend: applied to every record before it is stored (curation, annotations).
-        fresh: throw away what a killed build has left.
-        progress: called with the number of items done so far, once per item, and first with those
-            that an earlier start has finished.
-        notice: called with a sentence when finished shards of an earlier start are made again,
-            because a media file has changed since.
+        fresh: discard what a killed build has left.
+        progress: called with the number of items done so far, once per item; the first call
+            includes the items that an earlier start has finished.
+        notice: called with a sentence when finished shards of an earlier start are built again
+            because a media file has changed.
 
     Raises:
-        ValueError: the folder is not empty, no or too large a record, a key that comes twice, or
-            (strict) a clip that does not decode to the record's `num_frames` or was skipped.
+        ValueError: the folder is not empty, there is no record, a record is too large, a key is not
+            unique, or (strict) a clip does not decode to the record's `num_frames` or was skipped.
     """
     out_dir = Path(out_dir).resolve()  # a link stays, the folder behind it is replaced
     options = options or BuildOptions()
@@ -113,27 +112,26 @@ def build_shards(
         "provenance": dict(provenance),
         "limits": limits,
     }
-    work = Unfinished.open(out_dir, identity, fresh=fresh)
+    journal = BuildJournal.open(out_dir, identity, fresh=fresh)
     try:
         source = iter(items)
-        again = work.drop_outdated(source, notice)
-        run = _Run(work, max_records_per_shard, max_bytes, strict, progress)
+        outdated = journal.drop_outdated(source, notice)
+        output = _ShardSequence(journal, max_records_per_shard, max_bytes, strict, progress)
         prepare = partial(_prepare, options, amend, strict)
-        with closing(ordered_map(prepare, chain(again, source), workers=workers)) as results:
-            shards = run.write(results)
-        rows = run.skipped
-        if rows:
-            text = skipped_lines(rows)
-            (work.shards / SKIPPED_FILE).write_text(text, encoding="ascii")
-            provenance = {**provenance, "skipped": count_skipped(rows)}
-        write_index(work.shards, shards, options=asdict(options), provenance=provenance)
-        ShardIndex.load(work.shards)
-        work.publish(out_dir)
+        with closing(ordered_map(prepare, chain(outdated, source), workers=workers)) as results:
+            shards = output.write(results)
+        if output.skipped:
+            text = skipped_lines(output.skipped)
+            (journal.shards / SKIPPED_FILE).write_text(text, encoding="ascii")
+            provenance = {**provenance, "skipped": count_skipped(output.skipped)}
+        write_index(journal.shards, shards, options=asdict(options), provenance=provenance)
+        ShardIndex.load(journal.shards)
+        journal.publish(out_dir)
     except BaseException:
-        if work.has_finished():
-            work.close()
+        if journal.has_finished():
+            journal.close()
         else:
-            work.remove()
+            journal.remove()
         raise
     return ShardIndex.load(out_dir)
 
@@ -176,36 +174,35 @@ def _prepare(
     options: BuildOptions,
     amend: Amend | None,
     strict: bool,
-    item: Record | Skipped | Recipe,
-) -> tuple[Packed | Skipped, Stamp | None]:
+    item: SourceItem,
+) -> tuple[Packed | Skipped, FileStamp | None]:
     """Everything that costs time, for one item; runs in the workers.
 
     The stamp is taken first: a file that changes while it is read counts as changed.
     """
-    before = stamp(item)
-    return _packed(options, amend, strict, item), before
+    stamp = file_stamp(item)
+    return _pack(options, amend, strict, item), stamp
 
 
-def _packed(
-    options: BuildOptions, amend: Amend | None, strict: bool, item: Record | Skipped | Recipe
+def _pack(
+    options: BuildOptions, amend: Amend | None, strict: bool, item: SourceItem
 ) -> Packed | Skipped:
-    made = item if isinstance(item, (Record, Skipped)) else item()
-    if amend is not None and isinstance(made, Record):
-        made = amend(made)
-    if isinstance(made, Skipped):
-        return made
+    record = item if isinstance(item, (Record, Skipped)) else item()
+    if amend is not None and isinstance(record, Record):
+        record = amend(record)
+    if isinstance(record, Skipped):
+        return record
     try:
-        return pack_record(_stored_form(made, options))
+        return pack_record(_stored_form(record, options))
     except ValueError as error:
         if strict:
             raise
-        detail = str(error).removeprefix(f"record {made.key}: ")
         return Skipped(
-            key=made.key,
-            source=made.source,
-            split=made.split,
+            key=record.key,
+            source=record.source,
+            split=record.split,
             reason="media-damaged",
-            detail=detail,
+            detail=str(error).removeprefix(f"record {record.key}: "),
         )
 
 
@@ -227,44 +224,44 @@ def _stored_form(record: Record, options: BuildOptions) -> Record:
     return extract_frames(record, options.frames_per_clip, options.frame_size, options.jpeg_quality)
 
 
-class _Run:
-    """One start of a build: writes what is left, shard by shard, and marks each when it is whole.
+class _ShardSequence:
+    """Writes the shards that are not finished yet, and records each in the journal when it is.
 
-    A shard holds consecutive records; how many is decided by the limits alone, so that a build that
-    was interrupted cuts its shards where any other would.
+    A shard holds consecutive records. Only the limits decide how many, so a resumed build cuts its
+    shards where an undisturbed one does.
     """
 
     def __init__(
         self,
-        work: Unfinished,
+        journal: BuildJournal,
         max_records: int,
         max_bytes: int,
         strict: bool,
         progress: Callable[[int], None] | None,
     ) -> None:
-        self._work = work
+        self._journal = journal
         self._limits = max_records, max_bytes
         self._strict = strict
         self._progress = progress
-        self._shards: list[ShardInfo] = [shard.info for shard in work.finished]
-        self._seen = {key for shard in work.finished for key in shard.keys}
-        self._items = work.finished[-1].items if work.finished else 0
-        # Since the last finished shard: left out, and how the media of each item looked.
-        self._since: list[Skipped] = []
-        self._media: list[Stamp | None] = []
-        self.skipped = [row for shard in work.finished for row in shard.skipped]
+        self._shards: list[ShardInfo] = [shard.info for shard in journal.finished]
+        self._keys = {key for shard in journal.finished for key in shard.keys}
+        self._items = journal.finished[-1].items if journal.finished else 0
+        # Since the last finished shard: the skipped clips, and the stamp of each item's file.
+        self._skipped_since: list[Skipped] = []
+        self._stamps_since: list[FileStamp | None] = []
+        self.skipped = [row for shard in journal.finished for row in shard.skipped]
 
     def write(
-        self, results: Iterable[tuple[Packed | Skipped, Stamp | None]]
+        self, results: Iterable[tuple[Packed | Skipped, FileStamp | None]]
     ) -> tuple[ShardInfo, ...]:
-        """Write the results of all items behind the last finished shard; the folder's shards."""
+        """Write the results of all items after the last finished shard; returns all shards."""
         if self._items and self._progress is not None:
             self._progress(self._items)
         writer: ShardWriter | None = None
         try:
-            for result, before in results:
+            for result, stamp in results:
                 if isinstance(result, Skipped):
-                    self._leave_out(result)
+                    self._skip(result)
                 else:
                     self._require_new(result.key)
                     if writer is not None and writer.is_full(len(result.blocks), *self._limits):
@@ -272,11 +269,11 @@ class _Run:
                         writer = None
                     if writer is None:
                         name = f"shard-{len(self._shards):06d}.tar"
-                        writer = ShardWriter(self._work.shards / name)
+                        writer = ShardWriter(self._journal.shards / name)
                     writer.add(result)
-                    self._seen.add(result.key)
+                    self._keys.add(result.key)
                 self._items += 1
-                self._media.append(before)
+                self._stamps_since.append(stamp)
                 if self._progress is not None:
                     self._progress(self._items)
             if writer is not None:
@@ -286,42 +283,44 @@ class _Run:
             if writer is not None:
                 writer.close()
         if not self._shards:
-            why = f"; {self._left_out()}" if self.skipped else ""
             raise ValueError(
-                f"build: the source gave no record; check its path, split and limits{why}"
+                "build: the source gave no record; check its path, split and limits"
+                f"{self._skipped_summary()}"
             )
         return tuple(self._shards)
 
-    def _left_out(self) -> str:
-        """How many clips were left out and why, with the first one: there will be no list."""
+    def _skipped_summary(self) -> str:
+        """How many clips were skipped and why: a failed build leaves no skipped.jsonl."""
+        if not self.skipped:
+            return ""
         counts = Counter(row.reason for row in self.skipped)
-        listed = ", ".join(f"{number} {reason}" for reason, number in counts.most_common())
-        return f"left out were {listed}; the first: {self.skipped[0]}"
+        listed = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+        return f"; left out were {listed}; the first: {self.skipped[0]}"
 
     def _require_new(self, key: str) -> None:
-        if key in self._seen:
+        if key in self._keys:
             raise ValueError(
                 f"record {key}: a key must be unique in the dataset, found it twice; rename one "
                 "of the records in its source"
             )
 
-    def _leave_out(self, row: Skipped) -> None:
-        if self._strict and row.reason != BY_CHOICE:
+    def _skip(self, row: Skipped) -> None:
+        if self._strict and row.reason != BY_CURATION:
             raise ValueError(
                 f"record {row.key}: {row.reason}: {row.detail}; without strict the clip would be "
                 "left out and listed"
             )
-        self._since.append(row)
+        self._skipped_since.append(row)
         self.skipped.append(row)
 
     def _finish(self, writer: ShardWriter) -> None:
         info = writer.finish()
-        self._work.mark(
+        self._journal.mark_finished(
             len(self._shards),
             info=info,
             items=self._items,
-            skipped=self._since,
-            media=self._media,
+            skipped=self._skipped_since,
+            media=self._stamps_since,
         )
         self._shards.append(info)
-        self._since, self._media = [], []
+        self._skipped_since, self._stamps_since = [], []

@@ -1,15 +1,15 @@
-"""The folder of a build that is not finished: what is in it survives a kill, and nothing else does.
+"""`BuildJournal`: the work folder of an unfinished build, from which a killed build resumes.
 
-`.NAME.building/` beside the output folder NAME holds `build.json` (what is built: another build may
-not go on here), `shards/` (the future NAME) and `done/`, with one mark per finished shard. A mark
-is written by rename after the shard is on the disk, so a shard without a mark is of no account and
-is removed. A mark also says how the shard's media files looked before they were read: where one has
-changed, that shard and all behind it are made again. The end is one rename of `shards/` to NAME.
+`.NAME.building/` beside the output folder NAME holds `build.json` (what is built: only the same
+build may resume here), `shards/` (the future NAME) and `done/`, with one file per finished shard.
+That file is written after the shard is on the disk, so a shard without one is incomplete and is
+removed. It also holds the stamps of the shard's media files from before they were read: where one
+has changed, that shard and all after it are built again. The end is one rename of `shards/` to
+NAME.
 """
 
 import fcntl
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,26 +17,34 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Final, Self
 
-from data_shards.build.source_item import FileRecipe, Skipped, Stamp, skipped_from_json, stamp
-from data_shards.files import flush_to_disk
+from data_shards.build.source_item import (
+    FileItem,
+    FileStamp,
+    Skipped,
+    SourceItem,
+    file_stamp,
+    skipped_from_json,
+)
+from data_shards.files import flush_to_disk, write_atomically
 from data_shards.shards.index import ENTRY_DTYPE, ShardInfo
 from data_shards.shards.writer import shard_files
 
-_IDENTITY: Final = "build.json"
+_IDENTITY_FILE: Final = "build.json"
+_LOCK_FILE: Final = "lock"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FinishedShard:
-    """A shard that is on the disk, and how far in the source it ends."""
+    """A shard that is on the disk, and where in the source it ends."""
 
     info: ShardInfo
-    items: int  # source items before the next shard, counted from the first
-    skipped: tuple[Skipped, ...]  # clips passed over since the shard before
+    items: int  # source items up to the end of this shard, counted from the first
+    skipped: tuple[Skipped, ...]  # clips skipped since the shard before
     keys: tuple[str, ...]  # of its records
-    media: tuple[Stamp | None, ...]  # per item since the shard before
+    media: tuple[FileStamp | None, ...]  # per item since the shard before
 
 
-class Unfinished:
+class BuildJournal:
     """An open work folder, locked against a second build of the same output."""
 
     def __init__(self, folder: Path, lock: IO[str], finished: tuple[FinishedShard, ...]) -> None:
@@ -50,23 +58,23 @@ class Unfinished:
         return self._folder / "shards"
 
     def has_finished(self) -> bool:
-        """Whether the next start will find a finished shard; asks the disk, whose word counts."""
-        return _mark(self._folder, 0).exists()
+        """Whether the disk holds a finished shard from which the next start can resume."""
+        return _done_file(self._folder, 0).exists()
 
     @classmethod
     def open(cls, out_dir: Path, identity: Mapping[str, Any], *, fresh: bool = False) -> Self:
-        """Make the work folder of an output folder, or go on in the one that a kill has left.
+        """Make the work folder of an output folder, or resume in the one that a killed build left.
 
         Args:
-            identity: JSON values that say what is built; another build's folder is refused.
-            fresh: remove what an earlier build has left.
+            identity: JSON values that describe what is built; another build's folder is refused.
+            fresh: remove what an earlier build left.
 
         Raises:
             ValueError: the folder is in use by a running build, or was left by another build.
         """
         folder = work_folder(out_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "lock").open("w")
+        lock = (folder / _LOCK_FILE).open("w")
         try:
             # A lock of the process (fcntl), not of the open file (flock): forked workers that
             # outlive a killed build for a moment must not hold it.
@@ -78,7 +86,7 @@ class Unfinished:
             ) from error
         try:
             if fresh:
-                _remove_work(folder)
+                _empty(folder)
             _claim(folder, out_dir, identity)
             return cls(folder, lock, _finished_shards(folder))
         except BaseException:
@@ -86,50 +94,53 @@ class Unfinished:
             raise
 
     def drop_outdated(
-        self, source: Iterator[Any], notice: Callable[[str], None] | None = None
-    ) -> list[Any]:
+        self, source: Iterator[SourceItem], notice: Callable[[str], None] | None = None
+    ) -> list[SourceItem]:
         """Read the items of the finished shards; drop the shards from the first changed file on.
 
-        Returns the items that were read and must be made again: those of one shard, or none.
-        `notice` is told what has changed.
+        Args:
+            notice: called with a sentence about what has changed.
+
+        Returns:
+            the items that were read and must be built again: those of one shard, or none.
         """
-        read = 0
-        for number, shard in enumerate(self.finished):
-            items = list(islice(source, shard.items - read))
-            read = shard.items
-            stamps = [stamp(item) for item in items]
+        items_before = 0
+        for index, shard in enumerate(self.finished):
+            items = list(islice(source, shard.items - items_before))
+            items_before = shard.items
+            stamps = [file_stamp(item) for item in items]
             if stamps == list(shard.media):
                 continue
-            changed = [a != b for a, b in zip(stamps, shard.media, strict=False)]
+            changed = [now != then for now, then in zip(stamps, shard.media, strict=False)]
             item = items[changed.index(True)] if True in changed else None
-            what = item.path if isinstance(item, FileRecipe) else None
-            again = len(self.finished) - number
+            path = item.path if isinstance(item, FileItem) else None
             if notice is not None:
-                shards = "1 finished shard is" if again == 1 else f"{again} finished shards are"
+                dropped = len(self.finished) - index
+                shards = "1 finished shard is" if dropped == 1 else f"{dropped} finished shards are"
                 notice(
-                    f"{what or 'a media file'} has changed since it was read: {shards} made again"
+                    f"{path or 'a media file'} has changed since it was read: {shards} built again"
                 )
-            self.finished = self.finished[:number]
+            self.finished = self.finished[:index]
             _remove_all_but(self._folder, self.finished)
             return items
         return []
 
-    def mark(
+    def mark_finished(
         self,
-        number: int,
+        index: int,
         *,
         info: ShardInfo,
         items: int,
         skipped: Sequence[Skipped],
-        media: Sequence[Stamp | None],
+        media: Sequence[FileStamp | None],
     ) -> None:
-        """Say that a shard is finished (see FinishedShard); its files are on the disk already."""
+        """Record that a shard is finished; its files are on the disk already."""
         rows = [asdict(row) for row in skipped]
         document = {"info": info.to_json(), "items": items, "skipped": rows, "media": media}
-        write_durably(_mark(self._folder, number), json.dumps(document) + "\n")
+        write_atomically(_done_file(self._folder, index), json.dumps(document) + "\n")
 
     def publish(self, out_dir: Path) -> None:
-        """Give the shards their final name, as one step."""
+        """Move the shards to their final folder with one rename."""
         for path in (*self.shards.iterdir(), self.shards):
             flush_to_disk(path)
         self.shards.rename(out_dir)  # replaces an empty folder, refuses any other
@@ -137,12 +148,12 @@ class Unfinished:
         self.remove()
 
     def remove(self) -> None:
-        """Leave nothing behind."""
+        """Remove the work folder."""
         shutil.rmtree(self._folder)
         self._lock.close()
 
     def close(self) -> None:
-        """Leave the finished shards for the next start."""
+        """Keep the finished shards for the next start."""
         self._lock.close()
 
 
@@ -152,63 +163,54 @@ def work_folder(out_dir: Path) -> Path:
     return out_dir.parent / f".{out_dir.name}.building"
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Write a file so that it is there in whole or not at all, also after a power cut."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    flush_to_disk(temporary)
-    os.replace(temporary, path)
-    flush_to_disk(path.parent)
-
-
-def _remove_work(folder: Path) -> None:
+def _empty(folder: Path) -> None:
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
-        elif path.name != "lock":
+        elif path.name != _LOCK_FILE:
             path.unlink()
 
 
 def _claim(folder: Path, out_dir: Path, identity: Mapping[str, Any]) -> None:
-    path = folder / _IDENTITY
+    path = folder / _IDENTITY_FILE
     wanted = json.loads(json.dumps(dict(identity)))
     if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found != wanted:
+        present = json.loads(path.read_text(encoding="utf-8"))
+        if present != wanted:
             raise ValueError(
                 f"build: {folder} holds an unfinished build of {out_dir} with another "
-                f"{', '.join(_differences(found, wanted))}; finish it with its own command, or "
-                "throw it away with --fresh"
+                f"{', '.join(_differences(present, wanted))}; finish it with its own command, or "
+                "discard it with --fresh"
             )
     for name in ("shards", "done"):
         (folder / name).mkdir(exist_ok=True)
     if not path.exists():
-        write_durably(path, json.dumps(wanted, indent=1, sort_keys=True) + "\n")
+        write_atomically(path, json.dumps(wanted, indent=1, sort_keys=True) + "\n")
 
 
-def _differences(found: Any, wanted: Any, name: str = "") -> list[str]:
+def _differences(present: Any, wanted: Any, name: str = "") -> list[str]:
     """Dotted names of the values that differ."""
-    if isinstance(found, dict) and isinstance(wanted, dict):
+    if isinstance(present, dict) and isinstance(wanted, dict):
         return [
             line
-            for key in sorted(found.keys() | wanted.keys())
-            if found.get(key) != wanted.get(key)
+            for key in sorted(present.keys() | wanted.keys())
+            if present.get(key) != wanted.get(key)
             for line in _differences(
-                found.get(key), wanted.get(key), f"{name}.{key}" if name else key
+                present.get(key), wanted.get(key), f"{name}.{key}" if name else key
             )
         ]
-    return [f"{name} ({found!r:.60} there, {wanted!r:.60} here)"]
+    return [f"{name} ({present!r:.60} there, {wanted!r:.60} here)"]
 
 
-def _mark(folder: Path, number: int) -> Path:
-    return folder / "done" / f"{number:06d}.json"
+def _done_file(folder: Path, index: int) -> Path:
+    return folder / "done" / f"{index:06d}.json"
 
 
 def _finished_shards(folder: Path) -> tuple[FinishedShard, ...]:
-    """The marked shards in order; everything else is removed."""
+    """The finished shards in order; everything else is removed."""
     finished: list[FinishedShard] = []
-    while (mark := _mark(folder, len(finished))).exists():
-        shard = _read_mark(mark, folder / "shards")
+    while (path := _done_file(folder, len(finished))).exists():
+        shard = _read_done_file(path, folder / "shards")
         if shard is None:
             break
         finished.append(shard)
@@ -217,33 +219,31 @@ def _finished_shards(folder: Path) -> tuple[FinishedShard, ...]:
 
 
 def _remove_all_but(folder: Path, finished: Sequence[FinishedShard]) -> None:
-    """Remove the marks behind the finished shards, then every file that is not theirs."""
-    for later in sorted((folder / "done").iterdir())[len(finished) :]:
-        later.unlink()
-    kept = {path for shard in finished for path in shard_files(folder / "shards" / shard.info.name)}
-    for path in (folder / "shards").iterdir():
+    """Remove the files in `done/` of other shards first, then all other files in `shards/`."""
+    kept = {_done_file(folder, index) for index in range(len(finished))}
+    kept |= {
+        path for shard in finished for path in shard_files(folder / "shards" / shard.info.name)
+    }
+    for path in (*sorted((folder / "done").iterdir()), *(folder / "shards").iterdir()):
         if path not in kept:
             path.unlink()
 
 
-def _read_mark(mark: Path, shards: Path) -> FinishedShard | None:
-    """A marked shard; None if its files are not the ones that were marked."""
-    document = json.loads(mark.read_text(encoding="utf-8"))
+def _read_done_file(path: Path, shards: Path) -> FinishedShard | None:
+    """A finished shard; None if its files do not have the recorded sizes."""
+    document = json.loads(path.read_text(encoding="utf-8"))
     info = ShardInfo.from_json(document["info"])
-    tar, idx, keys = shard_files(shards / info.name)
-    sizes: Sequence[tuple[Path, int]] = (
-        (tar, info.bytes),
-        (idx, info.records * ENTRY_DTYPE.itemsize),
-    )
-    if any(not path.is_file() or path.stat().st_size != size for path, size in sizes):
+    tar, idx, keys_file = shard_files(shards / info.name)
+    sizes = ((tar, info.bytes), (idx, info.records * ENTRY_DTYPE.itemsize))
+    if any(not file.is_file() or file.stat().st_size != size for file, size in sizes):
         return None
-    names = tuple(keys.read_text(encoding="ascii").splitlines()) if keys.is_file() else ()
-    if len(names) != info.records:
+    keys = tuple(keys_file.read_text(encoding="ascii").splitlines()) if keys_file.is_file() else ()
+    if len(keys) != info.records:
         return None
     return FinishedShard(
         info=info,
         items=document["items"],
         skipped=tuple(skipped_from_json(row) for row in document["skipped"]),
-        keys=names,
+        keys=keys,
         media=tuple(None if at is None else (at[0], at[1]) for at in document.get("media", ())),
     )

@@ -1,8 +1,8 @@
-"""What a source gives the build per clip: a recipe for the record, or why there is none.
+"""What a source gives the build per clip: a record, a function that makes it, or why there is none.
 
-A recipe is a function of nothing that a worker process can call (so it is picklable) and that gives
-the same every time, as long as the file that it reads (`FileRecipe`) stays the same. Clips that do
-not become records are counted and listed in `skipped.jsonl` beside the shards.
+A record factory takes no arguments and is picklable, so that a worker process can call it. It gives
+the same record every time, as long as the file that it reads (`FileItem`) stays the same. Clips
+that do not become records are counted, and listed in `skipped.jsonl` beside the shards.
 """
 
 import json
@@ -10,12 +10,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from data_shards.shards.record import Record
 
 SKIPPED_FILE: Final = "skipped.jsonl"
-BY_CHOICE: Final = "curation"  # the reason of clips that the user leaves out: never an error
+BY_CURATION: Final = "curation"  # the reason of clips that the user leaves out: never an error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,43 +32,45 @@ class Skipped:
         return f"{self.key}: {self.reason}: {self.detail}"
 
 
-Recipe = Callable[[], Record | Skipped]
-Stamp = tuple[int, int]  # bytes of a file, and when it was last changed, in ns
+RecordFactory: TypeAlias = Callable[[], Record | Skipped]
+SourceItem: TypeAlias = Record | Skipped | RecordFactory
+FileStamp: TypeAlias = tuple[int, int]  # size of a file in bytes, time of its last change in ns
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FileRecipe:
-    """A recipe that reads a file."""
+class FileItem:
+    """A record factory that reads a file."""
 
-    make: Recipe
-    path: Path | None  # None: the file was not found when the recipe was made
+    make: RecordFactory
+    path: Path | None  # None: the file did not exist when the item was made
 
     def __call__(self) -> Record | Skipped:
         return self.make()
 
 
-def stamp(item: object) -> Stamp | None:
-    """How the file that an item reads looks now; None: it reads none, or the file is not there.
+def file_stamp(item: SourceItem) -> FileStamp | None:
+    """Size and time of change of the file that an item reads; None if it reads no existing file.
 
-    Size and time of change, as make and git look at files: a look of microseconds, where hashing
-    the contents of a corpus takes as long as copying it.
+    This is how make and git notice changes: it takes microseconds, where hashing the contents of a
+    corpus takes as long as copying it.
     """
-    if not isinstance(item, FileRecipe) or item.path is None:
+    if not isinstance(item, FileItem) or item.path is None:
         return None
     try:
-        found = item.path.stat()
+        status = item.path.stat()
     except OSError:
         return None
-    return found.st_size, found.st_mtime_ns
+    return status.st_size, status.st_mtime_ns
 
 
 def count_skipped(rows: Iterable[Skipped]) -> dict[str, dict[str, int]]:
-    """Source -> reason -> how many, both sorted."""
-    counts = Counter((row.source, row.reason) for row in rows)
-    found: dict[str, dict[str, int]] = {}
-    for (source, reason), number in sorted(counts.items()):
-        found.setdefault(source, {})[reason] = number
-    return found
+    """Source -> reason -> count, both sorted."""
+    counts: dict[str, dict[str, int]] = {}
+    for (source, reason), count in sorted(
+        Counter((row.source, row.reason) for row in rows).items()
+    ):
+        counts.setdefault(source, {})[reason] = count
+    return counts
 
 
 def skipped_lines(rows: Iterable[Skipped]) -> str:

@@ -1,9 +1,9 @@
-"""A function over many items, in several processes, results in the order of the items.
+"""`ordered_map`: a function over many items in several processes, results in the items' order.
 
-In: any iterable, read a few items ahead and no further. Out: the results, one by one. The number of
-processes changes nothing but the time. The processes end with the one that started them, even when
-that one is killed; and if one of them is killed, its pipe ends, so that nobody waits for it (a
-concurrent.futures pool may wait for ever, for the rest of a result: its workers share one pipe).
+In: any iterable, read only a few items ahead. Out: the results, one by one; the number of processes
+changes nothing but the time. The workers end with their parent, even when it is killed. Each worker
+has its own pipe, so the parent notices when a worker is killed. The workers of a concurrent.futures
+pool share one pipe, and the parent may wait forever for the rest of a result.
 """
 
 import atexit
@@ -14,7 +14,6 @@ import os
 import pickle
 import signal
 import sys
-import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,17 +23,19 @@ from multiprocessing.process import BaseProcess
 from queue import SimpleQueue
 from typing import Any, Final, TypeVar
 
+from data_shards.process_errors import WorkerError
+
 T = TypeVar("T")
 R = TypeVar("R")
 
-_AHEAD: Final = 3  # chunks in flight per process: enough to hide one slow item, little memory
+_CHUNKS_AHEAD: Final = 3  # per process: enough to hide one slow item, little memory
 _PR_SET_PDEATHSIG: Final = 1
 
 
 def ordered_map(
     function: Callable[[T], R], items: Iterable[T], *, workers: int, chunk: int = 4
 ) -> Generator[R, None, None]:
-    """`map(function, items)` by `workers` processes; 1 = in this process, item by item.
+    """`map(function, items)` in `workers` processes; 1 = in this process, item by item.
 
     Close the generator (contextlib.closing) to end the processes when not all results are wanted.
 
@@ -42,7 +43,7 @@ def ordered_map(
 
     Raises:
         RuntimeError: a process was killed, as the system does when memory runs out.
-        Exception: whatever the function raises, at the place of its item.
+        Exception: whatever the function raises, in place of the item's result.
     """
     if workers <= 1:
         yield from map(function, items)
@@ -52,7 +53,7 @@ def ordered_map(
     running: deque[Future[list[Any]]] = deque()
     try:
         while True:
-            while len(running) < _AHEAD * workers and (batch := list(islice(source, chunk))):
+            while len(running) < _CHUNKS_AHEAD * workers and (batch := list(islice(source, chunk))):
                 running.append(pool.submit(batch))
             if not running:
                 return
@@ -69,10 +70,10 @@ class _Pool:
         self._processes: list[BaseProcess] = []
         self._pipes: list[Connection[Any, Any]] = []
         self._free: SimpleQueue[Connection[Any, Any]] = SimpleQueue()
-        # For results that nobody fetches, and for a Ctrl-C in the middle of the loop below:
-        # multiprocessing's own end sends SIGTERM, to which the processes are deaf, and waits.
+        # For a generator that is never closed, and for a Ctrl-C in the middle of the loop below:
+        # multiprocessing's own cleanup sends SIGTERM, which the workers ignore, and waits.
         atexit.register(self.close)
-        # All are forked before the first thread starts. By fork, a large table bound to the
+        # All are forked before the first thread starts. With fork, a large table bound to the
         # function is not pickled.
         context = multiprocessing.get_context("fork")
         for _ in range(workers):
@@ -83,16 +84,16 @@ class _Pool:
                 daemon=True,
             )
             process.start()
-            theirs.close()  # the process alone holds it: its death ends the pipe
+            theirs.close()  # only the worker holds it: its death closes the pipe
             self._processes.append(process)
             self._pipes.append(ours)
             self._free.put(ours)
 
     def submit(self, batch: list[Any]) -> Future[list[Any]]:
         """The results of the batch, as soon as a process has made them."""
-        return self._threads.submit(self._ask, batch)
+        return self._threads.submit(self._compute, batch)
 
-    def _ask(self, batch: list[Any]) -> list[Any]:
+    def _compute(self, batch: list[Any]) -> list[Any]:
         pipe = self._free.get()
         try:
             pipe.send(batch)
@@ -104,12 +105,12 @@ class _Pool:
             ) from error
         finally:
             self._free.put(pipe)
-        if isinstance(result, BaseException):
-            raise result
+        if isinstance(result, WorkerError):
+            result.reraise()
         return list(result)
 
     def close(self) -> None:
-        """Ends all processes; what they are just at is finished and thrown away."""
+        """End all processes; items in progress are finished and their results discarded."""
         atexit.unregister(self.close)
         self._threads.shutdown(wait=True, cancel_futures=True)
         for pipe in self._pipes:
@@ -123,34 +124,22 @@ class _Pool:
 def _work(
     function: Callable[[Any], Any],
     pipe: "Connection[Any, Any]",
-    of_others: "list[Connection[Any, Any]]",
+    pipes_of_parent: "list[Connection[Any, Any]]",
     parent: int,
 ) -> None:
-    """One process: a list of items in, a list of results or an exception out; None ends it."""
+    """One process: a list of items in, a list of results or a WorkerError out; None ends it."""
     # Signals to the whole group (Ctrl-C, a scheduler's SIGTERM) reach the parent, which ends us.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it was killed before this process could ask to be told
+    if os.getppid() != parent:  # the parent was killed before the call above took effect
         os._exit(1)
-    for other in of_others:
+    for other in pipes_of_parent:  # a copy here would hide the death of the parent or of a worker
         other.close()
     while (batch := pipe.recv()) is not None:
         try:
-            answer = pickle.dumps([function(item) for item in batch])
+            message = pickle.dumps([function(item) for item in batch])
         except Exception as error:
-            answer = _pickled(error)
-        pipe.send_bytes(answer)
-
-
-def _pickled(error: Exception) -> bytes:
-    """The exception with its traceback as a note; a RuntimeError of its text if it must be."""
-    text = "".join(traceback.format_exception(error))
-    error.add_note(f"In a worker process:\n{text}")
-    try:
-        answer = pickle.dumps(error)
-        pickle.loads(answer)  # an exception with a constructor of its own may fail only here
-    except Exception:
-        return pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}\n{text}"))
-    return answer
+            message = pickle.dumps(WorkerError.capture(error, "In a worker process"))
+        pipe.send_bytes(message)

@@ -1,21 +1,23 @@
-"""What annotation folders hold, without any media, beside the paper's Table I.
+"""Counts of annotation folders, without any media, compared with the paper's Table I.
 
-In: folders of MELD, ECF and CMU-MOSEI. Out: a JSON object of counts, and the same for people.
+In: folders of MELD, ECF and CMU-MOSEI. Out: a JSON object of counts, and the same as text.
 Flow: sources -> here; `emoverse stats --meld DIR --ecf DIR [--mosei DIR]`.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import combinations
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import combinations, islice
 from pathlib import Path
 from typing import Any, Final
 
 from data_shards.build.clip_record import hash_file
-from data_shards.inspection.summary import cause_place, counted, summary
-from data_shards.inspection.table_one import (
+from data_shards.inspection.counts import (
     MMSA_TRAIN,
     MOSEI_PART,
     TABLE_ONE,
+    cause_position,
+    counted,
+    summary,
     table_rows,
     table_text,
 )
@@ -24,8 +26,8 @@ from data_shards.sources.meld import SPLITS, MeldRow, annotation_files, read_mel
 from data_shards.sources.mosei import MoseiCorpus, emotion_of, load_mosei
 from data_shards.sources.overlap import DEFAULT_LEAKAGE, KEPT_CLEAN, overlap_report
 
-_TOP: Final = 8  # labels of one line for people
-_LIMITS_S: Final = (2.0, 18.0, 20.0)  # lengths at which a clip might have been thrown away
+_SHOWN_LABELS: Final = 8  # of one line of text; the JSON has all
+_LIMITS_S: Final = (2.0, 18.0, 20.0)  # durations that might have been the paper's limits
 
 
 def corpus_stats(
@@ -44,14 +46,14 @@ def corpus_stats(
         train = report["mosei"]["segments"].get("train", 0)
         emotions = report["mosei"]["emotions"].get("train")
         er = None if emotions is None else sum(emotions.values())
-        # Its faces are what FER was made of; how many keep a phrase only OpenFace can tell.
+        # FER was made from its faces, but only OpenFace shows how many records get a phrase.
         by_source["mosei"] = {"msa": train, "er": er, "fer": None, "eri": None, "ecpe": 0}
     if meld is not None:
         rows = read_meld(meld)
         report["meld"] = meld_counts(rows)
         report["meld"]["files"] = [hash_file(path) for path in annotation_files(meld).values()]
-        number = report["meld"]["rows"]["train"]
-        by_source["meld"] = {"msa": number, "er": number, "fer": 0, "eri": None, "ecpe": 0}
+        train = report["meld"]["rows"]["train"]
+        by_source["meld"] = {"msa": train, "er": train, "fer": 0, "eri": None, "ecpe": 0}
     if ecf:
         corpus = load_ecf(ecf)
         report["ecf"] = ecf_counts(corpus)
@@ -72,17 +74,20 @@ def _overlap(corpus: EcfCorpus, rows: Sequence[MeldRow]) -> dict[str, Any]:
 
 def meld_counts(rows: Sequence[MeldRow]) -> dict[str, Any]:
     """Rows, dialogues, labels, lengths per split; rows that repeat a moment of the series."""
+    by_split = {split: [row for row in rows if row.split == split] for split in SPLITS}
 
-    of = {split: [row for row in rows if row.split == split] for split in SPLITS}
+    def per_split(count: Callable[[list[MeldRow]], Any]) -> dict[str, Any]:
+        return {split: count(of_split) for split, of_split in by_split.items()}
+
     return {
-        "rows": {split: len(part) for split, part in of.items()},
-        "dialogues": {split: len({row.dialogue for row in part}) for split, part in of.items()},
-        "emotions": {s: counted(row.emotion for row in part) for s, part in of.items()},
-        "sentiments": {s: counted(row.sentiment for row in part) for s, part in of.items()},
+        "rows": per_split(len),
+        "dialogues": per_split(lambda rows: len({row.dialogue for row in rows})),
+        "emotions": per_split(lambda rows: counted(row.emotion for row in rows)),
+        "sentiments": per_split(lambda rows: counted(row.sentiment for row in rows)),
         "group_speakers": counted(row.split for row in rows if row.is_group),
-        "repeated_moments": {place: len(group) for place, group in repeats(rows).items()},
-        "seconds": {s: summary([r.end_s - r.start_s for r in part]) for s, part in of.items()},
-        "words": {s: summary([len(r.text.split()) for r in part]) for s, part in of.items()},
+        "repeated_moments": {splits: len(group) for splits, group in repeats(rows).items()},
+        "seconds": per_split(lambda rows: summary([row.end_s - row.start_s for row in rows])),
+        "words": per_split(lambda rows: summary([len(row.text.split()) for row in rows])),
     }
 
 
@@ -90,7 +95,7 @@ def ecf_counts(corpus: EcfCorpus) -> dict[str, Any]:
     """Conversations, utterances, pairs, targets, labels, lengths per split."""
     return {
         "edition": corpus.edition,
-        "splits": {split: _ecf_split(part) for split, part in corpus.splits.items()},
+        "splits": {split: _ecf_split(listed) for split, listed in corpus.splits.items()},
         "files": [hash_file(path) for path in corpus.files],
     }
 
@@ -108,8 +113,10 @@ def _ecf_split(conversations: Sequence[Conversation]) -> dict[str, Any]:
         "targets": len(causes),
         "emotions": counted(u.emotion for u in utterances),
         "pair_emotions": counted(emotion[c.id, t] for c in conversations for t, _ in c.pairs),
-        "causes_per_target": counted(str(number) for number in causes.values()),
-        "cause_place": counted(cause_place(t, c) for part in conversations for t, c in part.pairs),
+        "causes_per_target": counted(str(count) for count in causes.values()),
+        "cause_place": counted(
+            cause_position(target, cause) for c in conversations for target, cause in c.pairs
+        ),
         "turns": summary([len(c.utterances) for c in conversations]),
         "seconds": summary([u.end_s - u.start_s for u in utterances if u.episode]),
         "words": summary([len(u.text.split()) for u in utterances]),
@@ -117,7 +124,7 @@ def _ecf_split(conversations: Sequence[Conversation]) -> dict[str, Any]:
 
 
 def mosei_counts(corpus: MoseiCorpus) -> dict[str, Any]:
-    """Segments, signs of the sentiment, emotions, lengths per split, and what did not join."""
+    """Segments, signs of the sentiment, emotions, lengths per split; results of the join."""
     splits = sorted({segment.split for segment in corpus.segments})
     of = {split: [s for s in corpus.segments if s.split == split] for split in splits}
     seconds = {
@@ -135,7 +142,7 @@ def mosei_counts(corpus: MoseiCorpus) -> dict[str, Any]:
             )
             for split, part in of.items()
         },
-        # Strongest emotion, the first in the csd's order of equals; none without intensities.
+        # The strongest emotion, of equal ones the first in the csd's order.
         "emotions": {
             split: counted(emotion_of(s.intensities) or "" for s in part if s.intensities)
             for split, part in of.items()
@@ -144,14 +151,14 @@ def mosei_counts(corpus: MoseiCorpus) -> dict[str, Any]:
         "joined": dict(corpus.joined),
         "seconds": {split: summary(values) for split, values in seconds.items()},
         "train_by_length": {
-            name: number
+            name: count
             for limit in _LIMITS_S
-            for name, number in (
+            for name, count in (
                 (f"below {limit:g} s", sum(v < limit for v in seconds.get("train", ()))),
                 (f"above {limit:g} s", sum(v > limit for v in seconds.get("train", ()))),
             )
         },
-        # Of the segments whose words are known: the per-segment table has none.
+        # Only of segments with known words: the per-segment table has none.
         "words": {
             split: summary([len(s.text.split()) for s in part if s.text])
             for split, part in of.items()
@@ -161,20 +168,8 @@ def mosei_counts(corpus: MoseiCorpus) -> dict[str, Any]:
 
 
 def _unexplained(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The numbers of Table I that no rule on the corpora's labels gives."""
-    found: list[dict[str, Any]] = []
-    here = report.get("mosei", {}).get("segments", {}).get("train")
-    found.append(
-        {
-            "name": "mosei train segments",
-            "paper": MOSEI_PART,
-            "mmsa": MMSA_TRAIN,
-            "found": here,
-            "difference": MMSA_TRAIN - MOSEI_PART,
-            "difference_found": None if here is None else here - MOSEI_PART,
-            "note": "the paper does not say which segments it removed; no length limit gives it",
-        }
-    )
+    """The numbers of Table I that follow from no rule on the corpora's labels."""
+    segments = report.get("mosei", {}).get("segments", {}).get("train")
     nearest = None
     if "meld" in report:
         emotions: dict[str, int] = report["meld"]["emotions"]["train"]
@@ -185,38 +180,44 @@ def _unexplained(report: Mapping[str, Any]) -> list[dict[str, Any]]:
         }
         best = min(sums, key=lambda names: abs(sums[names] - TABLE_ONE["eri"]))
         nearest = {"emotions": list(best), "sum": sums[best]}
-    found.append(
+    return [
+        {
+            "name": "mosei train segments",
+            "paper": MOSEI_PART,
+            "mmsa": MMSA_TRAIN,
+            "found": segments,
+            "difference": MMSA_TRAIN - MOSEI_PART,
+            "difference_found": None if segments is None else segments - MOSEI_PART,
+            "note": "the paper does not say which segments it removed; no length limit gives it",
+        },
         {
             "name": "eri records",
             "paper": TABLE_ONE["eri"],
             "found": None,
             "nearest_sum_of_meld_train_emotions": nearest,
-            "note": "reasons are made and curated by hand; annotation files cannot say how many",
-        }
-    )
-    return found
+            "note": "reasons are made and curated by hand; annotation files do not contain them",
+        },
+    ]
 
 
 def report_text(report: Mapping[str, Any]) -> str:
-    """The counts for people."""
+    """The counts as tables of text."""
     lines: list[str] = []
     if "meld" in report:
-        part = report["meld"]
-        rows = ", ".join(f"{split} {number:,}" for split, number in part["rows"].items())
-        lines.append(f"MELD rows: {rows}")
+        lines.append(f"MELD rows: {_listed(report['meld']['rows'])}")
     if "ecf" in report:
-        for split, part in report["ecf"]["splits"].items():
+        for split, counts in report["ecf"]["splits"].items():
             lines.append(
-                f"ECF {report['ecf']['edition']} {split}: {part['conversations']:,} conversations, "
-                f"{part['utterances']:,} utterances, {part['pairs']:,} pairs, "
-                f"{part['targets']:,} targets"
+                f"ECF {report['ecf']['edition']} {split}: {counts['conversations']:,} "
+                f"conversations, {counts['utterances']:,} utterances, {counts['pairs']:,} pairs, "
+                f"{counts['targets']:,} targets"
             )
     if "mosei" in report:
-        rows = ", ".join(f"{split} {n:,}" for split, n in report["mosei"]["segments"].items())
-        lines.append(f"MOSEI segments ({report['mosei']['edition']}): {rows}")
+        segments = _listed(report["mosei"]["segments"])
+        lines.append(f"MOSEI segments ({report['mosei']['edition']}): {segments}")
     lines += ["", *table_text(report["table_one"]), ""]
     lines += [f"  {row['name']}: {row['decomposition']}" for row in report["table_one"]]
-    lines += ["", "what nothing explains"]
+    lines += ["", "not explained by any rule"]
     for row in report["unexplained"]:
         numbers = [f"Table I {row['paper']:,}"]
         numbers += [f"{key} {row[key]:,}" for key in ("mmsa", "found") if row.get(key) is not None]
@@ -225,7 +226,7 @@ def report_text(report: Mapping[str, Any]) -> str:
         lines += ["", *overlap_text(report["overlap"])]
     lines += ["", "labels", *_label_lines(report)]
     lines += ["", f"{'lengths':<28}" + "".join(f"{name:>9}" for name in _COLUMNS)]
-    for corpus, split, name, numbers in _parts(report, _LENGTHS):
+    for corpus, split, name, numbers in _values(report, _LENGTHS):
         if numbers:
             row = "".join(f"{numbers[column]:>9g}" for column in _COLUMNS)
             lines.append(f"  {f'{corpus} {split} {name}':<26}{row}")
@@ -240,30 +241,35 @@ _LABELS: Final = {
     "signs": "sentiment",
     "pair_emotions": "pairs by emotion",
     "causes_per_target": "targets by causes",
-    "cause_place": "place of the cause",
+    "cause_place": "position of the cause",
 }
 
 
-def _parts(report: Mapping[str, Any], names: Iterable[str]) -> Iterator[tuple[str, str, str, Any]]:
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
+
+
+def _values(report: Mapping[str, Any], names: Iterable[str]) -> Iterator[tuple[str, str, str, Any]]:
     """(corpus, split, name, value) of the values with these names, in this order per corpus."""
     for corpus in ("meld", "mosei", "ecf"):
-        found = report.get(corpus, {})
+        counts = report.get(corpus, {})
         for name in names:
-            by_split = {split: part.get(name) for split, part in found.get("splits", {}).items()}
-            for split, value in (by_split or found.get(name, {})).items():
+            by_split = {split: of.get(name) for split, of in counts.get("splits", {}).items()}
+            for split, value in (by_split or counts.get(name, {})).items():
                 if value is not None:
                     yield corpus, split, name, value
 
 
 def _label_lines(report: Mapping[str, Any]) -> Iterator[str]:
-    for corpus, split, name, counts in _parts(report, _LABELS):
-        listed = [f"{label} {number:,}" for label, number in counts.items()]
-        more = f", and {len(listed) - _TOP} more" if len(listed) > _TOP else ""
-        yield f"  {corpus} {split}, {_LABELS[name]}: {', '.join(listed[:_TOP])}{more}"
+    for corpus, split, name, counts in _values(report, _LABELS):
+        shown = _listed(dict(islice(counts.items(), _SHOWN_LABELS)))
+        hidden = len(counts) - _SHOWN_LABELS
+        more = f", and {hidden} more" if hidden > 0 else ""
+        yield f"  {corpus} {split}, {_LABELS[name]}: {shown}{more}"
 
 
 def overlap_text(report: Mapping[str, Any]) -> list[str]:
-    """The overlap of ECF's training set with MELD, for people."""
+    """The overlap of ECF's training set with MELD, as lines of text."""
     if "missing" in report:
         return [f"overlap of ECF with MELD: unknown, {report['missing']}"]
     lines = ["overlap of ECF's training set with MELD (utterances / targets / pairs)"]
@@ -274,15 +280,15 @@ def overlap_text(report: Mapping[str, Any]) -> list[str]:
         share = report["meld_share"]["test"]
         lines.append(
             f"  {share['in_ecf']:,} of MELD test's {share['of']:,} utterances are in it; "
-            f"{report['test_targets_same_label']:,} targets carry MELD test's own emotion label"
+            f"{report['test_targets_same_label']:,} targets have the emotion label of MELD test"
         )
-    lines.append("what each rule of --leakage keeps (conversations / targets / pairs)")
-    for rule, part in report["rules"].items():
-        kept = " / ".join(f"{part[n]:,}" for n in ("conversations", "targets", "pairs"))
+    lines.append("kept by each rule of --leakage (conversations / targets / pairs)")
+    for rule, counts in report["rules"].items():
+        kept = " / ".join(f"{counts[n]:,}" for n in ("conversations", "targets", "pairs"))
         default = ", the default" if rule == DEFAULT_LEAKAGE else ""
         clean = " and ".join(f"MELD {name}" for name in sorted(KEPT_CLEAN[rule])) or "nothing"
         lines.append(
-            f"  {rule:<18}{kept}, {part['conversations_dropped']} conversations dropped "
+            f"  {rule:<18}{kept}, {counts['conversations_dropped']} conversations dropped "
             f"(keeps {clean} clean{default})"
         )
     return lines

@@ -1,7 +1,7 @@
-"""The first records of a shard folder or of a plain WebDataset tar, as the model would meet them.
+"""The first records of a shard folder or of a plain WebDataset tar, as the model would get them.
 
 In: a folder or a tar. Out: per record its key, tasks with query and answer, frames and duration;
-with `save` also the media as files to look at. Flow: build -> here; `emoverse preview DIR`.
+with `save` also the media as files. Flow: build -> here; `emoverse preview DIR`.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from data_shards.build.curation import read_curation
 from data_shards.inspection.preview_page import media_files, write_page
 from data_shards.media.mp4 import mp4_seconds
 from data_shards.shards.index import INDEX_FILE, ShardIndex
-from data_shards.shards.reader import ShardReader, iter_plain
+from data_shards.shards.reader import iter_plain, iter_records
 from data_shards.shards.record import Record, Video, from_members
 from data_shards.tasks import TASKS, Task, build_query, format_answer
 
@@ -82,14 +82,7 @@ def describe(
 
 def _records(source: Path) -> Iterator[Record]:
     if (source / INDEX_FILE).is_file():
-        index = ShardIndex.load(source)
-        reader = ShardReader(source, index, max_open=1)
-        try:
-            for shard, info in enumerate(index.shards):
-                for slot in range(info.records):
-                    yield reader.read(shard, slot)
-        finally:
-            reader.close()
+        yield from iter_records(ShardIndex.load(source))
         return
     if not source.exists():
         raise FileNotFoundError(f"{source}: no such folder or tar; give a shard folder or a tar")

@@ -14,12 +14,11 @@ from typing import Any, Final
 import numpy as np
 
 from data_shards.inspection import corpus_stats
+from data_shards.inspection.counts import cause_position, counted, summary, table_rows, table_text
 from data_shards.inspection.stats_page import write_page
-from data_shards.inspection.summary import cause_place, counted, summary
-from data_shards.inspection.table_one import table_rows, table_text
 from data_shards.media.mp4 import mp4_seconds
 from data_shards.shards.index import ShardIndex
-from data_shards.shards.reader import DamagedRecord, ShardReader
+from data_shards.shards.reader import DamagedRecord, iter_records
 from data_shards.shards.record import Record, Video
 from data_shards.tasks import TASKS, Task, build_query, format_answer, tasks_in
 
@@ -39,8 +38,8 @@ def stats(folder: Path | str, *, index_only: bool = False) -> dict[str, Any]:
         index_only: read no record: leaves out sources, splits, labels, pairs and text lengths.
 
     Raises:
-        FileNotFoundError, ValueError: the folder is not a whole shard folder, or a record is
-            damaged (`emoverse lint` lists all of those).
+        FileNotFoundError, ValueError: the shard folder is incomplete, or a record is damaged
+            (`emoverse lint` lists all damage).
     """
     index = ShardIndex.load(folder)
     classes = index.class_counts()
@@ -64,14 +63,11 @@ def stats(folder: Path | str, *, index_only: bool = False) -> dict[str, Any]:
     if index_only:
         return report | {"table_one": table_rows({"all": dict(tasks)}, index.num_records)}
     counts = _Counts()
-    reader = ShardReader(folder, index, max_open=1)
-    for shard, info in enumerate(index.shards):
-        for slot in range(info.records):
-            try:
-                counts.add(reader.read(shard, slot))
-            except DamagedRecord as error:
-                raise ValueError(f"{error}; 'emoverse lint {folder}' lists all damage") from error
-    reader.close()
+    try:
+        for record in iter_records(index):
+            counts.add(record)
+    except DamagedRecord as error:
+        raise ValueError(f"{error}; 'emoverse lint {folder}' lists all damage") from error
     report |= counts.report(report["lengths"])
     return report | {"table_one": table_rows(report["tasks_by_source"], index.num_records)}
 
@@ -115,7 +111,7 @@ class _Counts:
             pairs = record.pairs or ()
             self._pairs.append(len(pairs))
             self._labels[task].update(pair.emotion for pair in pairs)
-            self._distance.update(cause_place(p.target, p.cause) for p in pairs)
+            self._distance.update(cause_position(p.target, p.cause) for p in pairs)
 
     def report(self, lengths: Mapping[str, Any]) -> dict[str, Any]:
         """The counts as a JSON object; `lengths` are those of the index."""

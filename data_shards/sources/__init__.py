@@ -1,17 +1,16 @@
-"""Raw corpora: each module here turns one corpus into items of a build.
+"""Raw corpora: each corpus module turns one corpus into items of a build.
 
-A corpus module has `add_arguments(parser)` (which corpus, which part of it) and `open_source(args)
--> Source`. Items are recipes where making a record costs time: the build runs them in its workers.
+A corpus module has `add_arguments(parser)` and `open_source(args) -> Source`; `SOURCES` lists it.
+Where making a record takes time, the item is a function that the build calls in its workers.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from data_shards.build.source_item import Recipe, Skipped
-from data_shards.shards.record import Record
+from data_shards.build.source_item import SourceItem
 
-# Name on the command line -> module; imported only when it is called.
+# Name on the command line -> module
 SOURCES: Final[Mapping[str, str]] = {
     "synthetic": "data_shards.sources.synthetic",
     **dict.fromkeys(("meld", "mosei", "ecf", "emt"), "data_shards.sources.emt"),
@@ -23,6 +22,6 @@ SOURCES: Final[Mapping[str, str]] = {
 class Source:
     """A corpus that is ready to be built: the same items in the same order every time."""
 
-    items: Iterable[Record | Skipped | Recipe]
+    items: Iterable[SourceItem]
     total: int | None  # number of items, for the progress bar; None = not known
-    provenance: Mapping[str, Any]  # JSON values: which corpus, options, hashes of its files
+    provenance: Mapping[str, Any]  # JSON values: the corpus, its options, hashes of its files

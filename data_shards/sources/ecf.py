@@ -1,9 +1,10 @@
-"""ECF 1.0 and 2.0: conversations with emotion-cause pairs as drafts (task ECPE).
+"""ECF 1.0 and 2.0: conversations with emotion-cause pairs as pending records (task ECPE).
 
 In: the folder(s) with the authors' files, in the text form or the JSON form of subtask 2. Out:
-conversations, and one draft per target utterance: the conversation's text and the target's clip.
-ECF numbers conversations and clips on its own; only `all_data_pair_ECFvsMELD.txt` says which MELD
-clip an utterance is. Facts: NUSTM/MECPE@359c97c, NUSTM/SemEval-2024_ECAC@f605436.
+conversations, and one pending record per target utterance: the text of the conversation and the
+clip of the target. ECF has its own numbers for conversations and clips; only the file
+`all_data_pair_ECFvsMELD.txt` maps an utterance to its MELD clip. Facts are from
+NUSTM/MECPE@359c97c and NUSTM/SemEval-2024_ECAC@f605436.
 """
 
 import json
@@ -13,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
-from data_shards.build.clip_record import Clip, Draft
+from data_shards.build.clip_record import Clip, PendingRecord
 from data_shards.jsonl import read_utf8
 from data_shards.shards.record import Turn
+from data_shards.sources.meld import MeldClipId
 from data_shards.sources.raw_files import find_files, find_one, parse_time, repair_text
 from data_shards.tasks import EMOTIONS, Pair, Task
 
@@ -35,12 +37,11 @@ _EPISODE: Final = re.compile(r"S(\d{1,2})E(\d{1,2})")
 _MELD_CLIP: Final = re.compile(r"(train|dev|test)_dia(\d+)_utt(\d+)")
 
 
-class MeldPlace(NamedTuple):
-    """A MELD clip; its ids, which do not count from 1."""
+class UtteranceId(NamedTuple):
+    """An utterance of ECF; both numbers are ECF's own."""
 
-    split: str
-    dialogue: int
-    utterance_id: int
+    conversation: int
+    utterance: int  # counted from 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,11 +74,11 @@ class Conversation:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EcfCorpus:
-    """What the given folders hold."""
+    """The files of the given folders, read."""
 
     edition: Edition
     splits: Mapping[str, tuple[Conversation, ...]]
-    meld_of: Mapping[tuple[int, int], MeldPlace] | None  # (conversation, utterance); None = no file
+    meld_of: Mapping[UtteranceId, MeldClipId] | None  # None: the folders lack MELD_FILE
     files: tuple[Path, ...]
 
 
@@ -87,7 +88,8 @@ def load_ecf(
     """Read ECF.
 
     Args:
-        edition: '2' is SemEval-2024's: all of ECF 1.0 is its training set; '1' has its own splits.
+        edition: '2' is that of SemEval-2024, whose training set is all of ECF 1.0; '1' has its own
+            splits.
         splits: which to read, default all of the edition.
 
     Raises:
@@ -95,18 +97,18 @@ def load_ecf(
         ValueError: a file is not as published; names file and line or conversation.
     """
     files: list[Path] = []
-    found: dict[str, tuple[Conversation, ...]] = {}
+    conversations: dict[str, tuple[Conversation, ...]] = {}
     for split in SPLITS_OF[edition] if splits is None else splits:
         path = find_one(folders, _patterns(edition, split), what=f"ECF {edition} {split}")
         files.append(path)
         read = read_json if path.suffix == ".json" else read_text
-        found[split] = tuple(sorted(read(path), key=lambda conversation: conversation.id))
+        conversations[split] = tuple(sorted(read(path), key=lambda conversation: conversation.id))
     maps = find_files(folders, MELD_FILE)
     if maps:
         files.append(maps[0])
     return EcfCorpus(
         edition=edition,
-        splits=found,
+        splits=conversations,
         meld_of=read_meld_map(maps[0]) if maps else None,
         files=tuple(files),
     )
@@ -127,68 +129,73 @@ def _patterns(edition: Edition, split: str) -> list[str]:
 
 def read_text(path: Path) -> tuple[Conversation, ...]:
     """The conversations of a text-form file; the line of the pairs may be empty."""
-    return tuple(
-        _checked(
-            Conversation(
-                id=conversation,
-                utterances=tuple(_timed(path, line, *fields) for line, fields in rows),
-                pairs=tuple(sorted(pairs)),
-            ),
-            str(path),
+    conversations = []
+    for block in _blocks(path):
+        conversation = Conversation(
+            id=block.conversation,
+            utterances=tuple(_utterance(path, line, *columns) for line, columns in block.rows),
+            pairs=tuple(sorted(block.pairs)),
         )
-        for conversation, pairs, rows in _blocks(path)
-    )
+        _require_valid(conversation, str(path))
+        conversations.append(conversation)
+    return tuple(conversations)
 
 
-def read_meld_map(path: Path) -> dict[tuple[int, int], MeldPlace]:
-    """(conversation, utterance) -> MELD clip, without the utterances that MELD does not have."""
-    found = {}
-    for conversation, _, rows in _blocks(path):
-        for line, (number, _speaker, _emotion, _text, place) in rows:
-            match = _MELD_CLIP.fullmatch(place.strip())
+def read_meld_map(path: Path) -> dict[UtteranceId, MeldClipId]:
+    """The MELD clip of each utterance, without the utterances that MELD does not have."""
+    clip_ids = {}
+    for block in _blocks(path):
+        for line, (number, _speaker, _emotion, _text, name) in block.rows:
+            match = _MELD_CLIP.fullmatch(name)
             if match is not None:
-                found[conversation, int(number)] = MeldPlace(match[1], int(match[2]), int(match[3]))
-            elif place.strip():
+                clip_id = MeldClipId(match[1], int(match[2]), int(match[3]))
+                clip_ids[UtteranceId(block.conversation, int(number))] = clip_id
+            elif name:
                 rule = "the last column must be like train_dia559_utt3 or empty"
-                raise ValueError(f"{path}:{line}: {rule}, found {place!r}")
-    return found
+                raise ValueError(f"{path}:{line}: {rule}, found {name!r}")
+    return clip_ids
 
 
-Block = tuple[int, tuple[tuple[int, int], ...], list[tuple[int, list[str]]]]
+class _Block(NamedTuple):
+    """One conversation of a text-form file."""
+
+    conversation: int
+    pairs: tuple[tuple[int, int], ...]
+    rows: list[tuple[int, list[str]]]  # line number in the file, the five columns
 
 
-def _blocks(path: Path) -> Iterator[Block]:
-    """(conversation, pairs, [(line number, its five columns)]) per block of a text-form file."""
+def _blocks(path: Path) -> Iterator[_Block]:
+    """A block is a line 'conversation count', a line of pairs, and `count` lines of utterances."""
     lines = read_utf8(path).split("\n")
-    at = 0
-    while at < len(lines):
-        if not lines[at].strip():
-            at += 1
+    start = 0  # index of the block's first line; line numbers in messages count from 1
+    while start < len(lines):
+        if not lines[start].strip():
+            start += 1
             continue
-        head = _HEAD.fullmatch(lines[at].strip())
+        head = _HEAD.fullmatch(lines[start].strip())
         if head is None:
             rule = "a block must start with the conversation and its number of utterances"
-            raise ValueError(f"{path}:{at + 1}: {rule}, found {lines[at]!r}")
-        count = int(head[2])
-        if at + 2 + count > len(lines):
-            raise ValueError(f"{path}:{at + 1}: conversation {head[1]} is cut short")
-        listed = lines[at + 1].replace(" ", "")
-        if not _PAIRS.fullmatch(listed):
+            raise ValueError(f"{path}:{start + 1}: {rule}, found {lines[start]!r}")
+        end = start + 2 + int(head[2])
+        if end > len(lines):
+            raise ValueError(f"{path}:{start + 1}: conversation {head[1]} is cut short")
+        pairs = lines[start + 1].replace(" ", "")
+        if not _PAIRS.fullmatch(pairs):
             rule = "the pairs must look like (3,1),(3,3) or the line be empty"
-            raise ValueError(f"{path}:{at + 2}: {rule}, found {lines[at + 1]!r}")
-        numbers = [int(number) for number in re.findall(r"\d+", listed)]
+            raise ValueError(f"{path}:{start + 2}: {rule}, found {lines[start + 1]!r}")
+        numbers = [int(digits) for digits in re.findall(r"\d+", pairs)]
         rows = []
-        for line in range(at + 2, at + 2 + count):
-            fields = [field.strip() for field in lines[line].split("|")]
-            if len(fields) != 5 or fields[0] != str(line - at - 1):
-                rule = f"must be utterance {line - at - 1} with five columns separated by ' | '"
-                raise ValueError(f"{path}:{line + 1}: {rule}, found {lines[line]!r}")
-            rows.append((line + 1, fields))
-        yield int(head[1]), tuple(zip(numbers[::2], numbers[1::2], strict=True)), rows
-        at += 2 + count
+        for utterance, line in enumerate(lines[start + 2 : end], start=1):
+            columns = [column.strip() for column in line.split("|")]
+            if len(columns) != 5 or columns[0] != str(utterance):
+                rule = f"must be utterance {utterance} with five columns separated by ' | '"
+                raise ValueError(f"{path}:{start + 2 + utterance}: {rule}, found {line!r}")
+            rows.append((start + 2 + utterance, columns))
+        yield _Block(int(head[1]), tuple(zip(numbers[::2], numbers[1::2], strict=True)), rows)
+        start = end
 
 
-def _timed(
+def _utterance(
     path: Path, line: int, number: str, speaker: str, emotion: str, text: str, source: str
 ) -> Utterance:
     match = _SOURCE.fullmatch(source)
@@ -207,26 +214,24 @@ def _timed(
 
 
 def read_json(path: Path) -> tuple[Conversation, ...]:
-    """The conversations of a JSON-form file; pairs [["3_surprise", "1"], ...], maybe none."""
+    """The conversations of a JSON-form file, whose pairs look like [["3_surprise", "1"], ...]."""
     try:
         documents = json.loads(path.read_text(encoding="utf-8-sig"))
         if not isinstance(documents, list):
             raise ValueError("must be a list of conversations")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    found = []
+    conversations = []
     for document in documents:
-        where = f"{path}: conversation {_id_of(document)}"
+        identifier = document.get("conversation_ID") if isinstance(document, dict) else document
+        where = f"{path}: conversation {identifier}"
         try:
             conversation = _conversation(document)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{where}: not as published: {error!r}") from error
-        found.append(_checked(conversation, where))
-    return tuple(found)
-
-
-def _id_of(document: Any) -> Any:
-    return document.get("conversation_ID") if isinstance(document, dict) else document
+        _require_valid(conversation, where)
+        conversations.append(conversation)
+    return tuple(conversations)
 
 
 def _conversation(document: dict[str, Any]) -> Conversation:
@@ -260,7 +265,7 @@ def _conversation(document: dict[str, Any]) -> Conversation:
     )
 
 
-def _checked(conversation: Conversation, where: str) -> Conversation:
+def _require_valid(conversation: Conversation, where: str) -> None:
     numbers = [u.number for u in conversation.utterances]
     if numbers != list(range(1, len(numbers) + 1)):
         raise ValueError(f"{where}: utterances must be numbered from 1, found {numbers}")
@@ -274,75 +279,75 @@ def _checked(conversation: Conversation, where: str) -> Conversation:
         if not all(1 <= number <= len(numbers) for number in pair):
             rule = f"a pair must name utterances 1 to {len(numbers)}"
             raise ValueError(f"{where}: conversation {conversation.id}: {rule}, found {pair}")
-    return conversation
 
 
-# -------------------------------------------------------------------------------------- the drafts
+# ------------------------------------------------------------------------------------- the records
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EcfClips:
-    """Where clips of ECF may come from; the first place that has one is taken.
+    """The three sources of ECF's clips; the first that has an utterance is used.
 
-    own: folder of clips in ECF's own numbers, dia1375utt1.mp4. A MELD clip must never lie there:
+    own: clips named with ECF's own numbers, dia1375utt1.mp4. MELD clips must not be among them:
         dia3utt1 of ECF and dia3_utt1 of MELD are different moments.
-    meld: looks up a MELD clip, by the file MELD_FILE.
-    episodes: folder of whole episodes whose names contain S01E01; clips are cut by time.
+    meld: clips of MELD, mapped by MELD_FILE.
+    episodes: whole episodes ('S01E01'), from which clips are cut by time.
     """
 
-    own: Mapping[tuple[int, int], Path]
-    meld: Mapping[tuple[int, int], Clip]
+    own: Mapping[UtteranceId, Path]
+    meld: Mapping[UtteranceId, Clip]
     episodes: Mapping[str, Path]
 
     def clip(self, conversation: int, utterance: Utterance) -> Clip:
-        place = conversation, utterance.number
-        name = f"dia{conversation}utt{utterance.number}.mp4"
-        if place in self.own:
-            return Clip(path=self.own[place])
-        if place in self.meld and self.meld[place].path is not None:
-            return self.meld[place]
+        utterance_id = UtteranceId(conversation, utterance.number)
+        if utterance_id in self.own:
+            return Clip(path=self.own[utterance_id])
+        of_meld = self.meld.get(utterance_id)
+        if of_meld is not None and of_meld.path is not None:
+            return of_meld
         if utterance.episode in self.episodes:
             path = self.episodes[utterance.episode]
             return Clip(path=path, start_s=utterance.start_s, end_s=utterance.end_s)
-        others = [self.meld[place].looked_for] if place in self.meld else []
-        return Clip(path=None, looked_for=" or ".join([name, *others, utterance.episode]))
+        expected = [f"dia{conversation}utt{utterance.number}.mp4"]
+        expected += [of_meld.expected] if of_meld is not None else []
+        return Clip(path=None, expected=" or ".join([*expected, utterance.episode]))
 
 
-def own_clips(folder: Path) -> dict[tuple[int, int], Path]:
-    """(conversation, utterance) -> clip, of files named dia{conversation}utt{utterance}.mp4."""
-    found = {}
+def own_clips(folder: Path) -> dict[UtteranceId, Path]:
+    """The clips of files named dia{conversation}utt{utterance}.mp4."""
+    clips = {}
     for path in find_files([folder], "dia*utt*.mp4"):
         match = re.fullmatch(r"dia(\d+)utt(\d+)\.mp4", path.name)
         if match is None:
             rule = "clips of ECF are named dia1utt2.mp4; give MELD's own clips with --meld"
             raise ValueError(f"{path}: {rule}")
-        found[int(match[1]), int(match[2])] = path
-    return found
+        clips[UtteranceId(int(match[1]), int(match[2]))] = path
+    return clips
 
 
 def episodes(folder: Path) -> dict[str, Path]:
     """'S01E01' -> the video whose name contains it. Raises ValueError for two of one episode."""
-    found: dict[str, Path] = {}
+    videos: dict[str, Path] = {}
     for path in find_files([folder], "*.*"):
         match = re.search(r"s(\d{1,2})[ ._-]?e(\d{1,2})", path.name, re.IGNORECASE)
         if match is None or path.suffix.lower() not in (".mp4", ".mkv", ".avi", ".m4v", ".mov"):
             continue
         episode = f"S{int(match[1]):02d}E{int(match[2]):02d}"
-        if episode in found:
-            raise ValueError(f"{path}: {episode} must be one file, found {found[episode]} too")
-        found[episode] = path
-    return found
+        if episode in videos:
+            raise ValueError(f"{path}: {episode} must be one file, found {videos[episode]} too")
+        videos[episode] = path
+    return videos
 
 
-def ecf_drafts(
+def ecf_records(
     conversation: Conversation, split: str, clips: EcfClips, *, targets: Targets = "with_cause"
-) -> Iterator[Draft]:
-    """One draft per target utterance of the conversation."""
+) -> Iterator[PendingRecord]:
+    """One pending record per target utterance of the conversation."""
     turns = tuple(Turn(speaker=u.speaker, text=u.text) for u in conversation.utterances)
     for number in conversation.targets(targets):
         utterance = conversation.utterances[number - 1]
         causes = sorted({cause for target, cause in conversation.pairs if target == number})
-        yield Draft(
+        yield PendingRecord(
             key=f"ecf_{split}_dia{conversation.id}_utt{number}",
             source="ecf",
             split=split,

@@ -1,21 +1,19 @@
-"""MELD: the three csv files and the clips of MELD.Raw as drafts (tasks MSA and ER).
+"""MELD: the three csv files and the clips of MELD.Raw as pending records (tasks MSA and ER).
 
-In: the folder as downloaded. Out: rows in the order of the files, drafts whose keys carry the
-split (the clips' own names repeat in all three), what is known to be broken about a clip, and the
-clips that no row describes. Facts: declare-lab/MELD@2d2011b; issue numbers are that repository's.
+In: the folder as downloaded. Out: the rows in the order of the files, a pending record per row, the
+known defects of clips, and the clip files that no row describes. Keys contain the split, because
+the clips of all three splits have the same names. Facts are from declare-lab/MELD@2d2011b; issue
+numbers are of that repository.
 """
 
-import csv
-import io
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
-from data_shards.build.clip_record import Clip, Draft
-from data_shards.jsonl import read_utf8
-from data_shards.sources.raw_files import csv_rows, find_files, find_one, parse_time, repair_text
+from data_shards.build.clip_record import Clip, PendingRecord
+from data_shards.sources.raw_files import find_one, parse_time, read_csv, repair_text
 from data_shards.tasks import EMOTIONS, Task
 
 SPLITS: Final = ("train", "dev", "test")
@@ -24,7 +22,7 @@ _COLUMNS: Final = (
     *("Utterance", "Speaker", "Emotion", "Sentiment", "Dialogue_ID", "Utterance_ID"),
     *("Season", "Episode", "StartTime", "EndTime"),
 )
-# Where public loaders find the clips of MELD.Raw; a flat folder named after the split works too.
+# Folders of the clips in MELD.Raw, as public loaders expect them; or a folder named like the split.
 _CLIP_FOLDERS: Final = {
     "train": ("train/train_splits", "train_splits", "train"),
     "dev": ("dev/dev_splits_complete", "dev_splits_complete", "dev"),
@@ -33,7 +31,7 @@ _CLIP_FOLDERS: Final = {
 _CLIP_NAME: Final = re.compile(r"dia(\d+)_utt(\d+)\.mp4")
 _GROUP: Final = re.compile(r"^(all|both|everyone|the guys|the girls)$|\band\b|/|&", re.IGNORECASE)
 
-# Known before the file is opened. 'left out' only where the rule `known_bad` says so.
+# Defects that others have reported. The option `known_bad` decides whether the clip is left out.
 KNOWN_BAD: Final[dict[tuple[str, int, int], str]] = {
     ("train", 125, 3): "corrupt (MELD issues 39 and 52)",
     ("dev", 110, 7): "missing from the download (MELD issues 22 and 27)",
@@ -42,15 +40,24 @@ KNOWN_BAD: Final[dict[tuple[str, int, int], str]] = {
     ("train", 309, 0): "badly cut, 41 s (MELD issue 20)",
     ("test", 279, 15): "listed as problematic by MERTools",
 }
-# Text and video out of sync, by dialogue (issue 9); 757 and 485 exist in train alone.
+# Dialogues whose text and video are out of sync (issue 9); 757 and 485 exist in train only.
 OUT_OF_SYNC: Final = frozenset({("train", 241), ("train", 757), ("train", 485)})
 
 KnownBad = Literal["skip-train", "skip", "keep"]
+Moment = tuple[int, int, float, str]  # season, episode, start in seconds, words
+
+
+class MeldClipId(NamedTuple):
+    """A MELD clip; its ids do not count from 1."""
+
+    split: str
+    dialogue: int
+    utterance_id: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MeldRow:
-    """One row of a csv; the ids are the file's own, neither is a position."""
+    """One row of a csv; the ids are those of the file and not positions in it."""
 
     split: str
     dialogue: int
@@ -66,8 +73,12 @@ class MeldRow:
 
     @property
     def name(self) -> str:
-        """The clip's file name without its end; the same in all splits."""
+        """The clip's file name without extension; not unique across splits."""
         return f"dia{self.dialogue}_utt{self.utterance_id}"
+
+    @property
+    def clip_id(self) -> MeldClipId:
+        return MeldClipId(self.split, self.dialogue, self.utterance_id)
 
     @property
     def key(self) -> str:
@@ -75,17 +86,17 @@ class MeldRow:
 
     @property
     def is_group(self) -> bool:
-        """Several people speak, so that no single face is the speaker's."""
+        """Whether several people speak, so that no single face is the speaker's."""
         return bool(_GROUP.search(self.speaker))
 
     @property
-    def identity(self) -> tuple[int, int, float, str]:
-        """Equal for two rows of the same moment of the series with the same words."""
+    def moment(self) -> Moment:
+        """Equal for two rows with the same words at the same moment of the series."""
         return self.season, self.episode, self.start_s, self.text
 
 
 def annotation_files(folder: Path, splits: Sequence[str] = SPLITS) -> dict[str, Path]:
-    """Split -> its csv. Raises FileNotFoundError or ValueError (two different copies)."""
+    """Split -> csv file. Raises FileNotFoundError, or ValueError for two different copies."""
     return {
         split: find_one([folder], [f"{split}_sent_emo.csv"], what=f"MELD {split} annotation")
         for split in splits
@@ -97,8 +108,8 @@ def read_meld(folder: Path, splits: Sequence[str] = SPLITS) -> list[MeldRow]:
 
     Raises:
         FileNotFoundError: no folder or no csv.
-        ValueError: names file and line: another header, label, time or number than MELD's, or
-            the same clip twice.
+        ValueError: a header, label, time or number is not as in MELD, or a clip is listed twice;
+            names file and line.
     """
     rows: list[MeldRow] = []
     for split, path in annotation_files(folder, splits).items():
@@ -108,18 +119,13 @@ def read_meld(folder: Path, splits: Sequence[str] = SPLITS) -> list[MeldRow]:
 
 def _read_csv(path: Path, split: str) -> Iterator[MeldRow]:
     seen: set[str] = set()
-    # No splitlines(): it would cut at U+0085, which old copies hold for an ellipsis.
-    reader = csv.DictReader(io.StringIO(read_utf8(path), newline=""), strict=True)
-    missing = [name for name in _COLUMNS if name not in (reader.fieldnames or ())]
-    if missing:
-        raise ValueError(f"{path}:1: column {missing[0]}: must be in the header, found none")
-    for fields in csv_rows(reader, path):
+    for line, fields in read_csv(path, _COLUMNS, strict=True):
         try:
             row = _row(fields, split)
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}:{reader.line_num}: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"{path}:{line}: {error}") from error
         if row.name in seen:
-            raise ValueError(f"{path}:{reader.line_num}: {row.name} comes twice in {split}")
+            raise ValueError(f"{path}:{line}: {row.name} comes twice in {split}")
         seen.add(row.name)
         yield row
 
@@ -146,71 +152,84 @@ def _row(fields: dict[str, str], split: str) -> MeldRow:
 
 
 class MeldClips:
-    """The clips of MELD.Raw by (split, dialogue, utterance)."""
+    """The clip files of MELD.Raw by (split, dialogue, utterance)."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._paths: dict[tuple[str, int, int], Path] = {}
-        self._strangers: list[Path] = []
-        for split, places in _CLIP_FOLDERS.items():
-            place = next((folder / p for p in places if any((folder / p).glob("*.mp4"))), None)
-            for path in find_files([place], "*.mp4", depth=0) if place is not None else []:
+        self._paths: dict[MeldClipId, Path] = {}
+        self._other_files: list[Path] = []  # not named like a clip
+        for split, names in _CLIP_FOLDERS.items():
+            folders = (folder / name for name in names)
+            clips = next((paths for f in folders if (paths := sorted(f.glob("*.mp4")))), [])
+            for path in clips:
                 match = _CLIP_NAME.fullmatch(path.name)
                 if match is None:
-                    self._strangers.append(path)
+                    self._other_files.append(path)
                 else:
-                    self._paths[split, int(match[1]), int(match[2])] = path
+                    self._paths[MeldClipId(split, int(match[1]), int(match[2]))] = path
 
     def __len__(self) -> int:
         return len(self._paths)
 
-    def clip(self, split: str, dialogue: int, utterance_id: int) -> Clip:
-        """Where a clip is; without a path, where it should be."""
-        name = f"dia{dialogue}_utt{utterance_id}.mp4"
-        looked_for = str(self.folder / _CLIP_FOLDERS[split][0] / name)
-        return Clip(path=self._paths.get((split, dialogue, utterance_id)), looked_for=looked_for)
+    def clip(self, clip_id: MeldClipId) -> Clip:
+        """The clip file, or where it should be."""
+        name = f"dia{clip_id.dialogue}_utt{clip_id.utterance_id}.mp4"
+        expected = str(self.folder / _CLIP_FOLDERS[clip_id.split][0] / name)
+        return Clip(path=self._paths.get(clip_id), expected=expected)
 
     def without_annotation(self, rows: Sequence[MeldRow]) -> list[Path]:
         """Files that no row of the annotation describes, among them `final_videos_test...`."""
-        known = {(row.split, row.dialogue, row.utterance_id) for row in rows}
+        annotated = {row.clip_id for row in rows}
         splits = {row.split for row in rows}
-        rest = [p for place, p in self._paths.items() if place[0] in splits and place not in known]
-        return sorted([*rest, *self._strangers])
+        unannotated = [
+            path
+            for clip_id, path in self._paths.items()
+            if clip_id.split in splits and clip_id not in annotated
+        ]
+        return sorted([*unannotated, *self._other_files])
 
 
 def known_issue(row: MeldRow) -> str:
-    """What is known to be wrong with the row's clip; empty for nothing."""
+    """The known defect of the row's clip; empty for none."""
     if (row.split, row.dialogue) in OUT_OF_SYNC:
         return "text and video out of sync (MELD issue 9)"
-    return KNOWN_BAD.get((row.split, row.dialogue, row.utterance_id), "")
+    return KNOWN_BAD.get(row.clip_id, "")
 
 
 def is_left_out(row: MeldRow, rule: KnownBad) -> bool:
     """Whether a clip of KNOWN_BAD is left out: in train only (an evaluation keeps the whole test
-    set), everywhere, or nowhere. Clips out of sync are only noted."""
-    listed = (row.split, row.dialogue, row.utterance_id) in KNOWN_BAD
-    return listed and (rule == "skip" or (rule == "skip-train" and row.split == "train"))
+    set), everywhere, or nowhere. Clips out of sync are never left out."""
+    return row.clip_id in KNOWN_BAD and (
+        rule == "skip" or (rule == "skip-train" and row.split == "train")
+    )
 
 
 def repeats(rows: Sequence[MeldRow]) -> dict[str, list[MeldRow]]:
-    """Rows of the same moment and words, by where the first one stands: 'train', 'train+test'..."""
-    groups: dict[tuple[int, int, float, str], list[MeldRow]] = {}
+    """Rows that repeat the moment and words of an earlier row.
+
+    They are grouped by the splits in which the moment occurs: 'train', 'train+test', ...
+    """
+    groups: dict[Moment, list[MeldRow]] = {}
     for row in rows:
-        groups.setdefault(row.identity, []).append(row)
-    found: dict[str, list[MeldRow]] = {}
+        groups.setdefault(row.moment, []).append(row)
+    by_splits: dict[str, list[MeldRow]] = {}
     for group in groups.values():
         if len(group) > 1:
             splits = "+".join(split for split in SPLITS if any(r.split == split for r in group))
-            found.setdefault(splits, []).extend(group[1:])
-    return found
+            by_splits.setdefault(splits, []).extend(group[1:])
+    return by_splits
 
 
-def meld_draft(row: MeldRow, clips: MeldClips, *, neutral_msa: bool = True) -> Draft:
-    """The draft of one row. neutral_msa: whether rows without sentiment serve MSA too (Table I
-    counts every row; a sentiment of 0 is non-negative)."""
+def meld_record(row: MeldRow, clips: MeldClips, *, neutral_msa: bool = True) -> PendingRecord:
+    """The pending record of one row.
+
+    Args:
+        neutral_msa: whether rows with neutral sentiment serve MSA too (the paper's Table I counts
+            every row, and a sentiment of 0 is non-negative).
+    """
     issue = known_issue(row)
     serves_msa = neutral_msa or row.sentiment != "neutral"
-    return Draft(
+    return PendingRecord(
         key=row.key,
         source="meld",
         split=row.split,
@@ -229,5 +248,5 @@ def meld_draft(row: MeldRow, clips: MeldClips, *, neutral_msa: bool = True) -> D
             "group_speaker": row.is_group,
             **({"media_issue": issue} if issue else {}),
         },
-        clip=clips.clip(row.split, row.dialogue, row.utterance_id),
+        clip=clips.clip(row.clip_id),
     )

@@ -1,17 +1,18 @@
-"""CMU-MOSEI: labels, words and clips of its several editions, joined, as drafts (tasks MSA, ER).
+"""CMU-MOSEI: labels, words and clips of its editions, joined, as pending records (tasks MSA, ER).
 
 In: a folder with MMSA's label.csv and Raw/, or with the SDK's csd (or the per-segment table), the
-raw transcripts, the folds and whole videos; both together give MMSA's clips the csd's emotions.
-Out: segments, a count of what could not be joined, drafts. Flow: mosei_files -> here -> build.
+raw transcripts, the folds and whole videos. With label.csv and the csd, MMSA's clips get the
+emotions of the csd. Out: segments, counts of what could not be joined, pending records.
+Flow: mosei_files -> here -> build.
 """
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from data_shards.build.clip_record import Clip, Draft
+from data_shards.build.clip_record import Clip, PendingRecord
 from data_shards.sources.mosei_files import (
     CSD_EMOTIONS,
     Interval,
@@ -28,16 +29,16 @@ from data_shards.tasks import Task
 
 EmotionRule = Literal["strongest", "single"]
 Ties = Literal["first", "skip"]
-_SAME_TIME_S: Final = 0.5  # transcripts and csd round differently; segments are longer than this
+_SAME_TIME_S: Final = 0.5  # transcripts and csd round differently; all segments are longer
 _SAME_SENTIMENT: Final = 0.01
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Segment:
-    """One segment with all that is known of it."""
+    """One labelled segment of a video."""
 
     video: str
-    clip: str  # number of the clip file, or 'i' and the place of the label
+    clip: str  # number of the clip file, or 'i' and the index of the label
     text: str
     sentiment: float
     split: str
@@ -47,13 +48,13 @@ class Segment:
 
     @property
     def key(self) -> str:
-        """Unique, since a clip has no '_': the last one always ends the video's id."""
+        """Unique, because a clip has no '_': the last one always ends the video's id."""
         return f"mosei_{self.video}_{self.clip}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MoseiCorpus:
-    """What a folder holds. `joined` counts segments, and videos whose parts do not fit."""
+    """The segments of a folder. `joined` counts segments, and videos that could not be joined."""
 
     edition: Literal["mmsa", "csd", "table"]
     segments: tuple[Segment, ...]
@@ -99,7 +100,7 @@ def load_mosei(folder: Path) -> MoseiCorpus:
 
 
 def _transcripts(folder: Path) -> Callable[[str], list[Line]]:
-    """Video -> the lines of its transcript; none where there is no file."""
+    """A function from a video to the lines of its transcript; no lines if there is no file."""
     paths = {
         path.stem: path for path in find_files([folder], "Transcript/Segmented/Combined/*.txt")
     }
@@ -112,9 +113,9 @@ def join_by_rank(
 ) -> tuple[tuple[Segment, ...], dict[str, int]]:
     """MMSA's rows with the times and emotions of the csd.
 
-    Inside a video the n-th clip number is the interval with the n-th end: the csd's own order is
-    not the order of time in 1,318 of 3,293 videos. A video is left without emotions where the
-    counts differ, or where any sentiment does, which proves a wrong pairing.
+    Within a video, the n-th clip number is paired with the interval that ends as the n-th: in 1,318
+    of 3,293 videos the csd is not sorted by time. A video gets no emotions if the counts differ, or
+    if any sentiment differs, which proves a wrong pairing.
     """
     spans: defaultdict[str, list[Interval]] = defaultdict(list)
     for interval in intervals:
@@ -140,22 +141,19 @@ def join_by_rank(
     joined["segments_with_emotions"] = len(partner)
     segments = []
     for row in rows:
-        found = partner.get((row.video, row.clip))
-        segment = Segment(
-            video=row.video,
-            clip=row.clip,
-            text=row.text,
-            sentiment=row.sentiment,
-            split=row.split,
-        )
-        if found is not None:
-            segment = replace(
-                segment,
-                start_s=found.start_s,
-                end_s=found.end_s,
-                intensities=found.intensities,
+        match = partner.get((row.video, row.clip))
+        segments.append(
+            Segment(
+                video=row.video,
+                clip=row.clip,
+                text=row.text,
+                sentiment=row.sentiment,
+                split=row.split,
+                start_s=None if match is None else match.start_s,
+                end_s=None if match is None else match.end_s,
+                intensities=None if match is None else match.intensities,
             )
-        segments.append(segment)
+        )
     return tuple(segments), dict(joined)
 
 
@@ -166,8 +164,8 @@ def join_by_time(
 ) -> tuple[tuple[Segment, ...], dict[str, int]]:
     """Intervals with the words spoken in them: the transcript line of the same start and end.
 
-    The line's number is the clip's and no line serves twice; an interval without a line is named
-    after its place in the file ('i7') and has no words. Videos in no fold are left out.
+    The clip gets the number of the line, and no line is used twice. An interval without a line is
+    named after its index in the file ('i7') and has no words. Videos in no fold are left out.
     """
     joined: Counter[str] = Counter()
     segments: list[Segment] = []
@@ -211,10 +209,11 @@ def _nearest(interval: Interval, lines: Sequence[Line]) -> Line | None:
 def emotion_of(
     intensities: Sequence[float], rule: EmotionRule = "strongest", ties: Ties = "first"
 ) -> str | None:
-    """The one emotion of a segment with intensities 0 to 3; None = it has no single one.
+    """The emotion of a segment with intensities 0 to 3; None if it has no single one.
 
-    All zero is neutral. 'strongest': the highest; several equally high: the first in the csd's
-    order, or none. 'single': none as soon as more than one is above zero.
+    A segment with all intensities 0 is neutral. The rule 'strongest' takes the highest intensity;
+    `ties` decides between equally high ones: the first in the csd's order, or no emotion. The rule
+    'single' gives no emotion if more than one is above 0.
     """
     top = max(intensities)
     if top <= 0:
@@ -226,28 +225,28 @@ def emotion_of(
 
 
 class MoseiClips:
-    """Where segments' media are: clip files <video>/<clip>.mp4, or whole videos <video>.mp4."""
+    """The media of segments: clip files <video>/<clip>.mp4, or whole videos <video>.mp4."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        raw = [folder / "Raw", folder]
-        self._clips = next((place for place in raw if any(place.glob("*/[0-9]*.mp4"))), None)
-        found = [*find_files([folder], "Full/Combined/*.mp4"), *find_files([folder], "Full/*.mp4")]
-        self._whole = {path.stem: path for path in found or find_files(raw[1:], "*.mp4", depth=0)}
+        folders = (folder / "Raw", folder)
+        with_clips = (f for f in folders if any(f.glob("*/[0-9]*.mp4")))
+        self._clips = next(with_clips, folders[0])
+        whole = [*find_files([folder], "Full/Combined/*.mp4"), *find_files([folder], "Full/*.mp4")]
+        whole = whole or find_files([folder], "*.mp4", depth=0)
+        self._whole = {path.stem: path for path in whole}
 
     def clip(self, segment: Segment) -> Clip:
-        """A clip file where there is one, else a span of the whole video."""
-        names = [f"{segment.video}/{segment.clip}.mp4", f"{segment.video}.mp4"]
-        if self._clips is not None and (path := self._clips / names[0]).is_file():
+        """The clip file if there is one, else a span of the whole video."""
+        path = self._clips / segment.video / f"{segment.clip}.mp4"
+        if path.is_file():
             return Clip(path=path)
         if segment.video in self._whole and segment.end_s is not None:
-            path = self._whole[segment.video]
-            return Clip(path=path, start_s=segment.start_s, end_s=segment.end_s)
-        place = self._clips or self._folder / "Raw"
-        return Clip(path=None, looked_for=str(place / names[0]))
+            whole = self._whole[segment.video]
+            return Clip(path=whole, start_s=segment.start_s, end_s=segment.end_s)
+        return Clip(path=None, expected=str(path))
 
 
-def mosei_draft(
+def mosei_record(
     segment: Segment,
     clips: MoseiClips,
     *,
@@ -255,8 +254,14 @@ def mosei_draft(
     ties: Ties = "first",
     neutral_msa: bool = True,
     still: bool = False,
-) -> Draft | None:
-    """The draft of a segment; None if it would serve no task (no sentiment wanted, no emotion)."""
+) -> PendingRecord | None:
+    """The pending record of a segment; None if it serves neither MSA nor ER.
+
+    Args:
+        rule, ties: see `emotion_of`.
+        neutral_msa: whether segments with a sentiment of 0 serve MSA.
+        still: store one frame instead of the clip.
+    """
     emotion = None if segment.intensities is None else emotion_of(segment.intensities, rule, ties)
     tasks = (
         *((Task.MSA,) if neutral_msa or segment.sentiment != 0 else ()),
@@ -269,7 +274,7 @@ def mosei_draft(
         notes |= {"start_s": segment.start_s, "end_s": segment.end_s}
     if segment.intensities is not None:
         notes |= dict(zip(CSD_EMOTIONS, segment.intensities, strict=True))
-    return Draft(
+    return PendingRecord(
         key=segment.key,
         source="mosei",
         split=segment.split,

@@ -1,24 +1,22 @@
-"""The label files of CMU-MOSEI: MMSA's label.csv, the SDK's csd, a per-segment table, the folds,
+"""Readers of CMU-MOSEI's files: MMSA's label.csv, the SDK's csd, a per-segment table, the folds and
 the raw transcripts.
 
-In: one file each. Out: plain values. Facts: thuiar/MMSA@a94e65d, CMU-MultimodalSDK@4f2eadc. Video
-ids are text, never numbers, and are never split: they may be digits only, start with '-', hold '_'.
+In: one file each. Out: plain values. Facts are from thuiar/MMSA@a94e65d and
+CMU-MultimodalSDK@4f2eadc. A video id is text: it may be all digits, start with '-' or contain '_'.
 """
 
 import ast
-import csv
-import io
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from data_shards.jsonl import read_utf8
-from data_shards.sources.raw_files import csv_rows, repair_text
+from data_shards.sources.raw_files import read_csv, repair_text
 
-# In the order of the csd's columns behind the sentiment, in this project's words.
+# The csd's columns after the sentiment, in their order and with this project's names.
 CSD_EMOTIONS: Final = ("joy", "sadness", "anger", "surprise", "disgust", "fear")
 SPLITS: Final = ("train", "dev", "test")
 _MODES: Final = {"train": "train", "valid": "dev", "dev": "dev", "test": "test"}
@@ -30,12 +28,12 @@ class Interval:
     """One labelled span of a whole video."""
 
     video: str
-    index: int  # place in its file; not the order of time
+    index: int  # position in its file, which is not sorted by time
     start_s: float  # may be slightly negative
     end_s: float
     sentiment: float  # -3 to 3
     intensities: tuple[float, ...] | None  # 0 to 3 per CSD_EMOTIONS; None = the file has none
-    split: str = ""  # where the file says so
+    split: str = ""  # empty: the file has none, or the segment is in no fold
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,28 +58,28 @@ class Line:
 
 
 def read_label_csv(path: Path) -> list[LabelRow]:
-    """MMSA's rows; columns are found by name, since copies order them differently.
+    """The rows of MMSA's label.csv; copies have the columns in different orders.
 
-    Raises ValueError with file and line for a missing column, a wrong label or mode, or the same
-    clip twice.
+    Raises ValueError with file and line for a missing column, a wrong label or mode, or a clip that
+    is listed twice.
     """
     rows = []
     seen: set[tuple[str, str]] = set()
-    for number, fields in _csv_rows(path, ("video_id", "clip_id", "text", "label", "mode")):
-        where = f"{path}:{number}"
+    for line, fields in read_csv(path, ("video_id", "clip_id", "text", "label", "mode")):
+        where = f"{path}:{line}"
         mode = fields["mode"].strip().lower()
         if mode not in _MODES:
             raise ValueError(f"{where}: mode: must be one of {', '.join(_MODES)}, found {mode!r}")
-        name = fields["video_id"], fields["clip_id"].strip()
-        if not name[1].isdecimal():
-            raise ValueError(f"{where}: clip_id: must be a whole number, found {name[1]!r}")
-        if name in seen:
-            raise ValueError(f"{where}: the clip {name[0]}$_${name[1]} comes twice")
-        seen.add(name)
+        video, clip = fields["video_id"], fields["clip_id"].strip()
+        if not clip.isdecimal():
+            raise ValueError(f"{where}: clip_id: must be a whole number, found {clip!r}")
+        if (video, clip) in seen:
+            raise ValueError(f"{where}: the clip {video}$_${clip} comes twice")
+        seen.add((video, clip))
         rows.append(
             LabelRow(
-                video=name[0],
-                clip=name[1],
+                video=video,
+                clip=clip,
                 text=repair_text(fields["text"]),
                 sentiment=_number(fields["label"], where, "label", -3, 3),
                 split=_MODES[mode],
@@ -93,13 +91,14 @@ def read_label_csv(path: Path) -> list[LabelRow]:
 def read_table(path: Path) -> list[Interval]:
     """The per-segment table (columns file, index, start, end, label7, split).
 
-    Its sentiment is rounded to seven classes, away from zero, which keeps the sign. Its label6
-    calls every segment without emotion happy, hence is not used: intensities are None.
+    Its sentiment is rounded away from zero to seven classes, which keeps the sign. Its column
+    label6 is not used, because it labels every segment without emotion as happy: intensities are
+    None.
     """
-    found = []
-    for number, fields in _csv_rows(path, ("file", "index", "start", "end", "label7", "split")):
-        where = f"{path}:{number}"
-        found.append(
+    intervals = []
+    for line, fields in read_csv(path, ("file", "index", "start", "end", "label7", "split")):
+        where = f"{path}:{line}"
+        intervals.append(
             Interval(
                 video=fields["file"],
                 index=int(_number(fields["index"], where, "index", 0, math.inf)),
@@ -110,13 +109,13 @@ def read_table(path: Path) -> list[Interval]:
                 split=_TABLE_SPLITS.get(fields["split"].strip(), ""),
             )
         )
-    return found
+    return intervals
 
 
 def read_csd(path: Path) -> list[Interval]:
     """The SDK's CMU_MOSEI_Labels.csd, an HDF5 file: features (n, 7) and intervals (n, 2) per video.
 
-    Raises ValueError if it is not one, or h5py is not installed.
+    Raises ValueError if the file is not such a csd, or h5py is not installed.
     """
     try:
         import h5py  # optional: only this format needs it
@@ -124,18 +123,18 @@ def read_csd(path: Path) -> list[Interval]:
         raise ValueError(
             f"{path}: reading a csd needs h5py; pip install 'emoverse[mosei]'"
         ) from error
-    found = []
+    intervals = []
     try:
         with h5py.File(path, "r") as file:
             data = file["All Labels"]["data"]
             for video in sorted(data):
-                features = data[video]["features"][()].tolist()
-                intervals = data[video]["intervals"][()].tolist()
-                for index, (label, span) in enumerate(zip(features, intervals, strict=True)):
-                    found.append(_csd_interval(video, index, label, span))
+                labels = data[video]["features"][()].tolist()
+                spans = data[video]["intervals"][()].tolist()
+                for index, (label, span) in enumerate(zip(labels, spans, strict=True)):
+                    intervals.append(_csd_interval(video, index, label, span))
     except (OSError, KeyError, ValueError) as error:
         raise ValueError(f"{path}: not a csd of MOSEI's labels: {error}") from error
-    return found
+    return intervals
 
 
 def _csd_interval(video: str, index: int, label: list[float], span: list[float]) -> Interval:
@@ -154,7 +153,7 @@ def _csd_interval(video: str, index: int, label: list[float], span: list[float])
 
 
 def read_folds(path: Path) -> dict[str, str]:
-    """Video -> split, of the SDK's cmu_mosei_std_folds.py (read, never run) or of a JSON copy."""
+    """Video -> split, of the SDK's cmu_mosei_std_folds.py (parsed, never run) or of a JSON copy."""
     text = read_utf8(path)
     lists: Mapping[str, Any]
     try:
@@ -172,47 +171,35 @@ def read_folds(path: Path) -> dict[str, str]:
         raise ValueError(f"{path}: cannot be read: {error}") from error
     if not isinstance(lists, dict):
         raise ValueError(f"{path}: must hold three lists by name, found {lists!r:.80}")
-    found: dict[str, str] = {}
+    split_of: dict[str, str] = {}
     for mode in ("train", "valid", "test"):
         name = f"standard_{mode}_fold"
-        listed = lists.get(name)
-        if not isinstance(listed, list) or not all(isinstance(one, str) for one in listed):
+        videos = lists.get(name)
+        if not isinstance(videos, list) or not all(isinstance(video, str) for video in videos):
             raise ValueError(f"{path}: must hold a list {name} of texts, found {sorted(lists)}")
-        for video in listed:
-            if found.get(video, _MODES[mode]) != _MODES[mode]:
+        for video in videos:
+            if split_of.setdefault(video, _MODES[mode]) != _MODES[mode]:
                 raise ValueError(f"{path}: video {video} is in two folds")
-            found[video] = _MODES[mode]
-    return found
+    return split_of
 
 
 def read_transcript(path: Path) -> list[Line]:
     """The lines `video___index___start___end___text` of one video, in the order of the file."""
-    found = []
+    lines = []
     text = path.read_text(encoding="utf-8", errors="replace")
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         fields = line.rstrip("\r").split("___", 4)
-        # The id itself is known from the file's name; with '_' at its end it would shift the rest.
+        # The file name gives the id: an id that ends with '_' would shift the separators.
         if len(fields) != 5 or fields[0] != path.stem:
             fields = [path.stem, *line.removeprefix(f"{path.stem}___").split("___", 3)]
         where = f"{path}:{number}"
         if len(fields) != 5:
             raise ValueError(f"{where}: must be video___index___start___end___text, found {line!r}")
         start, end = (_number(value, where, "time", -math.inf, math.inf) for value in fields[2:4])
-        found.append(Line(index=fields[1], start_s=start, end_s=end, text=repair_text(fields[4])))
-    return found
-
-
-def _csv_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
-    reader = csv.DictReader(io.StringIO(read_utf8(path), newline=""))
-    missing = [name for name in columns if name not in (reader.fieldnames or ())]
-    if missing:
-        raise ValueError(f"{path}:1: column {missing[0]}: must be in the header, found none")
-    for fields in csv_rows(reader, path):
-        if any(fields[name] is None for name in columns):
-            raise ValueError(f"{path}:{reader.line_num}: the row is cut short")
-        yield reader.line_num, fields
+        lines.append(Line(index=fields[1], start_s=start, end_s=end, text=repair_text(fields[4])))
+    return lines
 
 
 def _number(text: str, where: str, name: str, low: float, high: float) -> float:

@@ -1,16 +1,16 @@
-"""ECF's training set re-annotates MELD, its test set included: how much, and what to leave out.
+"""The training set of ECF re-annotates clips of MELD, also of its test set: the leakage rules.
 
-In: ECF's conversations, the map of ECF utterances to MELD clips, and MELD's rows where given. Out:
+In: ECF's conversations, the map of ECF utterances to MELD clips, and optionally MELD's rows. Out:
 the conversations that a leakage rule keeps, and a report of the overlap. Whole conversations are
-dropped, since every target of a conversation shows the words of all its turns.
+dropped, because every target of a conversation shows the words of all its turns.
 """
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal, get_args
 
-from data_shards.sources.ecf import MELD_FILE, Conversation, EcfCorpus, MeldPlace
-from data_shards.sources.meld import MeldRow
+from data_shards.sources.ecf import MELD_FILE, Conversation, EcfCorpus, UtteranceId
+from data_shards.sources.meld import MeldClipId, MeldRow
 
 Leakage = Literal["paper", "no_meld_test", "no_meld_dev_test"]
 DEFAULT_LEAKAGE: Final[Leakage] = "no_meld_test"
@@ -19,7 +19,7 @@ KEPT_CLEAN: Final[dict[Leakage, frozenset[str]]] = {
     "no_meld_test": frozenset({"test"}),
     "no_meld_dev_test": frozenset({"dev", "test"}),
 }
-MeldMap = Mapping[tuple[int, int], MeldPlace]
+MeldMap = Mapping[UtteranceId, MeldClipId]
 
 
 def require_map(corpus: EcfCorpus, rule: Leakage) -> MeldMap:
@@ -29,8 +29,8 @@ def require_map(corpus: EcfCorpus, rule: Leakage) -> MeldMap:
     """
     if corpus.meld_of is None and KEPT_CLEAN[rule]:
         raise ValueError(
-            f"leakage: {rule} needs {MELD_FILE}, which says which MELD clip an utterance of ECF "
-            "is, found none; add the folder that holds it (ECF 1.0), or set leakage to paper"
+            f"leakage: {rule} needs {MELD_FILE}, which maps utterances of ECF to MELD clips, found "
+            "none; add the folder that holds it (ECF 1.0), or set leakage to paper"
         )
     return corpus.meld_of or {}
 
@@ -38,9 +38,9 @@ def require_map(corpus: EcfCorpus, rule: Leakage) -> MeldMap:
 def is_clean(conversation: Conversation, meld_of: MeldMap, rule: Leakage) -> bool:
     """Whether no utterance of the conversation belongs to a MELD split that must stay clean."""
     splits = {
-        meld_of[place].split
+        meld_of[utterance_id].split
         for u in conversation.utterances
-        if (place := (conversation.id, u.number)) in meld_of
+        if (utterance_id := UtteranceId(conversation.id, u.number)) in meld_of
     }
     return not splits & KEPT_CLEAN[rule]
 
@@ -58,18 +58,20 @@ def overlap_report(
     """How ECF's training conversations overlap with MELD, and what each rule keeps.
 
     Args:
-        rows: MELD's rows, all splits; without them the shares and labels are left out.
+        rows: MELD's rows, all splits; without them meld_share and the labels are left out.
 
     Returns:
-        utterances, targets, pairs: per MELD split ('none' = not in MELD) how many of ECF;
+        utterances, targets, pairs: counts of ECF per MELD split ('none' = not in MELD);
         rules: per leakage rule the conversations, targets and pairs kept and dropped;
-        meld_share: per split utterances in ECF, all of MELD's, and how many have one emotion label;
-        test_targets_same_label: targets that are MELD test utterances with the same emotion.
+        meld_share: per MELD split the utterances that are in ECF, all utterances, and those with
+            the same emotion in both;
+        test_targets_same_label: targets that are MELD test utterances with the same emotion;
+        label_changes: the five most frequent changes of the emotion from MELD to ECF.
     """
 
     def split_of(conversation: Conversation, number: int) -> str:
-        place = meld_of.get((conversation.id, number))
-        return "none" if place is None else place.split
+        clip_id = meld_of.get(UtteranceId(conversation.id, number))
+        return "none" if clip_id is None else clip_id.split
 
     counts: dict[str, Counter[str]] = {
         name: Counter() for name in ("utterances", "targets", "pairs")
@@ -80,18 +82,18 @@ def overlap_report(
         counts["pairs"].update(split_of(c, target) for target, _ in c.pairs)
     order = ("train", "dev", "test", "none")
     report: dict[str, Any] = {
-        name: {split: found[split] for split in order} for name, found in counts.items()
+        name: {split: by_split[split] for split in order} for name, by_split in counts.items()
     }
-    whole = _totals(conversations)
+    totals = _totals(conversations)
     report["rules"] = {}
     for rule in get_args(Leakage):
-        part = _totals(kept(conversations, meld_of, rule))
+        totals_kept = _totals(kept(conversations, meld_of, rule))
         report["rules"][rule] = {
-            **part,
-            **{f"{name}_dropped": whole[name] - number for name, number in part.items()},
+            **totals_kept,
+            **{f"{name}_dropped": totals[name] - count for name, count in totals_kept.items()},
         }
     if rows:
-        report |= _labels(conversations, meld_of, rows)
+        report |= _label_agreement(conversations, meld_of, rows)
     return report
 
 
@@ -103,10 +105,10 @@ def _totals(conversations: Sequence[Conversation]) -> dict[str, int]:
     }
 
 
-def _labels(
+def _label_agreement(
     conversations: Sequence[Conversation], meld_of: MeldMap, rows: Sequence[MeldRow]
 ) -> dict[str, Any]:
-    emotion_of = {MeldPlace(row.split, row.dialogue, row.utterance_id): row.emotion for row in rows}
+    emotion_of = {row.clip_id: row.emotion for row in rows}
     in_ecf: Counter[str] = Counter()
     same: Counter[str] = Counter()
     changes: Counter[str] = Counter()
@@ -114,15 +116,15 @@ def _labels(
     for c in conversations:
         targets = set(c.targets())
         for u in c.utterances:
-            place = meld_of.get((c.id, u.number))
-            if place is None or place not in emotion_of:
+            clip_id = meld_of.get(UtteranceId(c.id, u.number))
+            if clip_id is None or clip_id not in emotion_of:
                 continue
-            in_ecf[place.split] += 1
-            if emotion_of[place] == u.emotion:
-                same[place.split] += 1
-                same_targets += place.split == "test" and u.number in targets
+            in_ecf[clip_id.split] += 1
+            if emotion_of[clip_id] == u.emotion:
+                same[clip_id.split] += 1
+                same_targets += clip_id.split == "test" and u.number in targets
             else:
-                changes[f"{emotion_of[place]} -> {u.emotion}"] += 1
+                changes[f"{emotion_of[clip_id]} -> {u.emotion}"] += 1
     in_meld = Counter(row.split for row in rows)
     return {
         "meld_share": {

@@ -1,24 +1,27 @@
-"""What the raw corpora have in common: finding files, times of day, broken characters.
+"""What the raw corpora have in common: finding files, csv files, times, broken characters.
 
-In: folders as downloaded. Out: paths, seconds, clean text. Used by meld, ecf and mosei.
+In: folders as downloaded. Out: paths, rows, seconds, clean text. Used by meld, ecf and mosei.
 """
 
 import csv
+import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
+from data_shards.jsonl import read_utf8
+
 _TIME: Final = re.compile(r"(\d{1,2}):([0-5]?\d):([0-5]?\d)(?:[,.](\d{1,6}))?")
-# C1 control characters are what is left of cp1252 text that was read as Latin-1; five of the 32
-# have no meaning in cp1252 and stay. The no-break space becomes a space.
+# A C1 control character is a cp1252 character that was read as Latin-1; five of the 32 are not
+# defined in cp1252 and stay. The no-break space becomes a space.
 _REPAIRS: Final = {
     code: bytes([code]).decode("cp1252", errors="ignore") or chr(code) for code in range(0x80, 0xA0)
 } | {0xA0: " "}
 
 
 def repair_text(text: str) -> str:
-    """The text with cp1252 characters that were read as Latin-1 put right, without outer spaces."""
+    """Correct cp1252 characters that were read as Latin-1, and strip outer spaces."""
     return text.translate(_REPAIRS).strip()
 
 
@@ -35,10 +38,29 @@ def parse_time(text: str) -> float:
     return whole + (int(fraction) / 10 ** len(fraction) if fraction else 0.0)
 
 
-def csv_rows(reader: "csv.DictReader[str]", path: Path) -> Iterator[dict[str, str]]:
-    """The rows of a csv. Raises ValueError with file and line where it is none: cut short, say."""
+def read_csv(
+    path: Path, columns: Sequence[str], *, strict: bool = False
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """(line number, fields by column name) of the rows of a csv with a header.
+
+    Args:
+        columns: columns that every row must have; further columns may be there.
+        strict: refuse quotes in wrong places.
+
+    Raises:
+        ValueError: a column is missing, a row is too short, or the file is not a whole csv; names
+            file and line.
+    """
+    # No splitlines(): it would cut at U+0085, which old copies hold for an ellipsis.
+    reader = csv.DictReader(io.StringIO(read_utf8(path), newline=""), strict=strict)
+    missing = [name for name in columns if name not in (reader.fieldnames or ())]
+    if missing:
+        raise ValueError(f"{path}:1: column {missing[0]}: must be in the header, found none")
     try:
-        yield from reader
+        for fields in reader:
+            if any(fields[name] is None for name in columns):
+                raise ValueError(f"{path}:{reader.line_num}: the row is too short")
+            yield reader.line_num, fields
     except csv.Error as error:
         rule = "must be a whole csv file; download it again"
         raise ValueError(f"{path}:{reader.line_num}: {rule}: {error}") from error
@@ -49,27 +71,27 @@ def find_files(folders: Iterable[Path], pattern: str, *, depth: int = 3) -> list
 
     Raises FileNotFoundError if one of the folders is missing.
     """
-    found: set[Path] = set()
+    paths: set[Path] = set()
     for folder in folders:
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder; give the corpus as downloaded")
         for level in range(depth + 1):
-            found.update(path for path in folder.glob("*/" * level + pattern) if path.is_file())
-    return sorted(found)
+            paths.update(path for path in folder.glob("*/" * level + pattern) if path.is_file())
+    return sorted(paths)
 
 
 def find_one(folders: Sequence[Path], patterns: Sequence[str], *, what: str) -> Path:
-    """The file that matches the first of the patterns that any file matches.
+    """The file that matches the first pattern with any match.
 
     Raises FileNotFoundError if none does, ValueError if several different files do.
     """
     for pattern in patterns:
-        found = find_files(folders, pattern)
-        contents = {path.read_bytes() for path in found}
+        paths = find_files(folders, pattern)
+        contents = {path.read_bytes() for path in paths}
         if len(contents) > 1:
-            listed = ", ".join(str(path) for path in found)
+            listed = ", ".join(str(path) for path in paths)
             raise ValueError(f"{what}: must be one file, found {listed}; name its own folder")
-        if found:
-            return found[0]
-    places = ", ".join(str(folder) for folder in folders)
-    raise FileNotFoundError(f"{what}: no file {' or '.join(patterns)} in {places} or below")
+        if paths:
+            return paths[0]
+    listed = ", ".join(str(folder) for folder in folders)
+    raise FileNotFoundError(f"{what}: no file {' or '.join(patterns)} in {listed} or below")

@@ -1,12 +1,13 @@
-"""ms-swift training data as records: rows of query, response and videos or images, by any author.
+"""ms-swift training data as records: rows of query, response and videos or images.
 
-In: JSON or JSONL and the media it names. Out: recipes for the build; rows that cannot be read are
-skipped with their reason. Rows about the same media and words become one record with several tasks.
-A query is read by its task's identifier; other wordings of the instruction are accepted. Polarity
-is all that a sentiment answer tells: it becomes 1 or -1. A picture becomes a video of one frame.
+In: JSON or JSONL and the media it names. Out: items of a build; rows that cannot be read are
+skipped with a reason. Rows about the same media and words become one record with several tasks.
+The task identifier of a query decides its task; the instruction may have any wording. A sentiment
+answer only has a polarity, which becomes 1 or -1. A picture becomes a video of one frame.
 """
 
 import argparse
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,10 +19,10 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from PIL import Image
 
-from data_shards.build.clip_record import hash_file
-from data_shards.build.source_item import FileRecipe, Recipe, Skipped
+from data_shards.build.clip_record import encode_still, hash_file
+from data_shards.build.source_item import FileItem, Skipped, SourceItem
 from data_shards.jsonl import read_rows, read_utf8
-from data_shards.media.video import count_frames, encode_mp4
+from data_shards.media.video import count_frames
 from data_shards.shards.record import Record, Turn, Video
 from data_shards.sources import Source
 from data_shards.tasks import IDENTIFIER, TASKS, Task, parse_answer
@@ -33,9 +34,9 @@ _TARGET: Final = re.compile(r"Target (\d+):")
 
 
 class SwiftRow(NamedTuple):
-    """One row, checked for its form only."""
+    """One row whose form was checked, not its content."""
 
-    place: str  # FILE:LINE, or FILE[number] of a JSON list
+    where: str  # FILE:LINE, or FILE[index] of a JSON list
     query: str
     response: str
     media: tuple[str, ...]  # paths as written
@@ -43,8 +44,8 @@ class SwiftRow(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Asked:
-    """What a query says."""
+class ParsedQuery:
+    """The task and the words of a query."""
 
     task: Task
     utterance: str
@@ -59,7 +60,7 @@ class _Clip:
     key: str
     media: tuple[str, ...]
     is_video: bool
-    asked: Asked
+    query: ParsedQuery
     labels: dict[Task, Any] = field(default_factory=dict)
 
 
@@ -68,7 +69,7 @@ def read_swift(path: Path) -> Iterator[SwiftRow]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a row of another form; names the place.
+        ValueError: a row has another form; names file and line.
     """
     if path.suffix == ".json":
         if not path.is_file():
@@ -79,54 +80,54 @@ def read_swift(path: Path) -> Iterator[SwiftRow]:
             raise ValueError(f"{path}: must be JSON: {error}") from error
         if not isinstance(rows, list):
             raise ValueError(f"{path}: must be a list of rows, found {type(rows).__name__}")
-        placed: Iterable[tuple[str, Any]] = ((f"{path}[{n}]", row) for n, row in enumerate(rows))
+        located: Iterable[tuple[str, Any]] = ((f"{path}[{n}]", row) for n, row in enumerate(rows))
     else:
-        placed = ((row.place, row.fields) for row in read_rows(path, "the data of ms-swift"))
-    for place, fields in placed:
-        yield _swift_row(place, fields)
+        located = ((row.place, row.fields) for row in read_rows(path, "the data of ms-swift"))
+    for where, fields in located:
+        yield _swift_row(where, fields)
 
 
-def _swift_row(place: str, fields: Any) -> SwiftRow:
+def _swift_row(where: str, fields: Any) -> SwiftRow:
     if not isinstance(fields, Mapping):
-        raise ValueError(f"{place}: must be an object, found {fields!r:.80}")
+        raise ValueError(f"{where}: must be an object, found {fields!r:.80}")
     for name in ("query", "response"):
         if not isinstance(fields.get(name), str):
-            raise ValueError(f"{place}: {name}: must be text, found {fields.get(name)!r:.80}")
+            raise ValueError(f"{where}: {name}: must be text, found {fields.get(name)!r:.80}")
     if fields.get("history"):
-        raise ValueError(f"{place}: history: several rounds are not supported, found some")
+        raise ValueError(f"{where}: history: several rounds are not supported, found some")
     media = {name: fields.get(name) or [] for name in ("videos", "images")}
     for name, paths in media.items():
         if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
-            raise ValueError(f"{place}: {name}: must be a list of paths, found {paths!r:.80}")
+            raise ValueError(f"{where}: {name}: must be a list of paths, found {paths!r:.80}")
     if len(media["videos"]) + len(media["images"]) == 0 or (media["videos"] and media["images"]):
-        raise ValueError(f"{place}: must have videos or images, found {media!r:.120}")
+        raise ValueError(f"{where}: must have videos or images, found {media!r:.120}")
     is_video = bool(media["videos"])
     paths = media["videos"] if is_video else media["images"]
-    return SwiftRow(place, fields["query"], fields["response"], tuple(paths), is_video)
+    return SwiftRow(where, fields["query"], fields["response"], tuple(paths), is_video)
 
 
-def read_query(query: str) -> Asked:
+def read_query(query: str) -> ParsedQuery:
     """The task and the words of a query.
 
     Raises:
         ValueError: not exactly one identifier, or a conversation that cannot be read.
     """
     text = _MEDIA_TAG.sub(" ", query).strip()
-    found = [task for task in TASKS if IDENTIFIER[task] in text]
-    if len(found) != 1:
+    tasks = [task for task in TASKS if IDENTIFIER[task] in text]
+    if len(tasks) != 1:
         known = ", ".join(IDENTIFIER.values())
-        raise ValueError(f"must hold one identifier of {known}, found {len(found)}")
-    task = found[0]
+        raise ValueError(f"must hold one identifier of {known}, found {len(tasks)}")
+    task = tasks[0]
     before, _, after = text.partition(IDENTIFIER[task])
     if task is Task.ECPE:
         return _conversation(before, after)
     utterance = _PREFIX.sub("", before.strip(), count=1).strip()
     if len(utterance) >= 2 and utterance[0] == utterance[-1] == '"':
         utterance = utterance[1:-1].strip()
-    return Asked(task=task, utterance=" ".join(utterance.split()))
+    return ParsedQuery(task=task, utterance=" ".join(utterance.split()))
 
 
-def _conversation(before: str, after: str) -> Asked:
+def _conversation(before: str, after: str) -> ParsedQuery:
     turns: list[Turn] = []
     for line in filter(None, map(str.strip, before.splitlines())):
         match = _TURN.fullmatch(line)
@@ -136,51 +137,50 @@ def _conversation(before: str, after: str) -> Asked:
     target = _TARGET.search(after)
     if target is None or not 1 <= int(target[1]) <= len(turns):
         raise ValueError(f"must name its target as 'Target 1: ...' up to {len(turns)}")
-    number = int(target[1])
-    return Asked(
+    return ParsedQuery(
         task=Task.ECPE,
-        utterance=turns[number - 1].text,
+        utterance=turns[int(target[1]) - 1].text,
         conversation=tuple(turns),
-        target=number,
+        target=int(target[1]),
     )
 
 
 def swift_items(
     rows: Iterable[SwiftRow], media_root: Path, *, source: str, split: str
-) -> Iterator[Recipe | Skipped]:
-    """Recipes of the clips in order of their first row; rows that cannot be read are Skipped."""
+) -> Iterator[SourceItem]:
+    """One item per clip, in the order of the clips' first rows; unreadable rows are Skipped."""
     clips: dict[tuple[Any, ...], _Clip] = {}
     keys: set[str] = set()
     for row in rows:
-        about = {"key": _key_of(row.media[0]), "source": source, "split": split}
+        origin = {"key": _key_of(row.media[0]), "source": source, "split": split}
         try:
-            asked = read_query(row.query)
-            label = _label(asked, row.response)
+            query = read_query(row.query)
+            label = _label(query.task, row.response)
         except ValueError as error:
-            yield Skipped(**about, reason="row-unreadable", detail=f"{row.place}: {error}")
+            yield Skipped(**origin, reason="row-unreadable", detail=f"{row.where}: {error}")
             continue
         if len(row.media) > 1:
-            detail = f"{row.place}: {len(row.media)} files; only one is supported"
-            yield Skipped(**about, reason="several-media", detail=detail)
+            detail = f"{row.where}: {len(row.media)} files; only one is supported"
+            yield Skipped(**origin, reason="several-media", detail=detail)
             continue
-        where = (row.media, asked.utterance, asked.conversation, asked.target)
-        if where not in clips:
-            key = _free_key(about["key"], keys)
-            clips[where] = _Clip(key=key, media=row.media, is_video=row.is_video, asked=asked)
-        clip = clips[where]
-        if clip.labels.setdefault(asked.task, label) != label:
-            detail = f"{row.place}: {asked.task} was {clip.labels[asked.task]!r}, now {label!r}"
-            yield Skipped(**about, reason="label-conflict", detail=detail)
+        content = (row.media, query.utterance, query.conversation, query.target)
+        if content not in clips:
+            key = _free_key(origin["key"], keys)
+            clips[content] = _Clip(key=key, media=row.media, is_video=row.is_video, query=query)
+        labels = clips[content].labels
+        if labels.setdefault(query.task, label) != label:
+            detail = f"{row.where}: {query.task} was {labels[query.task]!r}, now {label!r}"
+            yield Skipped(**origin, reason="label-conflict", detail=detail)
     for clip in clips.values():
-        yield FileRecipe(
+        yield FileItem(
             make=partial(_make, clip, media_root, source, split), path=media_root / clip.media[0]
         )
 
 
-def _label(asked: Asked, response: str) -> Any:
-    parsed = parse_answer(asked.task, response)
+def _label(task: Task, response: str) -> Any:
+    parsed = parse_answer(task, response)
     if parsed.value is None:
-        raise ValueError(f"the {asked.task} response cannot be read: {response!r:.80}")
+        raise ValueError(f"the {task} response cannot be read: {response!r:.80}")
     return parsed.value
 
 
@@ -191,33 +191,31 @@ def _key_of(path: str) -> str:
 
 
 def _free_key(key: str, taken: set[str]) -> str:
-    number, free = 1, key
-    while free in taken:
-        number += 1
-        free = f"{key}-{number}"
+    candidates = itertools.chain([key], (f"{key}-{n}" for n in itertools.count(2)))
+    free = next(candidate for candidate in candidates if candidate not in taken)
     taken.add(free)
     return free
 
 
 def _make(clip: _Clip, media_root: Path, source: str, split: str) -> Record | Skipped:
     path = media_root / clip.media[0]
-    about = {"key": clip.key, "source": source, "split": split}
+    origin = {"key": clip.key, "source": source, "split": split}
     try:
-        mp4 = path.read_bytes() if clip.is_video else _still(path)
+        mp4 = path.read_bytes() if clip.is_video else _picture_as_video(path)
         num_frames = count_frames(mp4)
     except (OSError, ValueError) as error:
         reason = "media-damaged" if path.is_file() else "media-missing"
-        return Skipped(**about, reason=reason, detail=f"{path}: {error}")
+        return Skipped(**origin, reason=reason, detail=f"{path}: {error}")
     labels = clip.labels
     sentiment = {"positive": 1.0, "negative": -1.0}
     tasks = tuple(task for task in TASKS if task in labels)
     try:
         return Record(
-            **about,
-            utterance=clip.asked.utterance,
+            **origin,
+            utterance=clip.query.utterance,
             speaker="",
-            conversation=clip.asked.conversation,
-            target=clip.asked.target,
+            conversation=clip.query.conversation,
+            target=clip.query.target,
             sentiment=sentiment[labels[Task.MSA]] if Task.MSA in labels else None,
             emotion=labels.get(Task.ER),
             expressions=labels.get(Task.FER),
@@ -225,34 +223,31 @@ def _make(clip: _Clip, media_root: Path, source: str, split: str) -> Record | Sk
             pairs=labels.get(Task.ECPE),
             tasks=tasks,
             num_frames=num_frames,
-            # A picture is its own peak; of a video the form does not say which frame it is.
+            # A picture is its own peak frame. For a video the format does not name it.
             peak_frame=None if clip.is_video else 0,
             notes={"media": clip.media[0]},
             media=Video(mp4=mp4),
         )
     except ValueError as error:
-        return Skipped(**about, reason="record-invalid", detail=str(error))
+        return Skipped(**origin, reason="record-invalid", detail=str(error))
 
 
-def _still(path: Path) -> bytes:
-    """A picture as a video of one frame; yuv420p halves both axes, so an odd edge is cut off."""
+def _picture_as_video(path: Path) -> bytes:
     with Image.open(path) as image:
-        rgb_HW3 = np.asarray(image.convert("RGB"), dtype=np.uint8)
-    even_H, even_W = (size - size % 2 for size in rgb_HW3.shape[:2])
-    return encode_mp4(rgb_HW3[None, :even_H, :even_W], fps=1)
+        return encode_still(np.asarray(image.convert("RGB"), dtype=np.uint8))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `emoverse build swift` that say which data."""
+    """Add the arguments of `emoverse build swift`."""
     add = parser.add_argument
     add("file", type=Path, metavar="FILE", help="JSON list or JSONL of query, response and media")
-    add("--media-root", type=Path, help="where relative paths begin (default: beside FILE)")
+    add("--media-root", type=Path, help="folder of relative paths (default: that of FILE)")
     add("--name", default="swift", help="source of the records (default: %(default)s)")
     add("--split", default="train", help="their split (default: %(default)s)")
 
 
 def open_source(args: argparse.Namespace) -> Source:
-    """The clips of a file, rows about the same clip and words together."""
+    """The clips of a file; rows about the same clip and words are one item."""
     root = args.media_root or args.file.parent
     items = list(swift_items(read_swift(args.file), root, source=args.name, split=args.split))
     return Source(

@@ -1,14 +1,14 @@
 """Records as ms-swift training data: query, response and videos or images per task entry.
 
 In: a shard folder. Out: a folder with `data.jsonl` (or `data.json`, one list) and the media it
-names, in the form of the paper's stage files. The way back is `swift_import`. What the form cannot
-say (strength of a sentiment, speaker, split, notes) stays behind.
+names, in the format of the paper's stage files. The source `swift` reads it back. The format has no
+place for the strength of a sentiment, speaker, split and notes, so these are lost.
 """
 
 import argparse
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
@@ -16,7 +16,7 @@ from data_shards.media.pixels import jpeg_encode
 from data_shards.media.video import decode_frames
 from data_shards.progress import Progress
 from data_shards.shards.index import ShardIndex
-from data_shards.shards.reader import ShardReader
+from data_shards.shards.reader import iter_records
 from data_shards.shards.record import Frames, Record
 from data_shards.tasks import TASKS, Task, build_query, format_answer
 
@@ -24,7 +24,7 @@ Visual = Literal["video", "peak_frame"]
 Form = Literal["jsonl", "json"]
 
 MEDIA_FOLDER: Final = "media"
-_PEAK_QUALITY: Final = 95  # JPEG, of a picture that the model shall read small signs from
+_PEAK_QUALITY: Final = 95  # JPEG; high, because the model must see small changes of the face
 
 
 def export_swift(
@@ -54,7 +54,7 @@ def export_swift(
     index = ShardIndex.load(folder)
     rows: list[dict[str, Any]] = []
     counts: Counter[str] = Counter()
-    for number, record in enumerate(_records(index), start=1):
+    for done, record in enumerate(iter_records(index), start=1):
         for task in record.tasks:
             if task in tasks:
                 counts[task] += 1
@@ -66,7 +66,7 @@ def export_swift(
                     }
                 )
         if progress is not None:
-            progress(number)
+            progress(done)
     path = out / f"data.{form}"
     if form == "json":
         text = json.dumps(rows, ensure_ascii=False, indent=1) + "\n"
@@ -76,18 +76,8 @@ def export_swift(
     return {"out": str(path), "records": index.num_records, "rows": len(rows), "tasks": counts}
 
 
-def _records(index: ShardIndex) -> Iterator[Record]:
-    reader = ShardReader(index.folder, index, max_open=1)
-    try:
-        for shard, info in enumerate(index.shards):
-            for slot in range(info.records):
-                yield reader.read(shard, slot)
-    finally:
-        reader.close()
-
-
 def _media(record: Record, task: Task, out: Path, visual: Visual) -> dict[str, list[str]]:
-    """The row's `videos` or `images`, relative to the file of rows; written if not there yet."""
+    """The row's `videos` or `images`, relative to the file of rows; missing files are written."""
     media = record.media
     has_peak = record.peak_frame is not None
     if isinstance(media, Frames):

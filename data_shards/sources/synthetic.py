@@ -1,8 +1,8 @@
-"""The synthetic corpus: scenes of the little world as Records, by the same road as any real corpus.
+"""The synthetic corpus: rendered scenes as Records, made by the same steps as a real corpus.
 
-A scene is filmed to an H.264 mp4, measured as OpenFace would (csv text), annotated by the paper's
-FER rules (peak frame, eqs. 1-3) from that csv, given a composed reason (ERI), and becomes a Record.
-Every clip is a pure function of (seed, split, number): workers may make them in any order.
+A scene is rendered to an H.264 mp4 and measured as by OpenFace (csv text). From that csv the
+paper's FER rules (peak frame, eqs. 1-3) annotate it. With a composed reason (ERI) it is a Record.
+Every clip is a pure function of (seed, split, index): workers may make them in any order.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import numpy as np
 
 from data_shards.annotate.action_units import FerAnnotation, FerOptions, annotate_fer
 from data_shards.annotate.openface import format_openface, read_openface
-from data_shards.build.source_item import Recipe
+from data_shards.build.source_item import RecordFactory
 from data_shards.media.video import encode_mp4
 from data_shards.shards.record import Record, Video
 from data_shards.sources import Source
@@ -25,7 +25,7 @@ from data_shards.world.face import Person, draw_person
 from data_shards.world.grammar import TONE
 
 SPLITS = ("train", "test")
-# Separate streams of random numbers; identities of one stream never meet another.
+# Separate streams of random numbers, so that splits share no identities.
 _IDENTITY_STREAM = {"train": 11, "test": 12}
 _CLIP_STREAM = {"train": 21, "test": 22}
 _DIALOGUE_SHARE = 0.45
@@ -34,7 +34,7 @@ _REASON_SHARE = 0.75  # of the monologues: reasons are scarcer than labels, as i
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SyntheticOptions:
-    """How much of which corpus: `identities` people in `clips` clips; splits never share one."""
+    """Size and seed of the corpus: `clips` clips of `identities` people; splits share no people."""
 
     clips: int
     seed: int = 0
@@ -57,9 +57,9 @@ def _person(options: SyntheticOptions, identity: int) -> Person:
     )
 
 
-def make_scene(options: SyntheticOptions, number: int) -> tuple[world.Scene, np.random.Generator]:
-    """The truth of clip `number` and the generator with which it goes on."""
-    rng = np.random.default_rng([options.seed, _CLIP_STREAM[options.split], number])
+def make_scene(options: SyntheticOptions, index: int) -> tuple[world.Scene, np.random.Generator]:
+    """The scene of a clip, and the generator from which its rendering draws next."""
+    rng = np.random.default_rng([options.seed, _CLIP_STREAM[options.split], index])
     identity = int(rng.integers(options.identities))
     person = _person(options, identity)
     draw = world.draw_dialogue_scene if rng.random() < _DIALOGUE_SHARE else world.draw_monologue
@@ -73,7 +73,7 @@ def _openface_text(rng: np.random.Generator, film: world.Film) -> str:
 
 
 def compose_reason(scene: world.Scene, fer: FerAnnotation | None) -> str:
-    """A reason in the paper's order of clues: face, words, conclusion. Two facial clues at most."""
+    """A reason in the paper's order: at most two facial clues, the words, the conclusion."""
     pronoun, kind = ("She", "woman") if scene.person.woman else ("He", "man")
     if fer is not None:
         clues = " and ".join(phrase.lower() for phrase in fer.phrases[:2])
@@ -85,9 +85,9 @@ def compose_reason(scene: world.Scene, fer: FerAnnotation | None) -> str:
     return f"{face} {words} {pronoun} feels {scene.emotion}{cause}."
 
 
-def make_record(options: SyntheticOptions, number: int) -> Record:
-    """Clip `number` of the corpus as a Record with its mp4 inside."""
-    scene, rng = make_scene(options, number)
+def make_record(options: SyntheticOptions, index: int) -> Record:
+    """One clip of the corpus as a Record with its mp4 inside."""
+    scene, rng = make_scene(options, index)
     film = world.film(rng, scene)
     faces = read_openface(_openface_text(rng, film))
     annotation = annotate_fer(faces, scene.emotion, FerOptions())
@@ -101,7 +101,7 @@ def make_record(options: SyntheticOptions, number: int) -> Record:
         Task.ECPE: scene.pairs is not None,
     }
     return Record(
-        key=f"syn-{options.split}-{number:06d}",
+        key=f"syn-{options.split}-{index:06d}",
         source="synthetic",
         split=options.split,
         utterance=scene.utterance,
@@ -127,21 +127,16 @@ def make_record(options: SyntheticOptions, number: int) -> Record:
     )
 
 
-def synthetic_recipes(options: SyntheticOptions) -> Iterator[Recipe]:
-    """One recipe per clip, in order."""
-    return (partial(make_record, options, number) for number in range(options.clips))
-
-
-def synthetic_records(options: SyntheticOptions) -> Iterator[Record]:
-    """All clips in order, made in this process."""
-    return (make_record(options, number) for number in range(options.clips))
+def synthetic_items(options: SyntheticOptions) -> Iterator[RecordFactory]:
+    """One item per clip, in order."""
+    return (partial(make_record, options, index) for index in range(options.clips))
 
 
 # ----------------------------------------------------------------------------------- command line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `emoverse build synthetic` that say which corpus."""
+    """Add the arguments of `emoverse build synthetic`."""
     add = parser.add_argument
     add("--clips", type=int, default=1000, help="number of clips (default: %(default)s)")
     add("--seed", type=int, default=0, help="seed of the corpus (default: %(default)s)")
@@ -150,12 +145,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def open_source(args: argparse.Namespace) -> Source:
-    """The corpus of some arguments."""
+    """The corpus that the arguments describe."""
     options = SyntheticOptions(
         clips=args.clips, seed=args.seed, split=args.split, identities=args.identities
     )
     return Source(
-        items=synthetic_recipes(options),
+        items=synthetic_items(options),
         total=options.clips,
         provenance={
             "source": "synthetic",

@@ -1,10 +1,10 @@
 """The verb `export`: a trained state, or an adapter folder, as a model that others can load.
 
-(1) find     the base, what is merged below the state, and what the state itself trained
-(2) write    --layout internvl2 | transformers (merged in fp32, shard by shard) or adapter (PEFT)
-(3) compare  logits of the written folder with those of base and adapters apart
-(4) tell     README.md and lineage.json beside the weights
-The heavy imports stand inside the functions, since the command line reads the arguments here.
+(1) locate    the base, the adapters merged into it before, and what the state itself trained
+(2) write     --layout internvl2 | transformers (merged in fp32, shard by shard) or adapter (PEFT)
+(3) compare   logits of the written folder with those of the base with unmerged adapters
+(4) describe  README.md and lineage.json beside the weights
+Heavy imports are inside the functions, because the command line imports this module.
 """
 
 import argparse
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # Larger models are compared in bf16, so that base and copy fit one after the other.
 COMPARE_FP32_BELOW = 10**9
-# How far the copy may be: rounding of one sum (fp32), or of weights stored in bf16 and fp16.
+# Largest relative RMS difference: rounding of one sum (fp32), or of weights in bf16 and fp16.
 BOUNDS = {"fp32": 1e-4, "bf16": 5e-2}
 
 
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Export and return what was done; `ok` is False if the copy computes other logits.
 
     Raises:
-        FileNotFoundError, ValueError: what the user can put right.
+        FileNotFoundError, ValueError: input that the user can correct.
     """
     is_run = (args.source / "config.yaml").is_file()
     if not is_run and not (args.source / "adapter_config.json").is_file():
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def _require_empty(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--out {folder} must be a folder, found a file; choose a new folder")
+        raise ValueError(f"--out {folder} is a file; choose a new folder")
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"--out {folder} is not empty; choose a new folder, or remove this one")
 
@@ -160,11 +160,11 @@ def _run_facts(config: "Config", run_dir: Path, which: str, checkpoint: Path) ->
     if plan.is_file():
         planned = json.loads(plan.read_text())
         facts["data"] = {"plan": planned["fingerprint"], "index": planned["index"]}
-    found = json.loads(metrics.read_text()) if metrics.is_file() else {}
-    # A stage can be evaluated on its way: the numbers of an earlier checkpoint are not this one's.
-    if (run_dir / found.get("checkpoint", "")).resolve() == checkpoint.resolve():
-        facts["metrics"] = found
-        facts["leakage"] = found["protocol"].get("leakage")
+    measured = json.loads(metrics.read_text()) if metrics.is_file() else {}
+    # A stage can be evaluated before its end: only metrics of this checkpoint are used.
+    if (run_dir / measured.get("checkpoint", "")).resolve() == checkpoint.resolve():
+        facts["metrics"] = measured
+        facts["leakage"] = measured["protocol"].get("leakage")
     return facts
 
 
@@ -174,7 +174,7 @@ def _state_of_adapter(args: argparse.Namespace) -> State:
 
     base = args.base or read_settings(args.source).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
-        raise ValueError(f"{args.source} does not say which base it belongs to; give --base FOLDER")
+        raise ValueError(f"{args.source} does not name its base model; give --base FOLDER")
     folder = base_folder(base)
     adapter, settings = read_adapter(args.source, load_architecture(folder))
     return State(
@@ -225,9 +225,9 @@ def write_export(
         **state.facts,
     }
     if check:
-        found = _compare(state, released, layout, temporary, dtype)
-        result["check"] = facts["check"] = found
-        result["ok"] = found["relative_rms"] <= found["bound"]
+        comparison = _compare(state, released, layout, temporary, dtype)
+        result["check"] = facts["check"] = comparison
+        result["ok"] = comparison["relative_rms"] <= comparison["bound"]
     write_card(temporary, facts)
     if out.exists():
         out.rmdir()
@@ -239,7 +239,7 @@ def write_export(
 def _stored_as(released: "Released", layout: str, dtype: str) -> str:
     if layout == "adapter" or dtype != "keep":
         return "fp32" if layout == "adapter" else dtype
-    return ", ".join(sorted({one.dtype.lower() for one in released.weights.headers.values()}))
+    return ", ".join(sorted({header.dtype.lower() for header in released.weights.headers.values()}))
 
 
 def _write(state: State, released: "Released", layout: str, folder: Path, dtype: str) -> None:
@@ -264,7 +264,7 @@ def _write(state: State, released: "Released", layout: str, folder: Path, dtype:
 def _compare(
     state: State, released: "Released", layout: str, folder: Path, dtype: str
 ) -> dict[str, Any]:
-    """Logits of base and adapters apart, against those of what was written."""
+    """Compare the logits of the base with unmerged adapters with those of the written folder."""
     import torch
 
     from emoverse.export import layouts
@@ -273,14 +273,14 @@ def _compare(
     small = parameter_counts(released.architecture, None, "frozen")["total"] < COMPARE_FP32_BELOW
     name = "fp32" if small else "bf16"
     working = torch.float32 if small else torch.bfloat16
-    separate = layouts.apart(released, state.below, state.own, working)
-    expected = layouts.probe_logits(separate)
-    del separate
-    found = layouts.probe_logits(layouts.load_exported(folder, layout, released, working))
+    unmerged = layouts.load_unmerged(released, state.below, state.own, working)
+    expected = layouts.probe_logits(unmerged)
+    del unmerged  # before the copy is loaded: large models fit only once
+    actual = layouts.probe_logits(layouts.load_exported(folder, layout, released, working))
     stored = {header.dtype for header in released.weights.headers.values()}
     exact = layout == layouts.ADAPTER or dtype == "fp32" or (dtype == "keep" and stored == {"F32"})
     bound = BOUNDS["fp32" if small and exact else "bf16"]
-    return {**layouts.compare(found, expected), "dtype": name, "bound": bound}
+    return {**layouts.compare(actual, expected), "dtype": name, "bound": bound}
 
 
 def report_text(result: Mapping[str, Any]) -> str:
@@ -290,10 +290,10 @@ def report_text(result: Mapping[str, Any]) -> str:
     ]
     check: Mapping[str, Any] | None = result.get("check")
     if check is not None:
-        verdict = "as they should be" if result["ok"] else f"beyond the bound {check['bound']:g}"
+        verdict = "within" if result["ok"] else "beyond"
         lines.append(
-            f"logits against base and adapters apart ({check['dtype']}): relative RMS "
-            f"{check['relative_rms']:.1e}, largest {check['max_abs']:.1e}, same choice "
-            f"{check['same_choice']:.0%}: {verdict}"
+            f"logits against the base with unmerged adapters ({check['dtype']}): relative RMS "
+            f"{check['relative_rms']:.1e}, largest {check['max_abs']:.1e}, same next token "
+            f"{check['same_choice']:.0%}: {verdict} the bound {check['bound']:g}"
         )
     return "\n".join(lines)

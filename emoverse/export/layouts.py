@@ -1,7 +1,8 @@
-"""A trained state written as a folder that others read: released layout, transformers', or PEFT's.
+"""A trained state written for other software: released layout, transformers' layout, or PEFT's.
 
 In:  a checked base folder and the adapters to merge into it. Out: a folder, written shard by shard,
-so that an 8B model is exported with one shard in memory. Sums are in fp32 and rounded once.
+so that an 8B model is exported with one shard in memory. Sums are computed in fp32 and rounded
+once.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, InternVLForConditionalGeneration
+from transformers import GenerationConfig, InternVLForConditionalGeneration, PreTrainedConfig
 
 from emoverse.models.adapters import put_on
 from emoverse.models.emoverse import EmoVerse, compose
@@ -34,18 +35,18 @@ PROBE_TOKENS = 24
 def write_internvl2(
     released: Released, adapters: Sequence[Adapter], folder: Path, dtype: torch.dtype | None = None
 ) -> None:
-    """The released layout: the same names, order and config.json; `dtype` None keeps the stored."""
+    """The released layout: the same names, order and config.json; `dtype` None keeps theirs."""
     check_adapters(adapters, released.shapes)
     copy_small_files(released.folder, folder)
     writer = ShardWriter(folder)
     for name, tensor in released.weights.tensors():
         entry = released.names[name]
-        parts = split_rows(tensor, entry, released.architecture)
-        changed = [merged(n, part, adapters) for n, part in zip(entry.native, parts, strict=True)]
-        if all(new is old for new, old in zip(changed, parts, strict=True)):
+        rows = split_rows(tensor, entry, released.architecture)
+        changed = [merged(n, block, adapters) for n, block in zip(entry.native, rows, strict=True)]
+        if all(new is old for new, old in zip(changed, rows, strict=True)):
             result = tensor
         else:
-            result = join_rows([part.float() for part in changed], entry, released.architecture)
+            result = join_rows([block.float() for block in changed], entry, released.architecture)
         writer.add(name, result.to(dtype or tensor.dtype, copy=True).contiguous())
     writer.close()
 
@@ -72,7 +73,8 @@ def write_transformers(
     config.dtype = stored.pop() if len(stored) == 1 else torch.float32
     config.save_pretrained(folder)
     text = config.text_config
-    GenerationConfig(
+    assert isinstance(text, PreTrainedConfig)
+    GenerationConfig(  # type: ignore[no-untyped-call]  # transformers does not annotate it
         bos_token_id=text.bos_token_id,
         eos_token_id=list(stop_ids),
         pad_token_id=text.pad_token_id,
@@ -89,18 +91,18 @@ def probe_logits(model: EmoVerse) -> Tensor:
     size, vocab = model.architecture.vision.image_size, model.architecture.llm.vocab
     ramp = np.linspace(0, 255, size * size * 3).astype(np.uint8).reshape(1, size, size, 3)
     context = [model.image_token_id] * model.architecture.visual_tokens_per_frame
-    words = [3 + 7 * place % (min(vocab, model.image_token_id) - 3) for place in range(24)]
-    assert model.image_token_id not in words and len(words) == PROBE_TOKENS
-    inputs = model.prepare_generation([(words[:4] + context + words[4:], ramp)])
+    text = [3 + 7 * i % (min(vocab, model.image_token_id) - 3) for i in range(PROBE_TOKENS)]
+    assert model.image_token_id not in text
+    inputs = model.prepare_generation([(text[:4] + context + text[4:], ramp)])
     logits: Tensor = model.native(**inputs).logits[0]
     return logits.float()
 
 
 @torch.no_grad()
-def apart(
+def load_unmerged(
     released: Released, below: Sequence[Adapter], own: Adapter, dtype: torch.dtype
 ) -> EmoVerse:
-    """Base and adapters apart, by hooks on plain layers: W x + scale B (A x), nothing merged."""
+    """The base with `own` unmerged, by hooks on plain layers: W x + scale B (A x)."""
     native, config_json = import_checkpoint(released.folder, dtype, adapters=below)
     for name, value in own.tensors.items():
         if name.endswith(LORA_A):
@@ -120,7 +122,7 @@ def _adding(a_RI: Tensor, b_OR: Tensor, scale: float) -> Callable[..., Tensor]:
 
 
 def load_exported(folder: Path, layout: str, released: Released, dtype: torch.dtype) -> EmoVerse:
-    """An exported folder, loaded as its readers will."""
+    """An exported folder, loaded as users of that layout do."""
     if layout == TRANSFORMERS:
         native = InternVLForConditionalGeneration.from_pretrained(folder, dtype=dtype)
     elif layout == INTERNVL2:
@@ -128,11 +130,12 @@ def load_exported(folder: Path, layout: str, released: Released, dtype: torch.dt
     else:
         native, _ = import_checkpoint(released.folder, dtype)
         put_on(native, folder)
-    return compose(native.eval(), released.config_json, None, train="none")
+    native.eval()  # type: ignore[no-untyped-call]  # transformers does not annotate it
+    return compose(native, released.config_json, None, train="none")
 
 
 def compare(ours: Tensor, theirs: Tensor) -> dict[str, Any]:
-    """How far two sets of logits are apart, and how often they choose another token."""
+    """Differences of two sets of logits, and how often they predict the same next token."""
     difference = ours - theirs
     return {
         "max_abs": float(difference.abs().max()),

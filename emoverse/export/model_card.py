@@ -1,7 +1,7 @@
-"""What an exported folder says about itself: README.md for people, lineage.json for programs.
+"""The model card of an exported folder: README.md for people, lineage.json for programs.
 
-In:  facts gathered by the export. Out: two files. Only what the run directory holds is written; a
-number that nobody measured is not there.
+In:  facts collected by the export. Out: two files. Metrics are included only where the run
+directory holds them.
 """
 
 import json
@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 LOADING = {
-    "internvl2": "The layout is that of the released InternVL2 models: same file of settings, same "
-    "names of tensors. ms-swift, lmdeploy, vLLM and the original code read it like the base, and "
+    "internvl2": "The layout is that of the released InternVL2 models: same config file, same "
+    "tensor names. ms-swift, lmdeploy, vLLM and the original code read it like the base, and "
     "`model.base` of an EmoVerse config may point to it.",
     "transformers": "`InternVLForConditionalGeneration.from_pretrained(FOLDER)` of transformers 5 "
     "reads the weights. Tokenise and prepare pixels with EmoVerse: transformers' own processors "
-    "choose other frames, other resizing and other token ids.",
-    "adapter": "`PeftModel.from_pretrained(model, FOLDER)` puts it on the base model in "
+    "select other frames, resize differently and produce other token ids.",
+    "adapter": "`PeftModel.from_pretrained(model, FOLDER)` adds it to the base model in "
     "transformers' layout.",
 }
 
@@ -50,7 +50,7 @@ def card_text(facts: Mapping[str, Any]) -> str:
         check = facts["check"]
         lines += [
             "",
-            f"Logits of this folder against base and adapters apart, one fixed sample, "
+            f"Logits of this folder against the base with unmerged adapters, one fixed sample, "
             f"{check['dtype']}: relative RMS difference {check['relative_rms']:.1e}, largest "
             f"{check['max_abs']:.1e}, the same next token at {check['same_choice']:.0%} of "
             f"{check['rows']} positions.",
@@ -76,10 +76,10 @@ def _lineage_rows(facts: Mapping[str, Any]) -> list[list[str]]:
 
 def _metric_rows(metrics: Mapping[str, Any]) -> list[list[str]]:
     rows = []
-    for task, found in metrics["tasks"].items():
-        value = found["metrics"][found["primary"]]["value"]
+    for task, result in metrics["tasks"].items():
+        value = result["metrics"][result["primary"]]["value"]
         shown = "-" if value is None else f"{value:.4f}"
-        rows.append([task, found["primary"], shown, str(found["n"])])
+        rows.append([task, result["primary"], shown, str(result["n"])])
     return rows
 
 

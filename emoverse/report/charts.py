@@ -1,22 +1,23 @@
-"""The report's pictures as text: line charts, share charts and range strips in SVG, heat maps.
+"""The report's pictures: line charts, share charts and range strips, drawn as SVG.
 
-Plain numbers in, SVG out; colours come from the page's style sheet through classes (`c-msa`, ...),
-so that one picture serves the light and the dark page.
+Plain numbers go in, `Chart` values and SVG come out. Colours come from the page's style sheet
+through classes (`s-msa`, ...), so that one picture serves the light and the dark page.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
+from typing import Any
+
+from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 560, 250
 LEFT, RIGHT, TOP, BOTTOM = 54, 16, 10, 34
 MAX_POINTS = 240
-TABLE_POINTS = 8  # of a curve, in the table beneath it
+TABLE_POINTS = 8  # of a curve, in the table below it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,6 +28,21 @@ class Series:
     color: str
     xs: Sequence[float]
     ys: Sequence[float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chart:
+    """A chart with legend, its values as a table, and its data for the page's pointer read-out."""
+
+    title: str
+    x_label: str
+    y_label: str
+    svg: Markup
+    series: Sequence[Series]
+    percent: bool
+    data: dict[str, Any]
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,14 +78,14 @@ def thin_out(series: Series) -> Series:
     return Series(name=series.name, color=series.color, xs=xs, ys=ys)
 
 
-def tidy(number: float) -> str:
+def tidy(value: float) -> str:
     """A number for people: up to four significant digits, no trailing zeros."""
-    return f"{number:.4g}" if abs(number) < 1e4 else f"{number:.0f}"
+    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Frame:
-    """The plotting area: data ranges to SVG units."""
+    """The plotting area: maps data ranges to SVG units."""
 
     x0: float
     x1: float
@@ -89,50 +105,59 @@ class _Frame:
 
 
 def line_chart(
-    title: str, series: Sequence[Series], *, x_label: str, y_label: str, table: str = ""
-) -> str:
-    """A line chart with grid, axis labels, and its data as JSON for the page's pointer read-out.
+    title: str,
+    series: Sequence[Series],
+    *,
+    x_label: str,
+    y_label: str,
+    head: Sequence[str] = (),
+    rows: Sequence[Sequence[str]] = (),
+) -> Chart | None:
+    """A line chart; None when there is no finite value.
 
-    table: the values in words, instead of some points of every line.
+    head, rows: the table below the chart; by default some points of every line.
     """
-    shown = [thin_out(one) for one in series if len(one.xs)]
-    ys = [y for one in shown for y in one.ys if math.isfinite(y)]
+    shown = [thin_out(line) for line in series if len(line.xs)]
+    ys = [y for line in shown for y in line.ys if math.isfinite(y)]
     if not ys:
-        return _EMPTY
+        return None
     y_ticks = nice_ticks(min(0.0, *ys, 0.0), max(ys))
-    xs = [x for one in shown for x in one.xs]
+    xs = [x for line in shown for x in line.xs]
     frame = _Frame(x0=min(xs), x1=max(xs), y0=y_ticks[0], y1=y_ticks[-1])
-    lines = [
-        f'<path class="line s-{one.color}" d="M{frame.path(one.xs, one.ys)}"/>' for one in shown
+    paths = [
+        f'<path class="line s-{line.color}" d="M{frame.path(line.xs, line.ys)}"/>' for line in shown
     ]
-    grid = _grid(frame, y_ticks, x_label, percent=False)
-    inner = grid + "".join(lines)
-    return _figure(title, y_label, inner, shown, frame, x_label, percent=False, table=table)
+    drawing = _grid(frame, y_ticks, x_label, percent=False) + "".join(paths)
+    if not head:
+        head, rows = _values(shown, x_label, percent=False)
+    return _chart(
+        title, x_label, y_label, frame, drawing, shown, percent=False, head=head, rows=rows
+    )
 
 
 def share_chart(
     title: str,
     series: Sequence[Series],
-    asked: Sequence[float],
+    configured: Sequence[float],
     *,
     x_label: str,
     y_label: str,
-) -> str:
-    """Shares that sum to 1 as stacked bands; dashed lines where the asked shares would end.
+) -> Chart | None:
+    """Shares that sum to 1 as stacked bands; dashed lines where the configured shares end.
 
-    All series have the same xs; `asked` has one share per series.
+    All series have the same xs; `configured` has one share per series. None without series.
     """
-    shown = [thin_out(one) for one in series if len(one.xs)]
+    shown = [thin_out(band) for band in series if len(band.xs)]
     if not shown:
-        return _EMPTY
+        return None
     xs = shown[0].xs
     frame = _Frame(x0=min(xs), x1=max(xs), y0=0.0, y1=1.0)
     lower = [0.0] * len(xs)
     bands, borders, border = [], [], 0.0
-    for one, rate in zip(shown, asked, strict=True):
-        upper = [low + y for low, y in zip(lower, one.ys, strict=True)]
+    for band, rate in zip(shown, configured, strict=True):
+        upper = [low + y for low, y in zip(lower, band.ys, strict=True)]
         there, back = frame.path(xs, upper), frame.path(xs[::-1], lower[::-1])
-        bands.append(f'<path class="band f-{one.color}" d="M{there}L{back}Z"/>')
+        bands.append(f'<path class="band f-{band.color}" d="M{there}L{back}Z"/>')
         border += rate
         if border < 1 - 1e-9:
             y = frame.y(border)
@@ -141,84 +166,53 @@ def share_chart(
             )
         lower = upper
     grid = _grid(frame, [0, 0.25, 0.5, 0.75, 1], x_label, percent=True)
-    inner = grid + "".join(bands + borders)
-    return _figure(title, y_label, inner, shown, frame, x_label, percent=True)
-
-
-_EMPTY = '<p class="empty">Nothing was logged.</p>'
+    head, rows = _values(shown, x_label, percent=True)
+    drawing = grid + "".join(bands + borders)
+    return _chart(
+        title, x_label, y_label, frame, drawing, shown, percent=True, head=head, rows=rows
+    )
 
 
 def _grid(frame: _Frame, y_ticks: Sequence[float], x_label: str, *, percent: bool) -> str:
-    parts = []
+    elements = []
     for tick in y_ticks:
         label, y = f"{tick:.0%}" if percent else tidy(tick), frame.y(tick)
-        parts.append(
+        elements.append(
             f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
             f'<text x="{LEFT - 7}" y="{y + 3.5:.1f}" text-anchor="end">{label}</text>'
         )
     for tick in nice_ticks(frame.x0, frame.x1, 5):
         if frame.x0 <= tick <= frame.x1:
-            parts.append(
+            elements.append(
                 f'<text x="{frame.x(tick):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">'
                 f"{tidy(tick)}</text>"
             )
-    parts.append(f'<text x="{LEFT}" y="{HEIGHT - 3}" text-anchor="start">{escape(x_label)}</text>')
-    return "".join(parts)
+    elements.append(
+        f'<text x="{LEFT}" y="{HEIGHT - 3}" text-anchor="start">{escape(x_label)}</text>'
+    )
+    return "".join(elements)
 
 
-def _figure(
+def _chart(
     title: str,
-    y_label: str,
-    inner: str,
-    series: Sequence[Series],
-    frame: _Frame,
     x_label: str,
+    y_label: str,
+    frame: _Frame,
+    drawing: str,
+    series: Sequence[Series],
     *,
     percent: bool,
-    table: str = "",
-) -> str:
-    data = _chart_data(series, frame.x0, frame.x1, x_label, percent)
-    dashed = '<li><i class="swatch dash"></i>asked for</li>' if percent else ""
-    names = "".join(
-        f'<li><i class="swatch b-{one.color}"></i>{escape(one.name)}</li>' for one in series
-    )
-    legend = f'<ul class="legend">{names}{dashed}</ul>' if len(series) > 1 or percent else ""
-    table = table or _values(series, x_label, percent)
-    return (
-        f'<figure class="plot" data-chart="{data}">'
-        f"<figcaption>{escape(title)}<span>{escape(y_label)}</span></figcaption>"
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+) -> Chart:
+    svg = Markup(
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="{escape(title)}">{inner}'
+        f'aria-label="{escape(title)}">{drawing}'
         f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" hidden=""/></svg>'
-        f'{legend}<details class="values"><summary>Values</summary>{table}</details></figure>'
     )
-
-
-def _values(series: Sequence[Series], x_label: str, percent: bool) -> str:
-    """Some points of every line as a table, for who cannot see or point at the picture."""
-    head = "".join(f'<th scope="col" class="num">{escape(one.name)}</th>' for one in series)
-    longest = max(series, key=lambda one: len(one.xs))
-    n = len(longest.xs)
-    places = sorted({round(i * (n - 1) / (TABLE_POINTS - 1)) for i in range(TABLE_POINTS)})
-    body = ""
-    for x in (longest.xs[place] for place in places):
-        cells = ""
-        for one in series:
-            near = min(range(len(one.xs)), key=lambda i: abs(one.xs[i] - x))
-            y = one.ys[near]
-            text = "-" if not math.isfinite(y) else f"{y:.1%}" if percent else tidy(y)
-            cells += f'<td class="num">{text}</td>'
-        body += f'<tr><th scope="row">{tidy(x)}</th>{cells}</tr>'
-    return (
-        f'<table><thead><tr><th scope="col">{escape(x_label)}</th>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table>"
-    )
-
-
-def _chart_data(series: Sequence[Series], x0: float, x1: float, x_label: str, percent: bool) -> str:
     data = {
-        "x0": x0,
-        "x1": x1,
+        "x0": frame.x0,
+        "x1": frame.x1,
         "left": LEFT / WIDTH,
         "right": 1 - RIGHT / WIDTH,
         "width": WIDTH,
@@ -226,18 +220,46 @@ def _chart_data(series: Sequence[Series], x0: float, x1: float, x_label: str, pe
         "percent": percent,
         "series": [
             {
-                "name": one.name,
-                "color": one.color,
-                "xs": [round(x, 3) for x in one.xs],
-                "ys": [round(y, 5) if math.isfinite(y) else None for y in one.ys],
+                "name": line.name,
+                "color": line.color,
+                "xs": [round(x, 3) for x in line.xs],
+                "ys": [round(y, 5) if math.isfinite(y) else None for y in line.ys],
             }
-            for one in series
+            for line in series
         ],
     }
-    return escape(json.dumps(data, separators=(",", ":")))
+    return Chart(
+        title=title,
+        x_label=x_label,
+        y_label=y_label,
+        svg=svg,
+        series=series,
+        percent=percent,
+        data=data,
+        head=head,
+        rows=rows,
+    )
 
 
-def range_strip(label: str, marks: Sequence[Mark]) -> str:
+def _values(
+    series: Sequence[Series], x_label: str, *, percent: bool
+) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of a table with some points of every line, for those who cannot see them."""
+    longest = max(series, key=lambda line: len(line.xs)).xs
+    last = len(longest) - 1
+    points = sorted({round(i * last / (TABLE_POINTS - 1)) for i in range(TABLE_POINTS)})
+    rows = []
+    for x in (longest[point] for point in points):
+        row = [tidy(x)]
+        for line in series:
+            nearest = min(range(len(line.xs)), key=lambda i: abs(line.xs[i] - x))
+            y = line.ys[nearest]
+            row.append("-" if not math.isfinite(y) else f"{y:.1%}" if percent else tidy(y))
+        rows.append(row)
+    return [x_label, *(line.name for line in series)], rows
+
+
+def range_strip(label: str, marks: Sequence[Mark]) -> Markup:
     """Systems on one 0..1 axis, each in its own lane, with bars of two standard errors."""
     width, left, right, lane = 300, 8, 292, 8
     bottom = 10 + lane * len(marks)
@@ -245,52 +267,27 @@ def range_strip(label: str, marks: Sequence[Mark]) -> str:
     def px(value: float) -> float:
         return left + min(max(value, 0.0), 1.0) * (right - left)
 
-    spoken = ", ".join(f"{mark.name} {mark.value:.3f}" for mark in marks)
-    parts = [
+    summary = ", ".join(f"{mark.name} {mark.value:.3f}" for mark in marks)
+    elements = [
         f'<svg class="strip" viewBox="0 0 {width} {bottom + 14}" role="img" '
-        f'aria-label="{escape(f"{label}: {spoken}")}">'
+        f'aria-label="{escape(f"{label}: {summary}")}">'
     ]
     for tick in (0, 0.25, 0.5, 0.75, 1):
-        parts.append(
+        elements.append(
             f'<line class="grid" x1="{px(tick):.1f}" x2="{px(tick):.1f}" y1="2" y2="{bottom}"/>'
             f'<text class="tick" x="{px(tick):.1f}" y="{bottom + 12}" text-anchor="middle">'
             f"{tick:g}</text>"
         )
-    for number, mark in enumerate(marks):
-        x, y = px(mark.value), 10 + lane * number
+    for row, mark in enumerate(marks):
+        x, y = px(mark.value), 10 + lane * row
         if math.isfinite(mark.error):
             low, high = px(mark.value - 2 * mark.error), px(mark.value + 2 * mark.error)
-            parts.append(
+            elements.append(
                 f'<line class="error s-{mark.color}" x1="{low:.1f}" x2="{high:.1f}" '
                 f'y1="{y}" y2="{y}"/>'
             )
-        parts.append(
+        elements.append(
             f'<circle class="mark f-{mark.color}" cx="{x:.1f}" cy="{y}" r="5">'
             f"<title>{escape(mark.name)} {mark.value:.3f}</title></circle>"
         )
-    return "".join(parts) + "</svg>"
-
-
-def heat_table(
-    caption: str, classes: Sequence[str], answers: Sequence[str], counts: Sequence[Sequence[int]]
-) -> str:
-    """A confusion matrix as a real table: rows are true classes, shades the share of the row."""
-    head = "".join(f'<th scope="col"><span>{escape(name)}</span></th>' for name in answers)
-    body = []
-    for name, row in zip(classes, counts, strict=True):
-        total = sum(row)
-        cells = []
-        for answer, count in zip(answers, row, strict=True):
-            share = count / total if total else 0.0
-            kind = "hit" if answer == name else "miss"
-            cells.append(
-                f'<td class="{kind}" style="--share:{share:.3f}" '
-                f'title="true {escape(name)}, answered {escape(answer)}: {count} of {total}">'
-                f"{count if count else '<span>0</span>'}</td>"
-            )
-        body.append(f'<tr><th scope="row">{escape(name)}</th>{"".join(cells)}</tr>')
-    return (
-        f'<div class="scroll"><table class="heat"><caption>{escape(caption)}</caption><thead><tr>'
-        f'<td class="corner">true \\ answer</td>{head}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table></div>"
-    )
+    return Markup("".join(elements) + "</svg>")

@@ -1,7 +1,7 @@
-"""Example clips for the report: which ones, what every system said, and the video itself.
+"""Example clips for the report: which ones, the answer of every system, and the video itself.
 
-Predictions go in, `Clip` values with embeddable mp4 bytes come out. The choice is by rule, not by
-taste: per task alternately a right and a wrong answer, in the order of a hash of the key.
+Predictions go in, `Clip` values with embeddable mp4 bytes come out. The clips are chosen by a rule:
+per task alternately a right and a wrong answer, in the order of a hash of the key.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -33,11 +34,12 @@ SLIDES = 8
 SLIDES_FPS = 2
 
 Verdict = Literal["right", "partly", "wrong"]
+RowsByClip = Mapping[tuple[Task, str], Row]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Said:
-    """What one system answered to a clip's question."""
+class SystemAnswer:
+    """The answer of a system to a clip's question."""
 
     system: str
     text: str
@@ -46,16 +48,16 @@ class Said:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Clip:
-    """One example; `mp4` is None when the record cannot be read, `note` then says why.
+    """One example; `mp4` is None when the record cannot be read, `note` then gives the reason.
 
-    hard: chosen because most systems are wrong. peak: the peak frame as JPEG, where one is known.
+    hard: chosen because most systems are wrong. peak: the peak frame as JPEG, where it is known.
     """
 
     task: Task
     key: str
     question: str
-    truth: str
-    answers: tuple[Said, ...]
+    reference: str
+    answers: tuple[SystemAnswer, ...]
     mp4: bytes | None
     note: str
     hard: bool = False
@@ -67,7 +69,7 @@ def verdict(row: Row) -> Verdict:
     """Right, partly or wrong by the task's primary metric on this clip alone."""
     metric = primary(row.task)
     alone = metric.value([row])
-    if math.isnan(alone):  # nothing is true: only saying nothing is right
+    if math.isnan(alone):  # the label is empty: only an empty answer is right
         alone = float(row.value == row.reference)
     return "right" if alone >= 1 - 1e-9 else "wrong" if alone == 0 else "partly"
 
@@ -90,10 +92,7 @@ def playable_mp4(record: Record) -> bytes:
 
 def alternate(predictions: Sequence[Prediction], seen: set[str]) -> Iterator[Prediction]:
     """Right, wrong, right, ... in hash order; new clips before clips that are already shown."""
-    ordered = sorted(
-        predictions,
-        key=lambda one: (one.row.key in seen, hashlib.sha256(one.row.key.encode()).digest()),
-    )
+    ordered = sorted(predictions, key=lambda p: (p.row.key in seen, _digest(p.row.key)))
     queues = [
         [p for p in ordered if (verdict(p.row) == "right") is right] for right in (True, False)
     ]
@@ -104,58 +103,60 @@ def alternate(predictions: Sequence[Prediction], seen: set[str]) -> Iterator[Pre
         turn += 1
 
 
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
+
+
 def choose(evaluated: Mapping[str, Evaluation], lines: Sequence[TaskSummary]) -> list[Prediction]:
-    """NUM_CLIPS predictions of the scored states, the tasks' shares as equal as can be."""
+    """NUM_CLIPS predictions of the scored states, spread over the tasks as equally as possible."""
     tasks = [line for line in lines if line.scored is not None]
     chosen: list[Prediction] = []
     seen: set[str] = set()
     for i, line in enumerate(tasks):
         assert line.scored is not None
         wanted = NUM_CLIPS * (i + 1) // len(tasks) - NUM_CLIPS * i // len(tasks)
-        predictions = [
-            one for one in evaluated[line.scored].predictions if one.row.task is line.task
-        ]
-        for one, _ in zip(alternate(predictions, set(seen)), range(wanted), strict=False):
-            chosen.append(one)
-            seen.add(one.row.key)
+        predictions = [p for p in evaluated[line.scored].predictions if p.row.task is line.task]
+        picked = list(islice(alternate(predictions, seen), wanted))
+        chosen += picked
+        seen |= {prediction.row.key for prediction in picked}
     return chosen
 
 
 def hardest(
     evaluated: Mapping[str, Evaluation],
     lines: Sequence[TaskSummary],
-    systems: Mapping[str, Mapping[tuple[Task, str], Row]],
+    systems: Mapping[str, RowsByClip],
 ) -> list[Prediction]:
     """HARD_PER_TASK wrong answers of each scored state: the clips that most systems get wrong.
 
-    Among equals first the one of whose wrong answer the model was surest, then by a hash.
+    Ties are broken by the model's confidence in its wrong answer, then by a hash.
     """
-    chosen = []
+
+    def rank(prediction: Prediction) -> tuple[int, float, bytes]:
+        key = prediction.row.key
+        rows = (rows.get((prediction.row.task, key)) for rows in systems.values())
+        missed = sum(row is not None and verdict(row) == "wrong" for row in rows)
+        return -missed, -(prediction.confidence or 0), _digest(key)
+
+    chosen: list[Prediction] = []
     for line in lines:
-        if line.scored is None:
-            continue
-        wrong = [
-            one
-            for one in evaluated[line.scored].predictions
-            if one.row.task is line.task and verdict(one.row) == "wrong"
-        ]
-
-        def rank(one: Prediction) -> tuple[int, float, bytes]:
-            rows = (rows.get((one.row.task, one.row.key)) for rows in systems.values())
-            missed = sum(row is not None and verdict(row) == "wrong" for row in rows)
-            return -missed, -(one.confidence or 0), hashlib.sha256(one.row.key.encode()).digest()
-
-        chosen += sorted(wrong, key=rank)[:HARD_PER_TASK]
+        if line.scored is not None:
+            wrong = [
+                p
+                for p in evaluated[line.scored].predictions
+                if p.row.task is line.task and verdict(p.row) == "wrong"
+            ]
+            chosen += sorted(wrong, key=rank)[:HARD_PER_TASK]
     return chosen
 
 
-def _answers(
-    one: Prediction, systems: Mapping[str, Mapping[tuple[Task, str], Row]]
-) -> tuple[Said, ...]:
-    found = ((name, rows.get((one.row.task, one.row.key))) for name, rows in systems.items())
+def _answers(prediction: Prediction, systems: Mapping[str, RowsByClip]) -> tuple[SystemAnswer, ...]:
+    rows = {
+        name: rows.get((prediction.row.task, prediction.row.key)) for name, rows in systems.items()
+    }
     return tuple(
-        Said(system=name, text=row.response, verdict=verdict(row))
-        for name, row in found
+        SystemAnswer(system=name, text=row.response, verdict=verdict(row))
+        for name, row in rows.items()
         if row is not None
     )
 
@@ -170,14 +171,14 @@ class _Media:
     peak_text: str = ""
 
 
-def _media(reader: ShardReader | None, one: Prediction) -> _Media:
-    """The clip's video and peak frame; a damaged or missing record is no reason to stop."""
+def _media(reader: ShardReader | None, prediction: Prediction) -> _Media:
+    """The clip's video and peak frame, or the reason why they cannot be shown."""
     if reader is None:
         note = "The shards of this evaluation are not on the machine that wrote the report."
         return _Media(note=note)
     try:
-        record = reader.read(one.shard, one.slot)
-        if record.key != one.row.key:
+        record = reader.read(prediction.shard, prediction.slot)
+        if record.key != prediction.row.key:
             return _Media(note="The shards have changed since the evaluation.")
         mp4, peak = playable_mp4(record), peak_jpeg(record)
     except ValueError as error:
@@ -185,12 +186,12 @@ def _media(reader: ShardReader | None, one: Prediction) -> _Media:
     text = ""
     if peak is not None and record.peak_frame is not None:
         text = f"Peak frame, {record.peak_frame + 1} of {record.num_frames}"
-    note = "The model saw only the peak frame." if peak and one.row.task is Task.FER else ""
+    note = "The model saw only the peak frame." if peak and prediction.row.task is Task.FER else ""
     return _Media(mp4=mp4, note=note, peak=peak, peak_text=text)
 
 
 def peak_jpeg(record: Record) -> bytes | None:
-    """The peak frame as JPEG, None where the record knows none. Raises DamagedVideo."""
+    """The peak frame as JPEG, None where it is not known. Raises DamagedVideo."""
     if record.peak_frame is None:
         return None
     if isinstance(record.media, Frames):
@@ -207,41 +208,36 @@ def pick_clips(
 ) -> list[Clip]:
     """The example clips of a report and the hardest ones, with every system's answer.
 
-    others: answers of further systems, by name. Needs the evaluation's shards for the videos;
+    others: answers of further systems, by name. The videos come from the evaluation's shards;
     without them the clips are shown as text.
     """
-    by_system = {
-        name: {(p.row.task, p.row.key): p.row for p in one.predictions}
-        for name, one in evaluated.items()
+    systems: dict[str, RowsByClip] = {
+        name: _by_clip(answers) for name, answers in (others or {}).items()
     }
-    twin = {
+    systems["text_only"] = {
         (line.task, row.key): row
         for line in lines
-        if line.scored in text_only
+        if line.scored is not None and line.scored in text_only
         for row in text_only[line.scored].rows(line.task)
     }
-    foreign = {
-        name: {(p.row.task, p.row.key): p.row for p in answers}
-        for name, answers in (others or {}).items()
-    }
-    states = {"before" if name == BASE else name: rows for name, rows in by_system.items()}
-    systems = {**foreign, "text_only": twin, **states}
+    for name, state in evaluated.items():
+        systems["before" if name == BASE else name] = _by_clip(state.predictions)
     folder = config.evaluation.shards
     reader = None
     if (folder / "index.json").is_file():
         reader = ShardReader(folder, ShardIndex.load(folder))
-    picked = [(one, False) for one in choose(evaluated, lines)]
-    picked += [(one, True) for one in hardest(evaluated, lines, systems)]
+    picked = [(prediction, False) for prediction in choose(evaluated, lines)]
+    picked += [(prediction, True) for prediction in hardest(evaluated, lines, systems)]
     clips = []
-    for one, hard in picked:
-        media = _media(reader, one)
+    for prediction, hard in picked:
+        media = _media(reader, prediction)
         clips.append(
             Clip(
-                task=one.row.task,
-                key=one.row.key,
-                question=one.question,
-                truth=one.label,
-                answers=_answers(one, systems),
+                task=prediction.row.task,
+                key=prediction.row.key,
+                question=prediction.question,
+                reference=prediction.label,
+                answers=_answers(prediction, systems),
                 mp4=media.mp4,
                 note=media.note,
                 hard=hard,
@@ -250,3 +246,7 @@ def pick_clips(
             )
         )
     return clips
+
+
+def _by_clip(predictions: Sequence[Prediction]) -> RowsByClip:
+    return {(p.row.task, p.row.key): p.row for p in predictions}

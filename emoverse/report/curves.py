@@ -1,19 +1,18 @@
 """What a stage logged, as curves for the report: loss per task and achieved rates.
 
 `RUN/<stage>/metrics.jsonl` goes in (its records are described in `telemetry.py`), `StageCurves`
-come out. Torch-free. A stage that is still running, or was killed while it wrote a line, has
-curves too.
+come out, also for a stage that is still running or was killed while writing a line. Torch-free.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data_shards.files import read_complete_lines
 from data_shards.tasks import Task
 from emoverse.config.schema import Config
 
@@ -21,7 +20,7 @@ Curve = tuple[Sequence[float], Sequence[float]]
 
 
 class Speed(NamedTuple):
-    """What a key of an interval tells of throughput: title and unit, the value being divided."""
+    """How a throughput key of an interval is shown: its value is divided by `divisor`."""
 
     title: str
     unit: str
@@ -38,9 +37,9 @@ SPEEDS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageCurves:
-    """One stage: (steps, values) per task, the asked rates, and a few facts in words.
+    """One stage: (steps, values) per task, the configured rates, and a few facts in words.
 
-    share: of the samples of each logged interval. speed: what the intervals say of throughput.
+    share: of the samples of each logged interval. speed: (steps, values) per key of SPEEDS.
     """
 
     name: str
@@ -48,84 +47,71 @@ class StageCurves:
     samples: int
     loss: Mapping[Task, Curve]
     share: Mapping[Task, Curve]
-    asked: Mapping[Task, float]
+    rates: Mapping[Task, float]
     speed: Mapping[str, Curve]
     facts: Sequence[tuple[str, str]]
 
 
 def read_curves(run_dir: Path, config: Config) -> list[StageCurves]:
     """The curves of every stage that has logged at least one interval, in the config's order."""
-    found = []
+    stages = []
     for name, stage in config.stages.items():
-        path = run_dir / name / "metrics.jsonl"
-        records = read_records(path) if path.is_file() else []
+        records = list(read_complete_lines(run_dir / name / "metrics.jsonl"))
         intervals = [record for record in records if record.get("kind") == "interval"]
         if intervals:
-            asked = {task: float(rate) for task, rate in stage.rates.items()}
-            curves = _stage_curves(name, asked, records, intervals)
-            trained = _trained(records, config.train.global_batch_size)
-            found.append(curves if trained is None else replace(curves, samples=trained))
-    return found
+            rates = {task: float(rate) for task, rate in stage.rates.items()}
+            curves = _stage_curves(name, rates, records, intervals)
+            trained = _num_trained(records, config.train.global_batch_size)
+            stages.append(curves if trained is None else replace(curves, samples=trained))
+    return stages
 
 
-def _trained(records: Sequence[Mapping[str, Any]], batch: int) -> int | None:
-    """Samples of the steps that count; None where the log does not say how many a stage has.
+def _num_trained(records: Sequence[Mapping[str, Any]], batch: int) -> int | None:
+    """Samples of the steps that count; None where the log does not record a stage's total.
 
     Not the sum of the intervals: the steps between the last one and a stop are in none.
     """
-    totals = [int(one["num_samples"]) for one in records if "num_samples" in one]
+    totals = [int(record["num_samples"]) for record in records if "num_samples" in record]
     if not totals:
         return None
-    steps = {int(one["step"]) for one in records if one.get("kind") == "step"}
+    steps = {int(record["step"]) for record in records if record.get("kind") == "step"}
     return sum(max(min(batch, totals[-1] - (step - 1) * batch), 0) for step in steps)
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics file; a last line that a crash cut off is left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-    return records
 
 
 def _stage_curves(
     name: str,
-    asked: Mapping[Task, float],
+    rates: Mapping[Task, float],
     records: Sequence[Mapping[str, Any]],
     intervals: Sequence[Mapping[str, Any]],
 ) -> StageCurves:
     loss: dict[Task, Curve] = {}
     share: dict[Task, Curve] = {}
-    counts = [sum(_samples(one, task) for task in asked) for one in intervals]
-    steps = [float(one["step"]) for one in intervals]
-    for task in asked:
+    totals = [sum(_samples(interval, task) for task in rates) for interval in intervals]
+    steps = [float(interval["step"]) for interval in intervals]
+    for task in rates:
         logged = [
-            (float(one["step"]), float(one["task"][task]["loss"]))
-            for one in intervals
-            if one["task"].get(task, {}).get("loss") is not None
+            (float(interval["step"]), float(interval["task"][task]["loss"]))
+            for interval in intervals
+            if interval["task"].get(task, {}).get("loss") is not None
         ]
         loss[task] = ([step for step, _ in logged], [value for _, value in logged])
-        given = [_samples(one, task) for one in intervals]
-        share[task] = (steps, [n / max(all_, 1) for n, all_ in zip(given, counts, strict=True)])
+        counts = [_samples(interval, task) for interval in intervals]
+        share[task] = (steps, [n / max(total, 1) for n, total in zip(counts, totals, strict=True)])
+    speed: dict[str, Curve] = {}
+    for key, shown in SPEEDS.items():
+        timed = [interval for interval in intervals if interval.get(key) is not None]
+        speed[key] = (
+            [float(interval["step"]) for interval in timed],
+            [float(interval[key]) / shown.divisor for interval in timed],
+        )
     return StageCurves(
         name=name,
         steps=int(steps[-1]),
-        samples=sum(counts),
+        samples=sum(totals),
         loss=loss,
         share=share,
-        asked=asked,
-        speed={
-            key: (
-                [float(one["step"]) for one in intervals if one.get(key) is not None],
-                [float(one[key]) / speed.divisor for one in intervals if one.get(key) is not None],
-            )
-            for key, speed in SPEEDS.items()
-        },
+        rates=rates,
+        speed=speed,
         facts=_facts(records, intervals),
     )
 
@@ -140,7 +126,7 @@ def _facts(
     """Short facts of a stage; launches of a resumed stage add up."""
     starts = [record for record in records if record.get("kind") == "start"]
     ends = [record for record in records if record.get("kind") == "end"]
-    speed = statistics.median(float(one["samples_per_s"]) for one in intervals)
+    speed = statistics.median(float(interval["samples_per_s"]) for interval in intervals)
     facts = [("samples per second", f"{speed:.1f}")]
     if starts:
         first = starts[-1]

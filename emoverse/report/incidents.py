@@ -1,29 +1,26 @@
-"""What went otherwise than planned: requeues, restarts, stops, skipped steps, replaced records.
+"""Interruptions of a run: requeues, restarts, stops, skipped steps, replaced records.
 
 In: RUN/STAGE/metrics.jsonl (records by kind, see `telemetry.py`), the newest checkpoint's
 state.json (damaged records that were replaced), and RUN/jobs/JOB.jsonl (starts and ends of a
-scheduler's jobs, docs/cluster.md). Out: `Incident`s in order, and their table. Torch-free.
+scheduler's jobs, docs/cluster.md). Out: `Incident`s in order. Torch-free.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
+from data_shards.files import read_complete_lines
 from emoverse.config.schema import Config
-from emoverse.report.curves import read_records
 from emoverse.run_dir import storage
-
-MAX_SHOWN = 200
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Incident:
-    """One event of a stage, at the optimiser step that it belongs to (None: not known)."""
+    """One event of a stage; `step` is the optimiser step, None where unknown."""
 
     stage: str
     step: int | None
@@ -33,55 +30,54 @@ class Incident:
 
 def read_incidents(run_dir: Path, config: Config) -> list[Incident]:
     """All incidents of a run, stage by stage in the order of the log."""
-    found = []
+    incidents = []
     for stage in config.stages:
         folder = run_dir / stage
-        path = folder / "metrics.jsonl"
-        if path.is_file():
-            found += _logged(stage, read_records(path))
-        found += _replaced(stage, folder)
+        incidents += _logged(stage, read_complete_lines(folder / "metrics.jsonl"))
+        incidents += _replaced(stage, folder)
     for path in sorted((run_dir / "jobs").glob("*.jsonl")):
-        found += _of_job(path.stem, read_records(path))
-    return found
+        incidents += _of_job(path.stem, read_complete_lines(path))
+    return incidents
 
 
-def _logged(stage: str, records: Sequence[Mapping[str, Any]]) -> list[Incident]:
-    found, launches = [], 0
+def _logged(stage: str, records: Iterable[Mapping[str, Any]]) -> list[Incident]:
+    incidents, launches = [], 0
     for record in records:
-        kind, text = record.get("kind"), ""
+        kind = record.get("kind")
         if kind == "start":
             launches += 1
             if launches > 1:
                 world = record.get("world_size", "?")
-                found.append(_at(stage, record, "restart", f"launch {launches}, {world} processes"))
+                incidents.append(
+                    _at(stage, record, "restart", f"launch {launches}, {world} processes")
+                )
         elif kind == "end" and record.get("reason") not in (None, "done"):
-            found.append(_at(stage, record, "stop", str(record["reason"])))
+            incidents.append(_at(stage, record, "stop", str(record["reason"])))
         elif kind == "skip":
-            text = str(record.get("reason", ""))
-            dump = record.get("dump")
-            found.append(_at(stage, record, "skipped step", f"{text}; {dump}" if dump else text))
+            text = "; ".join(str(record[key]) for key in ("reason", "dump") if record.get(key))
+            incidents.append(_at(stage, record, "skipped step", text))
         elif kind == "note":
-            found.append(_at(stage, record, "note", str(record.get("text", ""))))
-    return found
+            incidents.append(_at(stage, record, "note", str(record.get("text", ""))))
+    return incidents
 
 
-def _of_job(job: str, events: Sequence[Mapping[str, Any]]) -> list[Incident]:
-    """Every start of a scheduler's job but its first, and ends that it did not recover from."""
-    found, starts, parts = [], 0, ""
+def _of_job(job: str, events: Iterable[Mapping[str, Any]]) -> list[Incident]:
+    """Every start of a scheduler's job after the first, and ends without a requeue."""
+    incidents, starts, stages = [], 0, ""
     for event in events:
         kind, text = "", ""
         if event.get("event") == "start":
-            starts, parts = starts + 1, ", ".join(map(str, event.get("parts", ())))
+            starts, stages = starts + 1, ", ".join(map(str, event.get("parts", ())))
             if starts > 1:
-                where = f"{event.get('ranks', '?')} ranks on {event.get('nodes', '?')}"
-                kind, text = "requeue", f"job {job} began for the {starts}. time, {where}"
+                nodes = f"{event.get('ranks', '?')} ranks on {event.get('nodes', '?')}"
+                kind, text = "requeue", f"start {starts} of job {job}, {nodes}"
         elif event.get("code") and not event.get("requeued"):
-            why = event.get("reason") or f"exit code {event['code']}"
-            kind, text = "job ended", f"job {job} was not requeued: {why}"
+            reason = event.get("reason") or f"exit code {event['code']}"
+            kind, text = "job ended", f"job {job} was not requeued: {reason}"
         if kind:
-            when = f", {event['time']}" if event.get("time") else ""
-            found.append(Incident(stage=parts, step=None, kind=kind, text=text + when))
-    return found
+            time = f", {event['time']}" if event.get("time") else ""
+            incidents.append(Incident(stage=stages, step=None, kind=kind, text=text + time))
+    return incidents
 
 
 def _at(stage: str, record: Mapping[str, Any], kind: str, text: str) -> Incident:
@@ -104,30 +100,8 @@ def _replaced(stage: str, folder: Path) -> list[Incident]:
             stage=stage,
             step=None,
             kind="replaced record",
-            text=f"{one.get('key')} of {one.get('shard')} ({one.get('task')}, position "
-            f"{one.get('position')}): {one.get('cause')}",
+            text=f"{record.get('key')} of {record.get('shard')} ({record.get('task')}, position "
+            f"{record.get('position')}): {record.get('cause')}",
         )
-        for one in state.get("data", {}).get("quarantine", ())
+        for record in state.get("data", {}).get("quarantine", ())
     ]
-
-
-def incidents_section(incidents: Sequence[Incident]) -> str:
-    """The table, or one sentence that there is nothing to tell."""
-    if not incidents:
-        return (
-            '<p class="empty">Nothing to tell: no restart, no skipped step, no replaced record '
-            "in the logs of this run.</p>"
-        )
-    body = "".join(
-        f'<tr><th scope="row">{escape(one.kind)}</th><td>{escape(one.stage)}</td>'
-        f'<td class="num">{"-" if one.step is None else one.step}</td>'
-        f"<td>{escape(one.text)}</td></tr>"
-        for one in incidents[:MAX_SHOWN]
-    )
-    more = len(incidents) - MAX_SHOWN
-    rest = f'<p class="quiet">and {more} more in metrics.jsonl</p>' if more > 0 else ""
-    return (
-        '<div class="card scroll"><table class="incidents"><thead><tr><th scope="col">what</th>'
-        '<th scope="col">stage</th><th scope="col" class="num">step</th><th scope="col">how</th>'
-        f"</tr></thead><tbody>{body}</tbody></table>{rest}</div>"
-    )

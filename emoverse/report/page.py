@@ -1,224 +1,211 @@
-"""The HTML of the report: values in, one self-contained page out.
+"""What the report shows, section by section: values in, one self-contained page out.
 
-The frame of the page is `report_shell.py`; pictures and videos are written into the page as well.
+`PageData` holds the run's results. Python computes and formats what a section needs; the templates
+beside this file (`templates/report.html`, `templates/sections/`) lay it out.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
-from html import escape
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from data_shards.tasks import Task
-from emoverse.evaluation.intervals import Score
-from emoverse.evaluation.registry import primary
-from emoverse.report.calibration import calibration_section
-from emoverse.report.charts import Mark, Series, line_chart, range_strip, share_chart
-from emoverse.report.curves import SPEEDS, StageCurves
-from emoverse.report.examples import clips_section, hardest_section
-from emoverse.report.incidents import incidents_section
-from emoverse.report.page_frame import document
-from emoverse.report.sections import (
-    PageData,
-    errors_section,
-    metrics_section,
-    plain,
-    protocol_of,
-    setup_section,
-    system_title,
-    task_name,
-)
-from emoverse.report.summary import MARGIN, TaskSummary
+from markupsafe import Markup, escape
 
+from data_shards.pages.render import Section, fixed, render_page
+from data_shards.progress import format_duration
+from data_shards.tasks import IDENTIFIER, Task
+from emoverse.config.schema import Config, describe
+from emoverse.evaluation.intervals import Score, score
+from emoverse.evaluation.metrics import Row
+from emoverse.evaluation.registry import METRICS, primary
+from emoverse.evaluation.tables import Confusion, ItemScore, calibration, confusion, item_scores
+from emoverse.paper.tables import CONDITIONS, paper_value
+from emoverse.report.charts import Chart, Mark, Series, line_chart, range_strip, share_chart, tidy
+from emoverse.report.clips import Clip
+from emoverse.report.curves import SPEEDS, Curve, StageCurves
+from emoverse.report.incidents import Incident
+from emoverse.report.summary import BASE, MARGIN, Evaluation, TaskSummary, majority_rows_of
+
+TEMPLATES = Path(__file__).with_name("templates")
+MAX_INCIDENTS = 200
+TASK_TITLES = {
+    Task.MSA: "Sentiment",
+    Task.ER: "Emotion",
+    Task.FER: "Facial expressions",
+    Task.ERI: "Emotion reason",
+    Task.ECPE: "Emotion-cause pairs",
+}
 SYSTEM_COLORS = {"majority": "majority", "text_only": "text", "before": "before"}
 STAGE_COLORS = ("stage1", "stage2")
+SECTIONS = [
+    Section(name, name.capitalize())
+    for name in (
+        *("results", "training", "throughput", "metrics", "errors", "calibration"),
+        *("hardest", "clips", "incidents", "setup"),
+    )
+]
 
 
-def render_page(page: PageData) -> str:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PageData:
+    """All that the page shows."""
+
+    config: Config
+    lines: Sequence[TaskSummary]
+    evaluated: Mapping[str, Evaluation]
+    text_only: Mapping[str, Evaluation]
+    curves: Sequence[StageCurves]
+    clips: Sequence[Clip]
+    incidents: Sequence[Incident]
+    provenance: Mapping[str, Any]
+    seconds: float | None
+    peak_memory_bytes: int | None
+
+    @property
+    def protocol(self) -> Mapping[str, Any]:
+        """The protocol of the last evaluation that recorded one."""
+        protocols = [state.metrics.get("protocol") for state in self.evaluated.values()]
+        return next((protocol for protocol in reversed(protocols) if protocol is not None), {})
+
+
+def render_report(page: PageData) -> str:
     """The whole document."""
-    sections = [
-        ("results", "Results", _results(page)),
-        ("training", "Training", _training(page)),
-        ("throughput", "Throughput", _throughput(page)),
-        ("metrics", "Metrics", metrics_section(page)),
-        ("errors", "Errors", errors_section(page)),
-        (
-            "calibration",
-            "Calibration",
-            calibration_section(page.lines, page.evaluated),
-        ),
-        ("hardest", "Hardest", hardest_section(page.clips)),
-        ("clips", "Clips", clips_section(page.clips)),
-        ("incidents", "Incidents", incidents_section(page.incidents)),
-        ("setup", "Setup", setup_section(page)),
-    ]
-    return document(page.config.run.name, _intro(page), sections, "emoverse report")
+    return render_page(
+        "report.html",
+        folder=TEMPLATES,
+        title=page.config.run.name,
+        command="report",
+        sections=SECTIONS,
+        page=page,
+        task_titles=TASK_TITLES,
+        system_title=_system_title,
+        primary=primary,
+        margin=MARGIN,
+        chips=_chips(page),
+        facts=_facts(page),
+        colors=_colors(page),
+        strips=_strips(page),
+        training=[
+            (_stage_title(curve), _stage_facts(curve), _charts(curve)) for curve in page.curves
+        ],
+        throughput=_throughput(page),
+        metrics=_metrics(page),
+        conditions=_conditions(page),
+        errors=_errors(page),
+        calibration=_calibration(page),
+        marked=_marked,
+        max_incidents=MAX_INCIDENTS,
+        answering=_answering(page),
+        settings=describe(page.config),
+        provenance=json.dumps(page.provenance, indent=2, ensure_ascii=False),
+    )
 
 
-# --- the head ---
+def _system_title(name: str) -> str:
+    if name in ("before", BASE):
+        return "before"
+    if name.startswith("stage"):
+        return f"after {name.replace('stage', 'stage ')}"
+    return "text only" if name == "text_only" else name
 
 
-def _intro(page: PageData) -> str:
-    config = page.config
-    judged = [line for line in page.lines if line.beats is not None]
-    good = sum(bool(line.beats) for line in judged)
-    twin = any(line.systems.get("text_only") for line in judged)
-    versus = "the majority and the text-only baseline" if twin else "the majority baseline"
-    if judged:
-        lead = (
-            f"<strong>{good} of {len(judged)} tasks</strong> beat {versus} by at least {MARGIN:g} "
-            "and two standard errors on the same held-out clips."
-        )
-    else:
-        lead = "No stage of this run has been evaluated yet."
+# --- the head and the results ---
+
+
+def _facts(page: PageData) -> list[tuple[str, str]]:
     facts = []
-    answers = max((len(one.predictions) for one in page.evaluated.values()), default=0)
+    answers = max((len(state.predictions) for state in page.evaluated.values()), default=0)
     if answers:
-        clips = {p.row.key for one in page.evaluated.values() for p in one.predictions}
+        clips = {p.row.key for state in page.evaluated.values() for p in state.predictions}
         facts.append((f"{len(clips):,}", "held-out clips"))
         facts.append((f"{answers:,}", "answers per state"))
     samples = sum(curve.samples for curve in page.curves)
     if samples:
         facts.append((f"{samples:,}", "samples trained"))
     if page.seconds is not None:
-        facts.append((_duration(page.seconds), "from start to end"))
+        facts.append((format_duration(page.seconds), "from start to end"))
     if page.peak_memory_bytes is not None:
         facts.append((f"{page.peak_memory_bytes / 2**30:.1f} GiB", "peak memory"))
-    tiles = "".join(f"<li><b>{value}</b><span>{label}</span></li>" for value, label in facts)
+    return facts
+
+
+def _chips(page: PageData) -> list[str]:
+    config = page.config
     chips = [f"base {config.model.base}", f"seed {config.run.seed}", config.model.precision]
     if config.model.blank_frames:
         chips.append("blank frames")
-    protocol = protocol_of(page)
-    if protocol.get("leakage"):
-        chips.append(f"leakage rule {protocol['leakage']}")
-    marks = "".join(f"<li>{escape(chip)}</li>" for chip in chips)
-    return (
-        f'<div class="intro"><h1>{escape(config.run.name)}</h1>'
-        f'<ul class="chips" aria-label="Run">{marks}</ul><p class="lead">{lead}</p>'
-        f'<ul class="tiles" aria-label="Figures">{tiles}</ul></div>'
-    )
+    if page.protocol.get("leakage"):
+        chips.append(f"leakage rule {page.protocol['leakage']}")
+    return chips
 
 
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+def _colors(page: PageData) -> dict[str, str]:
+    """System -> class suffix; the last of several stages has a colour of its own."""
+    systems = list(page.lines[0].systems) if page.lines else []
+    stages = [name for name in systems if name not in SYSTEM_COLORS]
+    colors = SYSTEM_COLORS | dict.fromkeys(stages, STAGE_COLORS[0])
+    if len(stages) > 1:
+        colors[stages[-1]] = STAGE_COLORS[-1]
+    return colors
 
 
-def _color(name: str, systems: Sequence[str]) -> str:
-    if name in SYSTEM_COLORS:
-        return SYSTEM_COLORS[name]
-    stages = [one for one in systems if one not in SYSTEM_COLORS]
-    return STAGE_COLORS[-1] if name == stages[-1] and len(stages) > 1 else STAGE_COLORS[0]
+def _strips(page: PageData) -> dict[Task, Markup]:
+    """The range strip of every task that has a finite score."""
+    colors, strips = _colors(page), {}
+    for line in page.lines:
+        marks = [
+            Mark(
+                name=_system_title(name),
+                value=result.value,
+                error=result.standard_error,
+                color=colors[name],
+            )
+            for name, result in line.systems.items()
+            if result is not None and math.isfinite(result.value)
+        ]
+        strips[line.task] = range_strip(str(line.task), marks) if marks else Markup()
+    return strips
 
 
-# --- results ---
+# --- training and throughput ---
 
 
-def _results(page: PageData) -> str:
-    if not page.lines:
-        return '<p class="empty">No task is configured.</p>'
-    systems = list(page.lines[0].systems)
-    head = "".join(
-        f'<th scope="col" class="num"><i class="dot b-{_color(name, systems)}" '
-        f'aria-hidden="true"></i>{escape(system_title(name))}</th>'
-        for name in systems
-    )
-    body = "".join(_result_row(line, systems) for line in page.lines)
-    return (
-        '<div class="card scroll"><table class="summary"><caption class="quiet">Primary metric of '
-        "each task on held-out clips</caption><thead><tr>"
-        f'<th scope="col">task</th><th scope="col" class="wide">0 to 1, bars: two standard errors'
-        f'</th>{head}<th scope="col" class="num">gain</th></tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-        '<p class="quiet">The underlined column is the one that counts: the last stage that trains '
-        "the task. <em>gain</em> is that column minus the better baseline, plus or minus two "
-        "standard errors of the difference on the same clips; green where it is at least "
-        f"{MARGIN:g} and two standard errors over every baseline. <em>majority</em> never looks: "
-        "the best constant answer, for ECPE the utterance itself and the one before it. "
-        "<em>text only</em> is the same training with blank frames.</p>"
-    )
+def _stage_title(curve: StageCurves) -> str:
+    return curve.name.replace("stage", "Stage ")
 
 
-def _result_row(line: TaskSummary, systems: Sequence[str]) -> str:
-    marks = [
-        Mark(
-            name=system_title(name),
-            value=found.value,
-            error=found.standard_error,
-            color=_color(name, systems),
-        )
-        for name, found in line.systems.items()
-        if found is not None and math.isfinite(found.value)
-    ]
-    cells = "".join(
-        f'<td class="num{" scored" if name == line.scored else ""}">{_value(found)}</td>'
-        for name, found in line.systems.items()
-    )
-    gain = "-"
-    if line.difference is not None:
-        sign = "good" if line.beats else "flat"
-        word = "clear gain" if line.beats else "no clear gain"
-        gain = (
-            f'<b class="{sign}" title="{word} over {system_title(line.against or "")}">'
-            f"{line.difference.value:+.3f}</b>"
-            f"<small>&plusmn; {plain(2 * line.difference.standard_error)}</small>"
-        )
-    scored = line.systems.get(line.scored) if line.scored else None
-    clips = f", {scored.n} clips" if scored else ""
-    return (
-        f'<tr><th scope="row">{task_name(line.task)}<small>{primary(line.task).title}{clips}'
-        f'</small></th><td class="wide">{range_strip(str(line.task), marks) if marks else ""}</td>'
-        f'{cells}<td class="num">{gain}</td></tr>'
-    )
+def _stage_facts(curve: StageCurves) -> list[tuple[str, str]]:
+    return [("steps", f"{curve.steps:,}"), ("samples", f"{curve.samples:,}"), *curve.facts]
 
 
-def _value(found: Score | None) -> str:
-    return plain(found.value) if found is not None else "-"
-
-
-# --- training ---
-
-
-def _training(page: PageData) -> str:
-    if not page.curves:
-        return '<p class="empty">No stage has written metrics.jsonl yet.</p>'
-    return "".join(_stage_block(curve) for curve in page.curves)
-
-
-def _stage_block(curve: StageCurves) -> str:
-    def lines(values: Mapping[Task, tuple[Sequence[float], Sequence[float]]]) -> list[Series]:
+def _charts(curve: StageCurves) -> list[Chart | None]:
+    def lines(values: Mapping[Task, Curve]) -> list[Series]:
         return [
             Series(name=task.upper(), color=str(task), xs=xs, ys=ys)
             for task, (xs, ys) in values.items()
         ]
 
-    charts = [
+    return [
         line_chart("Loss per task", lines(curve.loss), x_label="step", y_label="nats per token"),
         share_chart(
             "Achieved rates",
             lines(curve.share),
-            list(curve.asked.values()),
+            list(curve.rates.values()),
             x_label="step",
             y_label="share of samples between two log lines",
         ),
     ]
-    facts = [("steps", f"{curve.steps:,}"), ("samples", f"{curve.samples:,}"), *curve.facts]
-    listed = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts)
-    return (
-        f'<div class="card"><h3>{_stage_title(curve)}</h3>'
-        f'<dl class="facts">{listed}</dl><div class="pair">{"".join(charts)}</div></div>'
-    )
 
 
-def _stage_title(curve: StageCurves) -> str:
-    return escape(curve.name.replace("stage", "Stage "))
-
-
-def _throughput(page: PageData) -> str:
+def _throughput(page: PageData) -> list[tuple[str, list[Chart | None]]]:
+    """Per stage the charts of what was logged."""
     blocks = []
     for curve in page.curves:
-        charts = "".join(
+        charts = [
             line_chart(
                 speed.title,
                 [Series(name=speed.title, color="stage1", xs=xs, ys=ys)],
@@ -228,10 +215,208 @@ def _throughput(page: PageData) -> str:
             for key, speed in SPEEDS.items()
             for xs, ys in [curve.speed[key]]
             if len(xs)
-        )
+        ]
         if charts:
-            blocks.append(
-                f'<div class="card"><h3>{_stage_title(curve)}</h3><div class="pair">{charts}</div>'
-                "</div>"
+            blocks.append((_stage_title(curve), charts))
+    return blocks
+
+
+# --- metrics, errors, calibration ---
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskMetrics:
+    """One task in the table of metrics.
+
+    scores: metric title, one score per system, the paper's value (0 to 1). details: title, one
+    text per system and one for the paper.
+    """
+
+    task: Task
+    num_clips: int
+    scores: Sequence[tuple[str, Sequence[Score], float | None]]
+    details: Sequence[tuple[str, Sequence[str]]]
+
+
+def _rows_by_system(page: PageData, line: TaskSummary) -> dict[str, list[Row]]:
+    """The rows of every system of the result table that answered the task; [] where none did."""
+    states = {name: state.rows(line.task) for name, state in page.evaluated.items()}
+    source = line.scored or next(iter(page.evaluated), None)
+    text_only = page.text_only.get(line.scored or "")
+    rows = {
+        "majority": majority_rows_of(page.evaluated[source], line.task) if source else [],
+        "text_only": text_only.rows(line.task) if text_only else [],
+    }
+    for name in line.systems:
+        if name not in rows:
+            rows[name] = states.get(BASE if name == "before" else name, [])
+    return rows
+
+
+def _metrics(page: PageData) -> list[TaskMetrics]:
+    """Every metric of every task for every system, with intervals."""
+    tables = []
+    for line in page.lines:
+        by_system = _rows_by_system(page, line)
+        if not any(by_system.values()):
+            continue
+        scores = []
+        for metric in METRICS[line.task]:
+            if any(metric.applies(rows) for rows in by_system.values()):
+                percent = paper_value(line.task, metric.name)
+                paper = None if percent is None else percent / 100
+                results = [score(metric, rows) for rows in by_system.values()]
+                scores.append((metric.title, results, paper))
+        details = _further_rules(page, line, len(by_system))
+        for status in ("repaired", "unparseable"):
+            counts = [
+                str(sum(row.status == status for row in rows)) if rows else "-"
+                for rows in by_system.values()
+            ]
+            details.append((f"{status} answers", [*counts, ""]))
+        tables.append(
+            TaskMetrics(
+                task=line.task,
+                num_clips=max(map(len, by_system.values())),
+                scores=scores,
+                details=details,
             )
-    return "".join(blocks) or '<p class="empty">No interval has been logged yet.</p>'
+        )
+    return tables
+
+
+def _further_rules(
+    page: PageData, line: TaskSummary, num_systems: int
+) -> list[tuple[str, Sequence[str]]]:
+    """The primary metric of the rules beside the first one, which has a column of its own."""
+    state = page.evaluated.get(line.scored or "")
+    task = state.metrics.get("tasks", {}).get(str(line.task), {}) if state else {}
+    rules = list(task.get("baselines", {}).items())[1:]
+    return [
+        (
+            f"rule {rule}, {task['primary']}",
+            [fixed(result[task["primary"]]["value"]), *[""] * num_systems],
+        )
+        for rule, result in rules
+    ]
+
+
+def _conditions(page: PageData) -> list[tuple[str, str, str]]:
+    """Condition, the paper's, this run's."""
+    protocol = page.protocol
+    ours = {
+        "data": str(page.config.evaluation.shards),
+        "model": str(page.config.model.base),
+        "leakage": str(protocol.get("leakage") or "not recorded"),
+        "give_emotion": "given" if protocol.get("give_emotion") else "not given",
+        "ecpe protocol": "target_given, and official",
+        "parser": "tolerant",
+        "visual": f"{page.config.data.visual}, {page.config.data.frames_per_clip} frames",
+    }
+    return [(name, paper, ours[name]) for name, paper in CONDITIONS.items()]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskErrors:
+    """What a task's scored state confuses; `item` says what the items are (phrase, emotion)."""
+
+    task: Task
+    title: str
+    confusion: Confusion | None
+    item: str
+    items: Sequence[ItemScore]
+
+
+def _errors(page: PageData) -> list[TaskErrors]:
+    errors = []
+    for line in page.lines:
+        rows = page.evaluated[line.scored].rows(line.task) if line.scored is not None else []
+        if line.scored is not None and rows:
+            errors.append(
+                TaskErrors(
+                    task=line.task,
+                    title=f"{line.task.upper()}, {_system_title(line.scored)}",
+                    confusion=confusion(line.task, rows),
+                    item={Task.FER: "phrase", Task.MSA: "polarity"}.get(line.task, "emotion"),
+                    items=item_scores(rows),
+                )
+            )
+    return errors
+
+
+def _calibration(page: PageData) -> list[Chart | None]:
+    """A reliability diagram of every task whose answers can be right as a whole."""
+    charts = []
+    for line in page.lines:
+        if line.scored is None:
+            continue
+        answers = [
+            (prediction.row, prediction.confidence)
+            for prediction in page.evaluated[line.scored].predictions
+            if prediction.row.task is line.task
+        ]
+        result = calibration(answers)
+        if result is None:
+            continue
+        bins = [bin_ for bin_ in result.bins if bin_.n]
+        answered = Series(
+            name=line.task.upper(),
+            color=str(line.task),
+            xs=[bin_.confidence for bin_ in bins],
+            ys=[bin_.right for bin_ in bins],
+        )
+        perfect = Series(
+            name="perfectly calibrated", color="majority", xs=[0.0, 1.0], ys=[0.0, 1.0]
+        )
+        charts.append(
+            line_chart(
+                f"{line.task.upper()}, {line.scored}: ECE {result.error:.3f}",
+                [answered, perfect],
+                x_label="probability of the answer",
+                y_label="share of right answers",
+                head=("probability", "answers", "mean", "right"),
+                rows=[
+                    (
+                        f"{bin_.low:.1f} to {bin_.high:.1f}",
+                        str(bin_.n),
+                        f"{bin_.confidence:.3f}",
+                        f"{bin_.right:.3f}",
+                    )
+                    for bin_ in bins
+                ],
+            )
+        )
+    return charts
+
+
+# --- clips and setup ---
+
+
+def _marked(question: str) -> Markup:
+    """A question with the task identifiers highlighted."""
+    text = escape(question)
+    for identifier in IDENTIFIER.values():
+        text = text.replace(escape(identifier), Markup("<mark>{}</mark>").format(identifier))
+    return text
+
+
+def _answering(page: PageData) -> list[tuple[str, str]]:
+    """How the answers were produced and scored."""
+    rows = [(key.replace("_", " "), _shown(value)) for key, value in page.protocol.items()]
+    for state in list(page.evaluated.values())[-1:]:
+        for name in ("data", "versions"):
+            for key, value in state.metrics.get(name, {}).items():
+                rows.append((f"{name}: {key.replace('_', ' ')}", _shown(value)))
+    return rows
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return tidy(value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_shown(inner)}" for key, inner in value.items())
+    return str(value)

@@ -1,9 +1,9 @@
 """The verb `report`: a run directory in, `report.html` and `summary.json` out.
 
-Composes `summary.py` (numbers), `report_curves.py` (logs), `report_clips.py` (examples) and
-`report_page.py` (HTML). What a run does not have yet (a stage, the text-only twin, the shards) is
-left out or shown as '-'.
-Needs no torch: a report can be written on any machine that has the run directory.
+Composes `summary.py` (numbers), `curves.py` (logs), `clips.py` (examples), `incidents.py` and
+`page.py` (HTML). What a run does not have yet (a stage, the text-only baseline, the shards) is left
+out or shown as '-'. Torch is not required: a report can be written on any machine that has the run
+directory.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from emoverse.evaluation.result_files import read_results
 from emoverse.report.clips import pick_clips
 from emoverse.report.curves import read_curves
 from emoverse.report.incidents import read_incidents
-from emoverse.report.page import render_page
-from emoverse.report.sections import PageData
+from emoverse.report.page import PageData, render_report
 from emoverse.report.summary import load_run_config, read_evaluations, summarise, summary_json
 
 
@@ -32,10 +31,10 @@ def write_report(
 ) -> Path:
     """Write `report.html` and `summary.json` into the run directory; return the page's path.
 
-    text_only_run: the run directory of the twin with blanked frames. systems: result files of
-    other systems by name, whose answers stand beside ours where they answered the same clips.
-    seconds and peak_memory_bytes are what the caller measured; when not given, an earlier summary
-    of the same run keeps its own.
+    text_only_run: the run directory of the text-only baseline. systems: result files of other
+    systems by name; their answers are shown where they answered the same clips. seconds and
+    peak_memory_bytes are what the caller measured; when not given, those of an earlier summary of
+    the same run are kept.
     Raises FileNotFoundError when a folder is not a run directory.
     """
     config = load_run_config(run_dir)
@@ -68,6 +67,6 @@ def write_report(
         peak_memory_bytes=peak_memory_bytes,
     )
     path = run_dir / "report.html"
-    write_atomically(path, render_page(page))
+    write_atomically(path, render_report(page))
     write_atomically(summary_path, json.dumps(summary, indent=2) + "\n")
     return path

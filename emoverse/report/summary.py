@@ -1,6 +1,6 @@
 """The result table of a run: every system's score per task and the margin over the baselines.
 
-The evaluations of a run directory (and of its text-only twin) go in; `TaskSummary` lines, the
+The evaluations of a run directory (and of its text-only baseline) go in; `TaskSummary` lines, the
 content of `summary.json` and a table for the terminal come out. Everything is computed again from
 `eval/*/predictions.jsonl`; what a run does not have yet is None, shown as '-'. Torch-free.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskSummary:
-    """One line of the result table; `systems` maps a column to its score (None: not there).
+    """One line of the result table; `systems` maps a column to its score (None: not evaluated).
 
     The columns are majority, text_only, before and the stages. `scored`: the stage whose score
     counts. `difference`: that stage minus the better baseline, on the same clips.
@@ -57,17 +57,17 @@ class TaskSummary:
 
 def read_evaluations(run_dir: Path, config: Config) -> dict[str, Evaluation]:
     """The evaluations that the run directory holds, in the order base, then the stages."""
-    found = {}
+    evaluated = {}
     for which in (BASE, *config.stages):
         folder = run_dir / "eval" / which
         path = folder / "predictions.jsonl"
         if path.is_file():
             metrics_path = folder / "metrics.json"
             metrics = json.loads(metrics_path.read_text()) if metrics_path.is_file() else {}
-            found[which] = Evaluation(
+            evaluated[which] = Evaluation(
                 which=which, metrics=metrics, predictions=read_predictions(path)
             )
-    return found
+    return evaluated
 
 
 def load_run_config(run_dir: Path) -> Config:
@@ -85,24 +85,23 @@ def scored_stage(task: Task, config: Config, evaluated: Mapping[str, Evaluation]
     """The last stage that trains the task; where that is not evaluated, the last one that is."""
     stages = [name for name in config.stages if evaluated.get(name)]
     training = [name for name in stages if task in config.stages[name].rates]
-    return (training or stages or [None])[-1]
+    candidates = training or stages
+    return candidates[-1] if candidates else None
 
 
 def majority_rows_of(evaluation: Evaluation, task: Task) -> list[Row]:
-    """The rule's answers, as the evaluation stored them beside the model's."""
+    """The answers of the majority rule, as the evaluation stored them beside the model's."""
     return [
-        Row(
-            key=one.row.key,
-            task=task,
-            reference=one.row.reference,
-            value=one.baseline,
-            sentiment=one.row.sentiment,
-            emotion=one.row.emotion,
-            target=one.row.target,
-            conversation=one.row.conversation,
+        replace(
+            prediction.row,
+            value=prediction.baseline,
+            response="",
+            status="parsed",
+            number=None,
+            judge=None,
         )
-        for one in evaluation.predictions
-        if one.row.task is task
+        for prediction in evaluation.predictions
+        if prediction.row.task is task
     ]
 
 
@@ -115,38 +114,35 @@ def summarise_task(
     """One line of the table: every system's primary metric, and the margin over the baselines."""
     metric = primary(task)
     scored = scored_stage(task, config, evaluated)
-    rows = {which: one.rows(task) for which, one in evaluated.items()}
+    states = {which: state.rows(task) for which, state in evaluated.items()}
     source = scored or next(iter(evaluated), None)
-    rules = {"majority": majority_rows_of(evaluated[source], task)} if source else {}
-    if scored in text_only:
-        rules["text_only"] = text_only[scored].rows(task)
-    systems: dict[str, Score | None] = {
-        name: score(metric, found) if (found := rules.get(name)) else None
-        for name in ("majority", "text_only")
-    }
-    for name in (BASE, *config.stages):
-        found = rows.get(name)
-        systems["before" if name == BASE else name] = score(metric, found) if found else None
+    baselines = {"majority": majority_rows_of(evaluated[source], task)} if source else {}
+    if scored is not None and scored in text_only:
+        baselines["text_only"] = text_only[scored].rows(task)
+    columns = {name: baselines.get(name) for name in ("majority", "text_only")}
+    columns["before"] = states.get(BASE)
+    columns |= {name: states.get(name) for name in config.stages}
     differences = {}
-    if scored is not None and rows[scored]:
-        for name, baseline in rules.items():
-            if {row.key for row in baseline} & {row.key for row in rows[scored]}:
-                differences[name] = paired_difference(metric, rows[scored], baseline)
+    if scored is not None and states[scored]:
+        keys = {row.key for row in states[scored]}
+        for name, rows in baselines.items():
+            if keys & {row.key for row in rows}:
+                differences[name] = paired_difference(metric, states[scored], rows)
     against = min(differences, key=lambda name: differences[name].value, default=None)
     return TaskSummary(
         task=task,
-        systems=systems,
+        systems={name: score(metric, rows) if rows else None for name, rows in columns.items()},
         scored=scored,
         against=against,
         difference=differences.get(against) if against else None,
-        beats=all(clearly_better(one) for one in differences.values()) if differences else None,
+        beats=all(map(clearly_better, differences.values())) if differences else None,
     )
 
 
 def clearly_better(difference: Difference) -> bool:
     """The rule of the table: at least MARGIN and at least two standard errors above.
 
-    Without a standard error (a single clip has none) nothing is clear.
+    Never without a standard error, which a single clip does not have.
     """
     error = difference.standard_error
     return math.isfinite(error) and difference.value >= max(MARGIN, 2 * error)
@@ -157,12 +153,12 @@ def summarise(
 ) -> list[TaskSummary]:
     """All tasks that the run trains or was evaluated on, in canonical order."""
     named = {task for stage in config.stages.values() for task in stage.rates}
-    named |= {p.row.task for one in evaluated.values() for p in one.predictions}
+    named |= {p.row.task for state in evaluated.values() for p in state.predictions}
     return [summarise_task(task, config, evaluated, text_only) for task in TASKS if task in named]
 
 
-def number(value: float | None) -> float | None:
-    """Rounded for files; nan and None become null."""
+def rounded(value: float | None) -> float | None:
+    """Rounded for files; NaN and None become null."""
     return None if value is None or not math.isfinite(value) else round(value, 6)
 
 
@@ -180,11 +176,14 @@ def summary_json(
         scored = line.systems.get(line.scored) if line.scored else None
         tasks[str(line.task)] = {
             "metric": primary(line.task).name,
-            **{name: number(one.value) if one else None for name, one in line.systems.items()},
+            **{
+                name: rounded(result.value) if result else None
+                for name, result in line.systems.items()
+            },
             "scored": line.scored,
             "against": line.against,
-            "difference": number(line.difference.value) if line.difference else None,
-            "standard_error": number(line.difference.standard_error) if line.difference else None,
+            "difference": rounded(line.difference.value) if line.difference else None,
+            "standard_error": rounded(line.difference.standard_error) if line.difference else None,
             "n": scored.n if scored else 0,
             "beats_baselines": line.beats,
         }
@@ -201,7 +200,7 @@ def summary_json(
 def summary_text(summary: Mapping[str, Any]) -> str:
     """`summary.json` as a table for a terminal."""
     skip = {"metric", "scored", "against", "difference", "standard_error", "n", "beats_baselines"}
-    first = next(iter(summary["tasks"].values()), {})
+    first: Mapping[str, Any] = next(iter(summary["tasks"].values()), {})
     systems = [name for name in first if name not in skip]
     head = ["task", "metric", *systems, "difference", "clips", "beats both"]
     table = [head]

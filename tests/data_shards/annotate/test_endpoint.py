@@ -83,7 +83,7 @@ def test_what_may_pass_is_asked_again(chat_server: Callable[..., Any], fault: st
     [
         ("500", r"500 from http://.*: on purpose, after 4 attempts"),
         ("slow", r"no answer within 0\.4 s, after 4 attempts"),
-        ("malformed", r"an answer that is no chat completion: '\{\"choi', after 4 attempts"),
+        ("malformed", r"an answer that is not a chat completion: '\{\"choi', after 4 attempts"),
         ("empty", "an empty answer, after 4 attempts"),
         ("drop", "after 4 attempts"),
     ],

@@ -1,7 +1,6 @@
 """Reasons from two models: what is asked, what is kept, and a run that is killed and goes on."""
 
 import base64
-import functools
 import hashlib
 import json
 import multiprocessing
@@ -12,54 +11,44 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from data_shards.annotate.answer_cache import AnswerCache
 from data_shards.annotate.endpoint import Endpoint, Patience
-from data_shards.annotate.reason_prompts import (
+from data_shards.annotate.reasons import (
     PROMPT_VERSION,
+    ReasonOptions,
+    annotate_reasons,
     describe_messages,
     infer_messages,
 )
-from data_shards.annotate.reasons import ReasonOptions, annotate_reasons
 from data_shards.build.build import build_shards
 from data_shards.jsonl import read_texts
 from data_shards.media.pixels import jpeg_decode
-from data_shards.media.video import encode_mp4
 from data_shards.shards.record import Record, Video
 from data_shards.tasks import Task
 from launch import cli
+from tests.builders import make_clip, make_record
 
 CLIPS = 6
 PATIENCE = Patience(timeout_s=1.0, attempts=3, first_pause_s=0.01)
 
 
-@functools.cache
-def clip(number: int) -> bytes:
-    rng = np.random.default_rng(number)
-    return encode_mp4(rng.integers(0, 256, (9, 32, 32, 3), dtype=np.uint8), fps=8)
-
-
-def make_record(number: int) -> Record:
-    return Record(
-        key=f"clip-{number}",
-        source="test",
-        split="train",
+def word_record(number: int) -> Record:
+    return make_record(
+        number,
         utterance=f"Word {number}.",
-        speaker="Ann",
-        sentiment=1.0,
         emotion=None if number == 3 else "joy",
         tasks=(Task.MSA,),
         num_frames=9,
-        media=Video(mp4=clip(number)),
+        media=Video(mp4=make_clip(number, frames=9)),
     )
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     path = tmp_path / "shards"
-    build_shards([make_record(n) for n in range(CLIPS)], path, provenance={})
+    build_shards([word_record(n) for n in range(CLIPS)], path, provenance={})
     return path
 
 
@@ -179,7 +168,7 @@ def test_a_clip_that_fails_is_named_and_asked_for_again(
 
 
 def test_a_server_that_is_gone_ends_the_run_early(unused_url: str, tmp_path: Path) -> None:
-    many = [replace(make_record(0), key=f"clip-{n}") for n in range(60)]
+    many = [replace(word_record(0), key=f"clip-{n}") for n in range(60)]
     build_shards(many, tmp_path / "shards", provenance={})
     quick = replace(PATIENCE, attempts=1)
     report = annotate_reasons(

@@ -14,7 +14,7 @@ from data_shards.build.build import build_shards
 from data_shards.build.cli import _cut_alike
 from data_shards.build.journal import work_folder
 from data_shards.shards.writer import pack_record
-from data_shards.sources.synthetic import SyntheticOptions, synthetic_records
+from data_shards.sources.synthetic import SyntheticOptions, make_record
 from launch import cli
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -68,7 +68,7 @@ def test_a_finished_build_is_only_reported(
 
 
 def test_shards_that_were_cut_by_their_size_are_those_of_the_same_limits(tmp_path: Path) -> None:
-    records = list(synthetic_records(SyntheticOptions(clips=9)))
+    records = [make_record(SyntheticOptions(clips=9), index) for index in range(9)]
     limit = 2 * max(len(pack_record(record).blocks) for record in records)
     index = build_shards(
         records, tmp_path / "a", provenance={}, max_records_per_shard=8, max_bytes=limit

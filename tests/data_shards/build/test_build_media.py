@@ -12,20 +12,15 @@ import pytest
 
 from data_shards.build.build import build_shards
 from data_shards.build.journal import work_folder
-from data_shards.build.source_item import FileRecipe, Skipped
+from data_shards.build.source_item import FileItem, Skipped
 from data_shards.media.video import encode_mp4
 from data_shards.shards.index import ShardIndex
 from data_shards.shards.record import Record, Video
 from data_shards.tasks import Task
 from launch import cli
+from tests.builders import make_clip
 
 CLIPS, PER_SHARD, MISSING = 30, 5, 9
-
-
-@functools.cache
-def clip() -> bytes:
-    rng = np.random.default_rng(0)
-    return encode_mp4(rng.integers(0, 256, (6, 32, 32, 3), dtype=np.uint8), fps=8)
 
 
 @functools.cache
@@ -33,7 +28,7 @@ def other_clip() -> bytes:
     """Another clip of as many frames and bytes (a decoder passes over the box `free`)."""
     rng = np.random.default_rng(1)
     found = encode_mp4(rng.integers(0, 200, (6, 32, 32, 3), dtype=np.uint8), fps=8)
-    return _padded(found, len(clip()) - len(found))
+    return _padded(found, len(make_clip()) - len(found))
 
 
 def _padded(mp4: bytes, number: int) -> bytes:
@@ -56,12 +51,12 @@ def read(path: Path) -> Record | Skipped:
     )
 
 
-def recipe(path: Path) -> FileRecipe:
-    return FileRecipe(make=partial(read, path), path=path)
+def file_item(path: Path) -> FileItem:
+    return FileItem(make=partial(read, path), path=path)
 
 
 def build(folder: Path, out: Path, **more: Any) -> ShardIndex:
-    items = [recipe(folder / f"{number}.mp4") for number in range(CLIPS)]
+    items = [file_item(folder / f"{number}.mp4") for number in range(CLIPS)]
     limits: dict[str, Any] = {"max_records_per_shard": PER_SHARD, "strict": False}
     return build_shards(items, out, provenance={}, **limits, **more)
 
@@ -85,7 +80,7 @@ def media(tmp_path: Path) -> Path:
     folder.mkdir()
     for number in range(CLIPS):
         if number != MISSING:
-            (folder / f"{number}.mp4").write_bytes(clip())
+            (folder / f"{number}.mp4").write_bytes(make_clip())
     with pytest.raises(KeyboardInterrupt):
         build(folder, tmp_path / "shards", progress=stop_at(23))
     assert len(list((work_folder(tmp_path / "shards") / "done").iterdir())) == 4
@@ -100,7 +95,7 @@ def replaced(folder: Path) -> str:
 def longer_and_dated_back(folder: Path) -> str:
     path = folder / "8.mp4"
     before = path.stat()
-    path.write_bytes(_padded(clip(), 16))
+    path.write_bytes(_padded(make_clip(), 16))
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     return path.name
 
@@ -111,7 +106,7 @@ def removed(folder: Path) -> str:
 
 
 def found_again(folder: Path) -> str:
-    (folder / f"{MISSING}.mp4").write_bytes(clip())
+    (folder / f"{MISSING}.mp4").write_bytes(make_clip())
     return f"{MISSING}.mp4"
 
 
@@ -143,25 +138,25 @@ def test_files_that_stay_the_same_are_not_read_again(tmp_path: Path, media: Path
 
 def test_a_file_that_changes_while_it_is_read_counts_as_changed(tmp_path: Path) -> None:
     path = tmp_path / "1.mp4"
-    path.write_bytes(clip())
+    path.write_bytes(make_clip())
 
     def read_then_replace() -> Record | Skipped:
         record = read(path)
         path.write_bytes(other_clip())
         return record
 
-    (tmp_path / "2.mp4").write_bytes(clip())
-    second = recipe(tmp_path / "2.mp4")
-    first = FileRecipe(make=read_then_replace, path=path)
+    (tmp_path / "2.mp4").write_bytes(make_clip())
+    second = file_item(tmp_path / "2.mp4")
+    first = FileItem(make=read_then_replace, path=path)
     out, told = tmp_path / "shards", list[str]()
     with pytest.raises(KeyboardInterrupt):
         build_shards(
             [first, second], out, provenance={}, max_records_per_shard=1, progress=stop_at(2)
         )
     assert len(list((work_folder(out) / "done").iterdir())) == 1
-    items = [recipe(path), second]
+    items = [file_item(path), second]
     build_shards(items, out, provenance={}, max_records_per_shard=1, notice=told.append)
-    assert told == [f"{path} has changed since it was read: 1 finished shard is made again"]
+    assert told == [f"{path} has changed since it was read: 1 finished shard is built again"]
     assert other_clip() in (out / "shard-000000.tar").read_bytes()
 
 
@@ -173,7 +168,7 @@ def swift(tmp_path: Path) -> Iterator[list[str]]:
     """The command that builds four clips of a file of ms-swift."""
     rows = []
     for number in range(4):
-        (tmp_path / f"{number}.mp4").write_bytes(clip())
+        (tmp_path / f"{number}.mp4").write_bytes(make_clip())
         query = f'"query": "Hello {number}. <emotion> Which?", "response": "Happy."'
         rows.append(f'{{{query}, "videos": ["{number}.mp4"]}}\n')
     (tmp_path / "rows.jsonl").write_text("".join(rows))

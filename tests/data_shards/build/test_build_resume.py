@@ -1,41 +1,30 @@
 """A build in several processes: same bytes for any number, killed at any moment, bad clips."""
 
 import fcntl
-import functools
 import json
 import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from data_shards.build.build import BuildOptions, build_shards
 from data_shards.build.journal import work_folder
-from data_shards.build.source_item import Recipe, Skipped
-from data_shards.build.worker_pool import ordered_map
+from data_shards.build.source_item import RecordFactory, Skipped
 from data_shards.inspection.lint import lint
-from data_shards.media.video import encode_mp4
 from data_shards.shards.index import ShardIndex
 from data_shards.shards.record import Record, Video
 from data_shards.tasks import Task
+from tests.builders import make_record
 
 RECORDS, PER_SHARD = 40, 5
-
-
-@functools.cache
-def clip() -> bytes:
-    rng = np.random.default_rng(0)
-    return encode_mp4(rng.integers(0, 256, (6, 32, 32, 3), dtype=np.uint8), fps=8)
 
 
 def make(number: int, pause_s: float = 0.0) -> Record | Skipped:
@@ -45,26 +34,19 @@ def make(number: int, pause_s: float = 0.0) -> Record | Skipped:
         return Skipped(
             key=f"clip-{number}", source="test", split="train", reason="missing", detail="no file"
         )
-    return Record(
-        key=f"clip-{number}",
-        source="test",
-        split="train",
-        utterance=f"Word {number}.",
-        speaker="Ann",
-        emotion="joy",
-        tasks=(Task.ER,),
-        num_frames=6,
-        media=Video(mp4=b"broken" if number == 12 else clip()),
+    media = {"media": Video(mp4=b"broken")} if number == 12 else {}
+    return make_record(
+        number, utterance=f"Word {number}.", sentiment=None, tasks=(Task.ER,), **media
     )
 
 
-def recipes(pause_s: float = 0.0) -> Iterator[Recipe]:
+def items(pause_s: float = 0.0) -> Iterator[RecordFactory]:
     return (partial(make, number, pause_s) for number in range(RECORDS))
 
 
 def build(out: Path, *, workers: int = 1, pause_s: float = 0.0, **more: object) -> ShardIndex:
     return build_shards(
-        recipes(pause_s),
+        items(pause_s),
         out,
         provenance={"corpus": "test"},
         max_records_per_shard=PER_SHARD,
@@ -118,7 +100,7 @@ def test_clips_that_are_left_out_are_counted_and_listed(tmp_path: Path) -> None:
 
 def test_strict_stops_at_the_first_of_them(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="record clip-3: missing: no file; without strict"):
-        build_shards(recipes(), tmp_path / "a", provenance={}, workers=2)
+        build_shards(items(), tmp_path / "a", provenance={}, workers=2)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -231,9 +213,9 @@ def test_another_build_may_not_go_on(tmp_path: Path, whole: dict[str, bytes]) ->
     interrupted(out, 23)
     other = {"corpus": "other"}
     with pytest.raises(ValueError, match=r"another provenance\.corpus \('test' there, 'other' h"):
-        build_shards(recipes(), out, provenance=other, max_records_per_shard=PER_SHARD)
+        build_shards(items(), out, provenance=other, max_records_per_shard=PER_SHARD)
     with pytest.raises(ValueError, match=r"limits.max_records_per_shard \(5 there, 6 here\)"):
-        build_shards(recipes(), out, provenance={"corpus": "test"}, max_records_per_shard=6)
+        build_shards(items(), out, provenance={"corpus": "test"}, max_records_per_shard=6)
     done: list[int] = []
     build(out, fresh=True, progress=done.append)
     assert done[0] == 1 and files(out) == whole
@@ -261,72 +243,6 @@ def test_two_builds_of_one_folder_do_not_meet(tmp_path: Path) -> None:
         other.kill()
         other.join()
     build(out)  # the lock ends with its process
-
-
-def slow_square(number: int) -> int:
-    time.sleep(0.02 * (number % 3 == 0))
-    return number * number
-
-
-def test_results_come_in_order_and_nothing_is_read_far_ahead() -> None:
-    taken: list[int] = []
-
-    def source() -> Iterator[int]:
-        for number in range(200):
-            taken.append(number)
-            yield number
-
-    results = ordered_map(slow_square, source(), workers=2, chunk=4)
-    assert next(results) == 0
-    assert len(taken) <= 2 * 3 * 4 + 4
-    assert list(results) == [n * n for n in range(1, 200)]
-
-
-def test_errors_and_killed_workers_are_told() -> None:
-    with pytest.raises(ZeroDivisionError):
-        list(ordered_map(lambda n: 1 // (n - 5), range(20), workers=2))
-    with pytest.raises(RuntimeError, match="worker process was killed, perhaps because memory ran"):
-        list(ordered_map(lambda n: os.kill(os.getpid(), signal.SIGKILL), range(8), workers=2))
-
-
-def killed_while_sending(number: int) -> bytes:
-    threading.Timer(0.01 * (number % 8), os.kill, (os.getpid(), signal.SIGKILL)).start()
-    return bytes(30_000_000)
-
-
-def test_a_worker_killed_in_the_middle_of_a_result_is_told() -> None:
-    for _ in range(3):
-        with pytest.raises(RuntimeError, match="worker process was killed"):
-            list(ordered_map(killed_while_sending, range(32), workers=2, chunk=1))
-
-
-class Peculiar(Exception):
-    """Pickles, and cannot be made again."""
-
-    def __init__(self, one: int, two: int) -> None:
-        super().__init__(f"{one} and {two}")
-
-
-def test_an_error_comes_with_the_place_where_it_was_raised() -> None:
-    def fail(number: int) -> int:
-        raise Peculiar(number, 1)
-
-    with pytest.raises(RuntimeError, match=r"(?s)Peculiar: 0 and 1.*in fail"):
-        list(ordered_map(fail, range(4), workers=2))
-    with pytest.raises(ZeroDivisionError) as caught:
-        list(ordered_map(lambda n: n // 0, range(4), workers=2))
-    assert "in <lambda>" in caught.value.__notes__[0]
-
-
-def test_results_that_nobody_wants_do_not_keep_the_program(
-    run_python: Callable[..., subprocess.CompletedProcess[str]],
-) -> None:
-    code = (
-        "from data_shards.build.worker_pool import ordered_map; from itertools import count\n"
-        "results = ordered_map(str, count(), workers=2); print(next(results), next(results))"
-    )
-    done = run_python("-c", code)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "0 1\n", "")
 
 
 def test_an_interrupted_first_shard_leaves_nothing(tmp_path: Path) -> None:

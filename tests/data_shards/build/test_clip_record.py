@@ -1,4 +1,4 @@
-"""Drafts become records, or say why not: missing, damaged, cut from a longer video, stills."""
+"""Pending records become records, or Skipped: missing, damaged, cut from a video, stills."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_shards.build.clip_record import Clip, Draft, MediaOptions, hash_file, make_record
+from data_shards.build.clip_record import Clip, MediaOptions, PendingRecord, hash_file, make_record
 from data_shards.build.source_item import Skipped
 from data_shards.media.video import DamagedVideo, count_frames, cut_clip, decode_frames, encode_mp4
 from data_shards.shards.record import Record, Video
@@ -33,8 +33,8 @@ def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def draft(path: Path | None, **changes: object) -> Draft:
-    base = Draft(
+def pending(path: Path | None, **changes: object) -> PendingRecord:
+    base = PendingRecord(
         key="a_1",
         source="test",
         split="train",
@@ -43,7 +43,7 @@ def draft(path: Path | None, **changes: object) -> Draft:
         sentiment=1.0,
         emotion="joy",
         tasks=(Task.MSA, Task.ER),
-        clip=Clip(path=path, looked_for="some/place.mp4"),
+        clip=Clip(path=path, expected="some/place.mp4"),
     )
     return replace(base, **changes)  # type: ignore[arg-type]
 
@@ -54,7 +54,7 @@ def mp4_of(result: Record | Skipped) -> bytes:
 
 
 def test_a_whole_file_is_kept_byte_for_byte(film: Path) -> None:
-    record = make_record(draft(film))
+    record = make_record(pending(film))
     assert mp4_of(record) == film.read_bytes()
     assert isinstance(record, Record) and record.num_frames == FRAMES
 
@@ -71,7 +71,7 @@ def test_a_whole_file_is_kept_byte_for_byte(film: Path) -> None:
 def test_a_clip_is_cut_to_the_frame(
     film: Path, start: float, end: float | None, shown: range
 ) -> None:
-    span = draft(film, clip=Clip(path=film, start_s=start, end_s=end))
+    span = pending(film, clip=Clip(path=film, start_s=start, end_s=end))
     mp4 = mp4_of(make_record(span))
     assert numbers(mp4) == list(shown)
     assert mp4 == mp4_of(make_record(span))  # the same bytes every time
@@ -82,7 +82,7 @@ def test_a_clip_is_cut_to_the_frame(
 
 def test_a_span_without_a_frame_is_damaged_media(film: Path) -> None:
     for start, end in ((9.0, 10.0), (1.0, 1.0), (1.04, 1.06)):
-        result = make_record(draft(film, clip=Clip(path=film, start_s=start, end_s=end)))
+        result = make_record(pending(film, clip=Clip(path=film, start_s=start, end_s=end)))
         assert isinstance(result, Skipped) and result.reason == "media-damaged"
         assert f"{start:.3f} to {end:.3f} s: no frame is shown there" in result.detail
         with pytest.raises(DamagedVideo, match="no frame is shown"):
@@ -95,10 +95,10 @@ def test_odd_sizes_are_cropped_to_even(tmp_path: Path, film: Path) -> None:
     assert decode_frames(cut_clip(path, 0, 0.3, copy=False), [0]).shape == (1, 40, 70, 3)
 
 
-def test_missing_media_say_what_was_looked_for(tmp_path: Path) -> None:
-    result = make_record(draft(None))
+def test_missing_media_name_the_expected_file(tmp_path: Path) -> None:
+    result = make_record(pending(None))
     assert str(result) == "a_1: media-missing: no file some/place.mp4"
-    gone = make_record(draft(tmp_path / "gone.mp4"))
+    gone = make_record(pending(tmp_path / "gone.mp4"))
     assert isinstance(gone, Skipped) and gone.reason == "media-missing"
     assert str(tmp_path / "gone.mp4") in gone.detail
 
@@ -111,37 +111,37 @@ def test_damaged_media_say_why(film: Path, tmp_path: Path, damage: str) -> None:
         at = data.index(b"mdat") + 700
         data = data[:at] + bytes(400) + data[at + 400 :]
     path.write_bytes({"empty": b"", "text": b"<html>", "cut": data[:900], "holes": data}[damage])
-    result = make_record(draft(path))
+    result = make_record(pending(path))
     assert isinstance(result, Skipped) and result.reason == "media-damaged"
     assert result.detail.startswith(str(path))
     if damage == "holes":
-        assert isinstance(make_record(draft(path), MediaOptions(check="packets")), Record)
+        assert isinstance(make_record(pending(path), MediaOptions(check="packets")), Record)
 
 
 def test_a_black_clip_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "black.mp4"
     path.write_bytes(encode_mp4(np.full((5, 32, 32, 3), 6, np.uint8), FPS))
-    result = make_record(draft(path))
+    result = make_record(pending(path))
     assert isinstance(result, Skipped) and result.reason == "media-black"
     path.write_bytes(encode_mp4([np.full((32, 32, 3), 90 * n, np.uint8) for n in (0, 1)], FPS))
-    assert isinstance(make_record(draft(path)), Record)  # it begins black
+    assert isinstance(make_record(pending(path)), Record)  # it begins black
 
 
 def test_a_peak_outside_the_clip_is_not_trained_on(film: Path) -> None:
     face = {"expressions": ("Smile",), "tasks": (Task.MSA, Task.ER, Task.FER)}
-    record = make_record(draft(film, peak_frame=59, **face))
+    record = make_record(pending(film, peak_frame=59, **face))
     assert isinstance(record, Record) and record.peak_frame == 59
-    result = make_record(draft(film, peak_frame=60, **face))
+    result = make_record(pending(film, peak_frame=60, **face))
     assert isinstance(result, Skipped) and result.reason == "peak-outside"
     assert "the peak frame is 60, the clip has 60" in result.detail
 
 
 def test_a_still_is_the_peak_or_the_middle(film: Path) -> None:
-    record = make_record(draft(film, peak_frame=41, still=True))
+    record = make_record(pending(film, peak_frame=41, still=True))
     assert isinstance(record, Record) and (record.num_frames, record.peak_frame) == (1, 0)
     assert numbers(mp4_of(record)) == [41]
-    assert numbers(mp4_of(make_record(draft(film, still=True)))) == [FRAMES // 2]
-    outside = make_record(draft(film, peak_frame=99, still=True))
+    assert numbers(mp4_of(make_record(pending(film, still=True)))) == [FRAMES // 2]
+    outside = make_record(pending(film, peak_frame=99, still=True))
     assert isinstance(outside, Skipped) and "frame 99 asked" in outside.detail
 
 

@@ -1,45 +1,32 @@
 """Decisions about records: read strictly, applied before storing, reported by the build."""
 
-import functools
 import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from data_shards.build.build import build_shards
 from data_shards.build.curation import Amendments, Decision, read_curation, write_curation
 from data_shards.build.source_item import Skipped
 from data_shards.jsonl import read_rows
-from data_shards.media.video import encode_mp4
 from data_shards.shards.index import ShardIndex
 from data_shards.shards.reader import ShardReader
-from data_shards.shards.record import Record, Turn, Video
+from data_shards.shards.record import Record, Turn
 from data_shards.tasks import Pair, Task
 from launch import cli
+from tests.builders import make_record
 
 
-@functools.cache
-def clip() -> bytes:
-    rng = np.random.default_rng(0)
-    return encode_mp4(rng.integers(0, 256, (6, 32, 32, 3), dtype=np.uint8), fps=8)
-
-
-def make_record(number: int = 0) -> Record:
-    return Record(
-        key=f"clip-{number}",
-        source="test",
-        split="train",
+def pair_record(number: int = 0) -> Record:
+    return make_record(
+        number,
         utterance="Well.",
-        speaker="Ann",
         conversation=(Turn(speaker="Ann", text="Well."),),
         target=1,
-        emotion="joy",
+        sentiment=None,
         pairs=(Pair(1, "joy", 1),),
         tasks=(Task.ER, Task.ECPE),
-        num_frames=6,
-        media=Video(mp4=clip()),
     )
 
 
@@ -55,9 +42,9 @@ def correct(name: str, value: Any) -> dict[str, Any]:
 
 def test_what_decisions_do(tmp_path: Path) -> None:
     keep = {"key": "clip-0", "action": "keep", "reason": "fine"}
-    assert Amendments(decisions=read(tmp_path, keep))(make_record()) == make_record()
+    assert Amendments(decisions=read(tmp_path, keep))(pair_record()) == pair_record()
     drop = {"key": "clip-0", "action": "drop", "reason": "black picture"}
-    dropped = Amendments(decisions=read(tmp_path, drop))(make_record())
+    dropped = Amendments(decisions=read(tmp_path, drop))(pair_record())
     assert isinstance(dropped, Skipped) and dropped.detail == "black picture"
     fixes = [
         correct("emotion", "fear"),
@@ -66,22 +53,22 @@ def test_what_decisions_do(tmp_path: Path) -> None:
         correct("tasks", ["er"]),
         correct("sentiment", -1),
     ]
-    fixed = Amendments(decisions=read(tmp_path, *fixes))(make_record())
+    fixed = Amendments(decisions=read(tmp_path, *fixes))(pair_record())
     assert isinstance(fixed, Record)
     assert (fixed.emotion, fixed.sentiment, fixed.tasks) == ("fear", -1.0, (Task.ER,))
     assert fixed.utterance == "Oh \u2013 well." and fixed.pairs == (Pair(1, "fear", 1),)
-    assert fixed.media == make_record().media
-    assert Amendments(decisions=read(tmp_path, drop))(make_record(1)) == make_record(1)
+    assert fixed.media == pair_record().media
+    assert Amendments(decisions=read(tmp_path, drop))(pair_record(1)) == pair_record(1)
 
 
 def test_reasons_make_a_task(tmp_path: Path) -> None:
-    amended = Amendments(reasons={"clip-0": "Her  smile\nsays it."})(make_record())
+    amended = Amendments(reasons={"clip-0": "Her  smile\nsays it."})(pair_record())
     assert isinstance(amended, Record)
     assert amended.tasks == (Task.ER, Task.ERI, Task.ECPE)
     assert amended.reason == "Her smile says it."
     both = Amendments(
         reasons={"clip-0": "Her smile says it."}, decisions=read(tmp_path, correct("reason", "No."))
-    )(make_record())
+    )(pair_record())
     assert isinstance(both, Record) and both.reason == "No."  # people have the last word
 
 
@@ -145,7 +132,7 @@ def test_impossible_corrections_stop_the_build(
     amend = Amendments(decisions=read(tmp_path, correct(name, value)))
     message = rf"c\.jsonl:1: this correction is not possible: record clip-0: {rule}"
     with pytest.raises(ValueError, match=message):
-        build_shards([make_record()], tmp_path / "s", provenance={}, amend=amend, strict=False)
+        build_shards([pair_record()], tmp_path / "s", provenance={}, amend=amend, strict=False)
 
 
 def test_rows_need_json_objects(tmp_path: Path) -> None:

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 
 from data_shards.inspection.corpus_stats import corpus_stats, report_text
-from data_shards.inspection.stats import add_arguments, run
-from data_shards.inspection.stats_page import page
-from data_shards.inspection.table_one import (
+from data_shards.inspection.counts import (
     MELD_PART,
     MMSA_TRAIN,
     MOSEI_PART,
     TABLE_ONE,
     table_rows,
 )
+from data_shards.inspection.stats import add_arguments, run
+from data_shards.inspection.stats_page import page
 from launch import cli
 
 SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"
@@ -84,7 +84,7 @@ def test_text_and_page_show_the_numbers(report: dict[str, Any]) -> None:
         r"ecpe +7,081 +7,081 +\+0",
         r"records: 25,859 \+ 7,081",
         r"mosei train segments: Table I 15,870, mmsa 16,326, found 16,327",
-        r"2,535 of MELD test's 2,610 utterances are in it; 1,000 targets carry",
+        r"2,535 of MELD test's 2,610 utterances are in it; 1,000 targets have",
         r"MELD test +2,535 / 1,322 / 1,843",
         r"no_meld_test +1,112 / 5,729 / 7,908, 262 conversations dropped .*the default",
         r"no_meld_dev_test +1,000 / 5,115 / 7,042, 374 conversations dropped",
@@ -121,7 +121,7 @@ def test_labels_and_lengths_of_the_real_files(report: dict[str, Any]) -> None:
         r"meld train, emotions: neutral 4,710, joy 1,743, surprise 1,205, anger 1,109, sadness 683",
         r"meld test, sentiment: neutral 1,256, negative 833, positive 521",
         r"mosei train, sentiment: positive 8,050, negative 4,739, zero 3,538",
-        r"ecf train, place of the cause: self 4,892, 1 before 2,945, .*, and 16 more",
+        r"ecf train, position of the cause: self 4,892, 1 before 2,945, .*, and 16 more",
         r"ecf test, targets by causes: 1 1,163, 2 471, 3 93, 4 17, 5 2",
         r"lengths +min +mean +median +p95 +max",
         r"meld test seconds +0 +3.31 +2.46 +7.76 +304.94",

@@ -1,13 +1,11 @@
 """Preview shows the texts that training uses, from an index, a plain folder of tars or one tar."""
 
 import argparse
-import functools
 import struct
 import tarfile
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,29 +13,19 @@ from hypothesis import strategies as st
 from data_shards.build.build import BuildOptions, build_shards
 from data_shards.inspection.preview import add_arguments, preview, report_text, run
 from data_shards.media.mp4 import mp4_seconds
-from data_shards.media.video import encode_mp4
-from data_shards.shards.record import Record, Turn, Video
+from data_shards.shards.record import Record, Turn
 from data_shards.tasks import INSTRUCTION, Pair, Task
-
-
-@functools.cache
-def clip() -> bytes:
-    rng = np.random.default_rng(0)
-    return encode_mp4(rng.integers(0, 256, (6, 32, 32, 3), dtype=np.uint8), fps=8)
+from tests.builders import make_clip, make_record
 
 
 def records() -> list[Record]:
-    word = Record(
-        key="clip-0",
-        source="test",
-        split="train",
+    word = make_record(
+        0,
         utterance="Well.",
-        speaker="Ann",
         sentiment=-1.0,
+        emotion=None,
         tasks=(Task.MSA,),
-        num_frames=6,
         notes={"identity": 3},
-        media=Video(mp4=clip()),
     )
     turns = (Turn(speaker="Ann", text="We won!"), Turn(speaker="Bob", text="No way."))
     pair = replace(
@@ -78,7 +66,7 @@ def test_what_is_shown(folder: Path) -> None:
         "peak_frame": None,
         "duration_s": 0.75,
         "stored": "video",
-        "media_bytes": len(clip()),
+        "media_bytes": len(make_clip()),
         "notes": {"identity": 3},
     }
     assert list(second["tasks"]) == ["fer", "ecpe"]
@@ -119,7 +107,7 @@ def test_extracted_frames_and_save(tmp_path: Path) -> None:
 
 def test_save_video(folder: Path, tmp_path: Path) -> None:
     preview(folder, 1, save=tmp_path / "a" / "b")
-    assert (tmp_path / "a" / "b" / "clip-0.mp4").read_bytes() == clip()
+    assert (tmp_path / "a" / "b" / "clip-0.mp4").read_bytes() == make_clip()
 
 
 def test_wrong_input(tmp_path: Path) -> None:
@@ -147,7 +135,7 @@ def test_duration_of_the_movie_header() -> None:
     assert mp4_seconds(b"") is None
 
 
-@given(st.one_of(st.binary(max_size=80), st.integers(0, 2000).map(lambda n: clip()[:n])))
+@given(st.one_of(st.binary(max_size=80), st.integers(0, 2000).map(lambda n: make_clip()[:n])))
 def test_duration_never_raises(content: bytes) -> None:
     mp4_seconds(content)
 

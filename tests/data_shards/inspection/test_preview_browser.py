@@ -22,7 +22,7 @@ pytestmark = pytest.mark.browser
 @functools.cache
 def records() -> tuple[Record, ...]:
     options = SyntheticOptions(clips=5, seed=3)
-    return tuple(make_record(options, number) for number in range(5))
+    return tuple(make_record(options, index) for index in range(5))
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +42,14 @@ def browser() -> Iterator[Any]:
 @pytest.fixture
 def page(browser: Any, tmp_path: Path) -> Iterator[Any]:
     file, _ = write_page(records(), tmp_path / "page", title="corpus")
-    found = browser.new_page(viewport={"width": 1280, "height": 900})
+    opened = browser.new_page(viewport={"width": 1280, "height": 900})
     complaints: list[str] = []
-    found.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
-    found.on("pageerror", lambda error: complaints.append(str(error)))
-    found.on("request", lambda one: complaints.append(one.url) if _outside(one.url) else None)
-    found.goto(file.as_uri())
-    yield found
-    found.close()
+    opened.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
+    opened.on("pageerror", lambda error: complaints.append(str(error)))
+    opened.on("request", lambda sent: complaints.append(sent.url) if _outside(sent.url) else None)
+    opened.goto(file.as_uri())
+    yield opened
+    opened.close()
     assert complaints == []
 
 
@@ -57,8 +57,8 @@ def _outside(url: str) -> bool:
     return not url.startswith(("file:", "data:", "blob:"))
 
 
-def article(page: Any, number: int) -> Any:
-    return page.locator("article").nth(number)
+def article(page: Any, index: int) -> Any:
+    return page.locator("article").nth(index)
 
 
 def export(page: Any, path: Path) -> Path:
@@ -75,17 +75,17 @@ def test_clips_play_and_show_their_peak(page: Any) -> None:
     )
     page.evaluate("document.querySelector('video').play()")
     page.wait_for_function("document.querySelector('video').currentTime > 0.2")
-    number, record = next((n, r) for n, r in enumerate(records()) if r.peak_frame is not None)
-    article(page, number).locator(".peak").click()
-    video = f"document.querySelectorAll('video')[{number}]"
+    index, record = next((n, r) for n, r in enumerate(records()) if r.peak_frame is not None)
+    article(page, index).locator(".peak").click()
+    video = f"document.querySelectorAll('video')[{index}]"
     page.wait_for_function(f"{video}.paused && {video}.currentTime > 0")
     share = page.evaluate(f"{video}.currentTime / {video}.duration")
     assert int(share * record.num_frames) == record.peak_frame
 
 
 def test_all_tasks_are_there_and_can_be_chosen(page: Any) -> None:
-    for number, record in enumerate(records()):
-        shown = article(page, number).inner_text()
+    for index, record in enumerate(records()):
+        shown = article(page, index).inner_text()
         assert all(task.upper() in shown for task in record.tasks)
     page.locator("#task").select_option("eri")
     offered = sum(Task.ERI in record.tasks for record in records())
@@ -105,7 +105,7 @@ def test_decisions_are_exported_and_build_reads_them(page: Any, tmp_path: Path) 
     third.get_by_label("New value").nth(1).fill("-1.5")
     assert page.locator("#count").inner_text() == "3"
     decisions = read_curation([export(page, tmp_path / "curation.jsonl")])
-    assert {key: found[0].action for key, found in decisions.items()} == {
+    assert {key: made[0].action for key, made in decisions.items()} == {
         records()[0].key: "keep",
         records()[1].key: "drop",
         records()[2].key: "correct",
@@ -134,7 +134,7 @@ def test_decisions_survive_leaving_the_page(page: Any, tmp_path: Path) -> None:
     assert page.locator("article:visible").count() == 3
 
 
-def test_what_cannot_be_exported_is_told(page: Any) -> None:
+def test_what_cannot_be_exported_is_reported(page: Any) -> None:
     third = article(page, 2)
     third.get_by_label("Correct").check()
     third.get_by_label("Field").select_option("pairs")

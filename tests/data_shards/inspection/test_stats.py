@@ -1,49 +1,32 @@
 """Statistics: counts per task, class and label, and lengths, by hand-made records."""
 
 import argparse
-import functools
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from data_shards.build.build import build_shards
+from data_shards.inspection.counts import cause_position, summary
 from data_shards.inspection.stats import add_arguments, report_text, run, stats
-from data_shards.inspection.summary import cause_place, summary
-from data_shards.media.video import encode_mp4
-from data_shards.shards.record import Record, Turn, Video
+from data_shards.shards.record import Record, Turn
 from data_shards.tasks import Pair, Task
-
-
-@functools.cache
-def clip(frames: int) -> bytes:
-    rng = np.random.default_rng(0)
-    return encode_mp4(rng.integers(0, 256, (frames, 32, 32, 3), dtype=np.uint8), fps=8)
+from tests.builders import make_record
 
 
 def make(key: str, tasks: tuple[Task, ...], **changes: Any) -> Record:
     turns = tuple(Turn(speaker="Ann", text=f"Turn {n}.") for n in range(1, 4))
-    base = Record(
-        key=key,
-        source="test",
-        split="train",
-        utterance="Turn 3.",
-        speaker="Ann",
-        conversation=turns,
-        target=3,
-        sentiment=1.0,
-        emotion="joy",
-        expressions=("Smile", "Dimpler"),
-        reason="She smiles.",
-        pairs=(Pair(3, "joy", 1), Pair(3, "joy", 3)),
-        tasks=tasks,
-        num_frames=4,
-        peak_frame=0,
-        media=Video(mp4=clip(4)),
-    )
-    return replace(base, **changes)
+    fields = {
+        "utterance": "Turn 3.",
+        "conversation": turns,
+        "target": 3,
+        "expressions": ("Smile", "Dimpler"),
+        "reason": "She smiles.",
+        "pairs": (Pair(3, "joy", 1), Pair(3, "joy", 3)),
+        "num_frames": 4,
+        "peak_frame": 0,
+    }
+    return make_record(key, tasks=tasks, **(fields | changes))
 
 
 @pytest.fixture
@@ -51,7 +34,7 @@ def folder(tmp_path: Path) -> Path:
     records = [
         make("a", (Task.MSA, Task.ER)),
         make("b", (Task.MSA, Task.ER), sentiment=-2.0, emotion="anger", split="test"),
-        make("c", (Task.FER,), expressions=("Smile",), num_frames=8, media=Video(mp4=clip(8))),
+        make("c", (Task.FER,), expressions=("Smile",), num_frames=8),
         make("d", (Task.ERI, Task.ECPE)),
         make("e", (Task.ECPE,), pairs=()),
     ]
@@ -123,7 +106,7 @@ def test_summary() -> None:
 
 
 def test_place_of_a_cause() -> None:
-    assert [cause_place(3, cause) for cause in (1, 2, 3, 4)] == [
+    assert [cause_position(3, cause) for cause in (1, 2, 3, 4)] == [
         "2 before",
         "1 before",
         "self",

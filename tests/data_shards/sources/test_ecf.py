@@ -13,7 +13,7 @@ from data_shards.sources.ecf import (
     EcfClips,
     EcfCorpus,
     Utterance,
-    ecf_drafts,
+    ecf_records,
     episodes,
     load_ecf,
     own_clips,
@@ -193,12 +193,12 @@ def test_the_order_of_places(tmp_path: Path, clip_bytes: bytes) -> None:
     meld = {(1, 2): Clip(path=paths["meld.mp4"])}
     assert clips_of(own=own, meld=meld, episodes=film).clip(1, turn).path == paths["own.mp4"]
     assert clips_of(meld=meld, episodes=film).clip(1, turn).path == paths["meld.mp4"]
-    lost = {(1, 2): Clip(path=None, looked_for="train/dia5_utt1.mp4")}
+    lost = {(1, 2): Clip(path=None, expected="train/dia5_utt1.mp4")}
     cut = clips_of(meld=lost, episodes=film).clip(1, turn)
     assert (cut.path, cut.start_s, cut.end_s) == (paths["ep.mkv"], 5, 6.5)
     none = clips_of(meld=lost).clip(1, turn)
     assert none.path is None
-    assert none.looked_for == "dia1utt2.mp4 or train/dia5_utt1.mp4 or S01E02"
+    assert none.expected == "dia1utt2.mp4 or train/dia5_utt1.mp4 or S01E02"
 
 
 def test_episodes_by_name(tmp_path: Path) -> None:
@@ -214,11 +214,11 @@ def test_episodes_by_name(tmp_path: Path) -> None:
         episodes(tmp_path)
 
 
-def test_drafts_of_a_conversation(tmp_path: Path) -> None:
+def test_records_of_a_conversation(tmp_path: Path) -> None:
     path = tmp_path / "train.txt"
     path.write_text(BLOCK)
     conversation = read_text(path)[0]
-    two, three = ecf_drafts(conversation, "train", clips_of())
+    two, three = ecf_records(conversation, "train", clips_of())
     assert (two.key, three.key) == ("ecf_train_dia7_utt2", "ecf_train_dia7_utt3")
     assert two.tasks == (Task.ECPE,) and two.target == 2 and len(two.conversation) == 3
     assert two.pairs == (Pair(2, "joy", 1), Pair(2, "joy", 2))

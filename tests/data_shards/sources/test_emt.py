@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from data_shards.build.source_item import FileRecipe
+from data_shards.build.source_item import FileItem
 from data_shards.shards.index import ShardIndex
 from data_shards.shards.reader import ShardReader
 from data_shards.shards.record import Record
@@ -245,8 +245,8 @@ def test_wrong_labels_of_files_are_named(
     ("source", "names", "message"),
     [
         ("meld", "mosei", "build meld: needs --meld DIR"),
-        ("meld", "meld ecf", "--ecf is of no use here; build emt joins the corpora"),
-        ("ecf", "ecf mosei", "--mosei is of no use here"),
+        ("meld", "meld ecf", "--ecf is not used here; build emt joins the corpora"),
+        ("ecf", "ecf mosei", "--mosei is not used here"),
     ],
 )
 def test_folders_must_fit_the_source(build: Build, source: str, names: str, message: str) -> None:
@@ -270,8 +270,8 @@ def test_every_item_names_the_file_that_it_reads(corpora: Path) -> None:
     args = parser.parse_args([*folders, "--leakage", "paper", "--episodes", str(film.parent)])
     args.source = "emt"
     items = list(emt.open_source(args).items)
-    assert all(isinstance(item, FileRecipe) for item in items)
-    paths = {item.path for item in items if isinstance(item, FileRecipe)}
+    assert all(isinstance(item, FileItem) for item in items)
+    paths = {item.path for item in items if isinstance(item, FileItem)}
     clips = {
         path
         for path in corpora.rglob("*.mp4")

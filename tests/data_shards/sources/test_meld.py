@@ -9,11 +9,12 @@ import pytest
 
 from data_shards.sources.meld import (
     SPLITS,
+    MeldClipId,
     MeldClips,
     MeldRow,
     is_left_out,
     known_issue,
-    meld_draft,
+    meld_record,
     read_meld,
     repeats,
 )
@@ -195,10 +196,10 @@ def download(tmp_path: Path, clip_bytes: bytes) -> Path:
 
 def test_one_name_in_three_splits(download: Path, rows: Sequence[MeldRow]) -> None:
     clips = MeldClips(download)
-    folders = {split: clips.clip(split, 0, 0).path for split in SPLITS}
+    folders = {split: clips.clip(MeldClipId(split, 0, 0)).path for split in SPLITS}
     assert len(set(folders.values())) == 3 and len(clips) == 4
-    missing = clips.clip("train", 1, 4)
-    assert missing.path is None and missing.looked_for.endswith("train_splits/dia1_utt4.mp4")
+    missing = clips.clip(MeldClipId("train", 1, 4))
+    assert missing.path is None and missing.expected.endswith("train_splits/dia1_utt4.mp4")
     names = [path.name for path in clips.without_annotation(rows)]
     assert names == ["dia66_utt9.mp4", "final_videos_testdia0_utt0.mp4"]
 
@@ -216,14 +217,14 @@ def test_known_bad_clips(rows: Sequence[MeldRow]) -> None:
     assert len(by_rule["skip"]) == 6 and by_rule["keep"] == []
 
 
-def test_a_draft_of_a_row(download: Path, rows: Sequence[MeldRow]) -> None:
+def test_the_record_of_a_row(download: Path, rows: Sequence[MeldRow]) -> None:
     clips = MeldClips(download)
-    draft = meld_draft(rows[0], clips)
-    assert draft.tasks == (Task.MSA, Task.ER)
-    assert (draft.sentiment, draft.emotion, draft.notes["season"]) == (0.0, "neutral", 8)
-    assert meld_draft(rows[0], clips, neutral_msa=False).tasks == (Task.ER,)
+    pending = meld_record(rows[0], clips)
+    assert pending.tasks == (Task.MSA, Task.ER)
+    assert (pending.sentiment, pending.emotion, pending.notes["season"]) == (0.0, "neutral", 8)
+    assert meld_record(rows[0], clips, neutral_msa=False).tasks == (Task.ER,)
     bad = next(row for row in rows if row.key == "meld_train_dia309_utt0")
-    assert "badly cut" in str(meld_draft(bad, clips).notes["media_issue"])
+    assert "badly cut" in str(meld_record(bad, clips).notes["media_issue"])
 
 
 def test_a_file_may_lie_deeper(tmp_path: Path) -> None:

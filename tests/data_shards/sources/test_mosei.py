@@ -21,7 +21,7 @@ from data_shards.sources.mosei import (
     join_by_rank,
     join_by_time,
     load_mosei,
-    mosei_draft,
+    mosei_record,
 )
 from data_shards.sources.mosei_files import (
     Interval,
@@ -80,8 +80,8 @@ def test_signs_of_the_real_table(table: MoseiCorpus) -> None:
 def test_the_tables_happy_is_not_believed(table: MoseiCorpus, tmp_path: Path) -> None:
     """Its label6 makes every segment without emotion happy."""
     assert all(segment.intensities is None for segment in table.segments)
-    draft = mosei_draft(table.segments[0], MoseiClips(tmp_path))
-    assert draft is not None and draft.tasks == (Task.MSA,) and draft.emotion is None
+    pending = mosei_record(table.segments[0], MoseiClips(tmp_path))
+    assert pending is not None and pending.tasks == (Task.MSA,) and pending.emotion is None
 
 
 def test_real_folds(real_data: Path) -> None:
@@ -325,21 +325,21 @@ def test_a_clip_file_or_a_span_of_the_whole_video(tmp_path: Path, clip_bytes: by
     clips = MoseiClips(tmp_path)
     first, second, third = (clips.clip(segment(video)) for video in ODD_IDS)
     assert first.path is not None and first.end_s is None
-    assert second.path is None and second.looked_for.endswith(f"{ODD_IDS[1]}/3.mp4")
+    assert second.path is None and second.expected.endswith(f"{ODD_IDS[1]}/3.mp4")
     assert third.path == whole / f"{ODD_IDS[2]}.mp4" and third.start_s == -0.2
-    draft = mosei_draft(segment(ODD_IDS[2]), clips)
-    assert draft is not None
-    record = make_record(draft)
+    pending = mosei_record(segment(ODD_IDS[2]), clips)
+    assert pending is not None
+    record = make_record(pending)
     assert isinstance(record, Record) and record.num_frames == 5  # from 0, not from -0.2
 
 
 def test_tasks_of_a_segment(tmp_path: Path) -> None:
     clips = MoseiClips(tmp_path)
     both = segment("v", intensities=(0, 0, 1.0, 0, 0, 0))
-    draft = mosei_draft(both, clips)
-    assert draft is not None and draft.tasks == (Task.MSA, Task.ER)
-    assert draft.emotion == "anger" and draft.notes["anger"] == 1.0
-    assert draft.key == "mosei_v_3" and draft.speaker == ""
-    only_er = mosei_draft(both, clips, neutral_msa=False)
+    pending = mosei_record(both, clips)
+    assert pending is not None and pending.tasks == (Task.MSA, Task.ER)
+    assert pending.emotion == "anger" and pending.notes["anger"] == 1.0
+    assert pending.key == "mosei_v_3" and pending.speaker == ""
+    only_er = mosei_record(both, clips, neutral_msa=False)
     assert only_er is not None and only_er.tasks == (Task.ER,)
-    assert mosei_draft(segment("v"), clips, neutral_msa=False) is None
+    assert mosei_record(segment("v"), clips, neutral_msa=False) is None

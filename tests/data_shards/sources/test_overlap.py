@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from data_shards.sources.ecf import Conversation, EcfCorpus, MeldPlace, Utterance, load_ecf
-from data_shards.sources.meld import MeldRow, read_meld
+from data_shards.sources.ecf import Conversation, EcfCorpus, Utterance, UtteranceId, load_ecf
+from data_shards.sources.meld import MeldClipId, MeldRow, read_meld
 from data_shards.sources.overlap import (
     DEFAULT_LEAKAGE,
     is_clean,
@@ -91,10 +91,11 @@ def test_ecf_test_has_no_utterance_of_meld(corpus: EcfCorpus) -> None:
 def test_one_turn_of_the_test_set_drops_the_whole_conversation() -> None:
     turns = tuple(Utterance(number=n, speaker="Ann", emotion="joy", text="Yes.") for n in (1, 2, 3))
     conversation = Conversation(id=7, utterances=turns, pairs=((1, 1), (3, 1)))
-    meld_of = {(7, 1): MeldPlace("train", 0, 0), (7, 2): MeldPlace("dev", 0, 1)}
+    first, second = UtteranceId(7, 1), UtteranceId(7, 2)
+    meld_of = {first: MeldClipId("train", 0, 0), second: MeldClipId("dev", 0, 1)}
     assert is_clean(conversation, meld_of, "no_meld_test")
     assert not is_clean(conversation, meld_of, "no_meld_dev_test")
-    meld_of[7, 2] = MeldPlace("test", 0, 1)
+    meld_of[second] = MeldClipId("test", 0, 1)
     assert is_clean(conversation, meld_of, "paper")
     assert not is_clean(conversation, meld_of, "no_meld_test")
     # Another conversation's numbers mean nothing here.

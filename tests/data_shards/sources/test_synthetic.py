@@ -11,13 +11,12 @@ from data_shards.sources.synthetic import (
     compose_reason,
     make_record,
     make_scene,
-    synthetic_recipes,
-    synthetic_records,
+    synthetic_items,
 )
 from data_shards.tasks import TASKS, Task
 
 OPTIONS = SyntheticOptions(clips=40, seed=5, identities=8)
-RECORDS = list(synthetic_records(OPTIONS))
+RECORDS = [make_record(OPTIONS, index) for index in range(OPTIONS.clips)]
 
 
 def test_records_survive_the_disk() -> None:
@@ -38,7 +37,7 @@ def test_clips_decode_to_their_length_and_peak() -> None:
 
 
 def test_a_clip_is_a_function_of_seed_split_and_number_alone() -> None:
-    in_workers = list(ordered_map(lambda recipe: recipe(), synthetic_recipes(OPTIONS), workers=2))
+    in_workers = list(ordered_map(lambda item: item(), synthetic_items(OPTIONS), workers=2))
     assert in_workers == RECORDS
     assert make_record(OPTIONS, 7) == RECORDS[7]
     assert make_record(SyntheticOptions(clips=40, seed=6, identities=8), 7) != RECORDS[7]

@@ -44,7 +44,7 @@ def trained(run_ranks: Callable[..., list[Any]], tiny_config: MakeConfig) -> Mak
 
 
 def export(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, Any]:
-    """Exit code, and the JSON result or what was said on stderr."""
+    """Exit code, and the JSON result or the text on stderr."""
     capsys.readouterr()
     code = main(["export", *map(str, words), "--json"])
     out, err = capsys.readouterr()
@@ -84,8 +84,8 @@ def test_every_layout_computes_what_was_trained(
         else:
             native, _ = import_checkpoint(config.model.base, torch.float32)
             PeftModel.from_pretrained(native, str(out), autocast_adapter_dtype=False)
-        found = logits(compose(native.eval(), config_json, None, train="none"))
-        torch.testing.assert_close(found, expected, atol=5e-5, rtol=0)
+        actual = logits(compose(native.eval(), config_json, None, train="none"))
+        torch.testing.assert_close(actual, expected, atol=5e-5, rtol=0)
 
 
 def test_the_stored_type_is_the_base_s_unless_asked(
@@ -176,7 +176,7 @@ def test_a_wrong_copy_is_a_fault(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The comparison is no ornament: a merge that forgets one layer ends with exit code 1."""
+    """A merge that leaves out one layer ends with exit code 1."""
     from emoverse.export import layouts
 
     config = trained()
@@ -226,8 +226,8 @@ def test_wrong_input(
         ((tmp_path / "torn", "--out", out), "torn/adapter_config.json is not JSON"),
         ((tmp_path / "list", "--out", out), "list/adapter_config.json is not JSON"),
         ((tmp_path / "mute", "--out", out), "peft_type must be 'LORA', found None"),
-        ((tmp_path / "unnamed", "--out", out), "does not say which base it belongs to"),
-        ((run_dir, "--out", tmp_path / "full" / "x"), "must be a folder, found a file"),
+        ((tmp_path / "unnamed", "--out", out), "does not name its base model"),
+        ((run_dir, "--out", tmp_path / "full" / "x"), "is a file; choose a new folder"),
         ((run_dir, "--out", out, "--base", odd), "is not the base that stage1 was trained on"),
         ((run_dir, "--out", out, "--base", other), "is not the base that stage1 was trained on"),
         ((tmp_path / "full", "--out", out), "neither a run directory"),
@@ -237,8 +237,8 @@ def test_wrong_input(
         ((run_dir, "--out", out, "--base", "internvl2-4b"), "a name that only `plan` can use"),
     ]
     for words, message in cases:
-        code, said = export(capsys, *words, "--layout", "internvl2")
-        assert code == 2 and message in said, said
+        code, output = export(capsys, *words, "--layout", "internvl2")
+        assert code == 2 and message in output, output
         assert not out.exists()
 
 
@@ -262,8 +262,8 @@ def test_a_broken_export_leaves_nothing_under_its_name(
 
     with monkeypatch.context() as broken:
         broken.setattr(layouts.ShardWriter, "close", full)
-        code, said = export(*words)
-    assert code != 0 and "No space left" in said
+        code, output = export(*words)
+    assert code != 0 and "No space left" in output
     assert not any((tmp_path / "target").iterdir())
     left = tmp_path / ".exporting-target"
     (left / "model-00007-of-00009.safetensors").touch()

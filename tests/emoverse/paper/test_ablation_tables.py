@@ -176,7 +176,7 @@ def test_conditions_of_both_sides_and_a_warning_where_ours_differ(home: Path) ->
     result = ablation_json(home)
     assert result["conditions"]["unequal_protocols"] == ["give_emotion"]
     assert "the runs differ in give_emotion" in ablation_text(result)
-    assert "differ among each other in give_emotion" in render_ablations(result)
+    assert "differ from each other in give_emotion" in render_ablations(result)
 
 
 def test_other_data_another_parser_and_unfinished_stages_are_told(home: Path) -> None:
@@ -191,7 +191,7 @@ def test_other_data_another_parser_and_unfinished_stages_are_told(home: Path) ->
         assert "differ" in text and "data, parser" in text
         assert "Evaluated before the stage was finished: t1/stage2" in text
     page = render_ablations({**result, "failed": {"t3": "exit code 1 <b>"}})
-    assert "t3 failed, its rows are missing or of an earlier run: exit code 1 &lt;b&gt;" in page
+    assert "t3 failed, its rows are missing or from an earlier run: exit code 1 &lt;b&gt;" in page
 
 
 def test_a_single_clip_resolves_nothing_but_was_run(tmp_path: Path) -> None:

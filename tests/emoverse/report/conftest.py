@@ -41,29 +41,29 @@ evaluation: {{shards: {shards}, batch_size: 4}}
 """
 
 
-def _mp4(number: int) -> bytes:
+def _mp4(index: int) -> bytes:
     """A disc that moves over a grey field."""
     rows, columns = np.mgrid[0:96, 0:96]
     frames = []
     for t in range(NUM_FRAMES):
         disc = (rows - 48) ** 2 + (columns - 20 - 3 * t) ** 2 < 300
-        color = np.array([60 + 5 * (number % 30), 120, 200], dtype=np.uint8)
+        color = np.array([60 + 5 * (index % 30), 120, 200], dtype=np.uint8)
         frames.append(np.where(disc[..., None], color, np.uint8(90)).astype(np.uint8))
     return encode_mp4(np.stack(frames), fps=10)
 
 
-def make_record(number: int) -> Record:
+def make_record(index: int) -> Record:
     """A clip with the labels of all five tasks."""
-    rng = random.Random(number)
+    rng = random.Random(index)
     emotion = rng.choice(EMOTIONS)
     pair_emotion = emotion if emotion != "neutral" else "joy"
     target = rng.randint(1, 3)
     turns = tuple(
-        Turn(speaker=name, text=f"{name} speaks of day {number} & more.")
+        Turn(speaker=name, text=f"{name} speaks of day {index} & more.")
         for name in ("Anna", "Ben", "Anna")
     )
     return Record(
-        key=f"clip-{number:03d}",
+        key=f"clip-{index:03d}",
         source="synthetic",
         split="test",
         utterance=turns[target - 1].text,
@@ -77,8 +77,8 @@ def make_record(number: int) -> Record:
         pairs=(Pair(target, pair_emotion, rng.randint(1, target)),),
         tasks=TASKS,
         num_frames=NUM_FRAMES,
-        peak_frame=number % NUM_FRAMES,
-        media=Video(mp4=_mp4(number)),
+        peak_frame=index % NUM_FRAMES,
+        media=Video(mp4=_mp4(index)),
     )
 
 
@@ -97,7 +97,7 @@ def _guess(task: Task, record: Record, skill: float, rng: random.Random) -> Answ
 
 def _predictions(records: Sequence[Record], skill: float, seed: int) -> list[Prediction]:
     rng = random.Random(seed)
-    found = []
+    predictions = []
     for task in TASKS:
         for slot, record in enumerate(records):
             value = _guess(task, record, skill, rng)
@@ -113,7 +113,7 @@ def _predictions(records: Sequence[Record], skill: float, seed: int) -> list[Pre
                 emotion=record.emotion,
                 target=record.target,
             )
-            found.append(
+            predictions.append(
                 Prediction(
                     row=row,
                     label=format_answer(task, row.reference),
@@ -129,10 +129,10 @@ def _predictions(records: Sequence[Record], skill: float, seed: int) -> list[Pre
             )
     ruled = {}
     for task in TASKS:
-        rows = [one.row for one in found if one.row.task is task]
+        rows = [p.row for p in predictions if p.row.task is task]
         for row in majority_rows(task, [], rows, give_emotion=False):
             ruled[row.key, task] = row.value
-    return [dataclasses.replace(p, baseline=ruled[p.row.key, p.row.task]) for p in found]
+    return [dataclasses.replace(p, baseline=ruled[p.row.key, p.row.task]) for p in predictions]
 
 
 def _write_log(path: Path, rates: dict[str, float]) -> None:
@@ -150,12 +150,12 @@ def _write_log(path: Path, rates: dict[str, float]) -> None:
     for step in range(10, 301, 10):
         task = {
             name: {
-                "loss": 2.5 * 0.985**step + 0.2 + 0.05 * rng.random() + 0.1 * place,
+                "loss": 2.5 * 0.985**step + 0.2 + 0.05 * rng.random() + 0.1 * position,
                 "samples": round(80 * rate),
                 "mix": rate,
                 "rate": rate,
             }
-            for place, (name, rate) in enumerate(rates.items())
+            for position, (name, rate) in enumerate(rates.items())
         }
         lines.append({"kind": "step", "step": step, "loss": 1.0})
         lines.append(
@@ -180,7 +180,7 @@ MakeRun = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def records() -> list[Record]:
-    return [make_record(number) for number in range(NUM_CLIPS)]
+    return [make_record(index) for index in range(NUM_CLIPS)]
 
 
 @pytest.fixture(scope="session")

@@ -28,9 +28,9 @@ WEAK = {"base": 0.1, "stage1": 0.35, "stage2": 0.4}
 
 
 def summary_of(run: Path) -> dict[str, dict[str, object]]:
-    found = json.loads((run / "summary.json").read_text())
-    assert isinstance(found, dict)
-    return found
+    summary = json.loads((run / "summary.json").read_text())
+    assert isinstance(summary, dict)
+    return summary
 
 
 class Outline(html.parser.HTMLParser):
@@ -63,8 +63,8 @@ class Outline(html.parser.HTMLParser):
 @pytest.fixture(scope="module")
 def whole(make_run: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("whole")
-    run, twin = make_run(root / "run"), make_run(root / "twin", skill=WEAK)
-    page = write_report(run, text_only_run=twin, seconds=754.2, peak_memory_bytes=3 * 2**30)
+    run, text_only = make_run(root / "run"), make_run(root / "text_only", skill=WEAK)
+    page = write_report(run, text_only_run=text_only, seconds=754.2, peak_memory_bytes=3 * 2**30)
     assert page == run / "report.html"
     return run
 
@@ -89,11 +89,12 @@ def test_summary_holds_every_system_and_the_margin(whole: Path) -> None:
 
 def test_the_rules_answers_keep_their_conversation(whole: Path) -> None:
     """The official ECPE metrics are over conversations, those of the rule beside it too."""
-    found = read_predictions(whole / "eval" / "stage2" / "predictions.jsonl")
-    rows = [dataclasses.replace(one.row, conversation="the only one") for one in found]
-    predictions = [dataclasses.replace(p, row=row) for p, row in zip(found, rows, strict=True)]
+    predictions = [
+        dataclasses.replace(p, row=dataclasses.replace(p.row, conversation="the only one"))
+        for p in read_predictions(whole / "eval" / "stage2" / "predictions.jsonl")
+    ]
     state = Evaluation(which="stage2", metrics={}, predictions=predictions)
-    official = next(one for one in METRICS[Task.ECPE] if one.whole is not None)
+    official = next(metric for metric in METRICS[Task.ECPE] if metric.whole is not None)
     assert score(official, state.rows(Task.ECPE)).n == 1
     assert score(official, majority_rows_of(state, Task.ECPE)).n == 1
 
@@ -129,7 +130,7 @@ def test_every_task_has_example_clips_with_all_answers(whole: Path) -> None:
     assert len(outline.named("img")) == len(shown)  # every record here has a peak frame
     text = (whole / "report.html").read_text(encoding="utf-8")
     article = text[text.index("<article") : text.index("</article>")]
-    for name in ("truth", "text only", "before", "after stage 1", "after stage 2"):
+    for name in ("reference", "text only", "before", "after stage 1", "after stage 2"):
         assert f'<th scope="row">{name}</th>' in article
 
 
@@ -205,10 +206,13 @@ def test_ticks_are_round_and_cover_the_range() -> None:
 def test_charts_thin_out_long_curves_and_survive_empty_ones() -> None:
     long = Series(name="a", color="msa", xs=range(10_000), ys=[1.0] * 10_000)
     assert len(thin_out(long).xs) == 240 and set(thin_out(long).ys) == {1.0}
-    assert "Nothing was logged" in line_chart("t", [], x_label="x", y_label="y")
-    assert "Nothing was logged" in share_chart("t", [], [], x_label="x", y_label="y")
-    one = Series(name="a", color="msa", xs=[10], ys=[0.5])
-    assert "NaN" not in line_chart("t", [one], x_label="x", y_label="y")
+    assert line_chart("t", [], x_label="x", y_label="y") is None
+    assert share_chart("t", [], [], x_label="x", y_label="y") is None
+    point = line_chart(
+        "t", [Series(name="a", color="msa", xs=[10], ys=[0.5])], x_label="x", y_label="y"
+    )
+    assert point is not None and "NaN" not in point.svg
+    assert (point.head, point.rows) == (["x", "a"], [["10", "0.5"]])
 
 
 def test_the_report_needs_no_torch() -> None:

@@ -33,19 +33,19 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def report(make_run: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("browser")
-    return write_report(make_run(root / "run"), text_only_run=make_run(root / "twin"))
+    return write_report(make_run(root / "run"), text_only_run=make_run(root / "text_only"))
 
 
 @pytest.fixture(params=["light", "dark"])
 def page(browser: Any, report: Path, request: pytest.FixtureRequest) -> Iterator[Any]:
-    found = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme=request.param)
+    opened = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme=request.param)
     complaints: list[str] = []
-    found.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
-    found.on("pageerror", lambda error: complaints.append(str(error)))
-    found.on("request", lambda one: complaints.append(one.url) if _outside(one.url) else None)
-    found.goto(report.as_uri())
-    yield found
-    found.close()
+    opened.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
+    opened.on("pageerror", lambda error: complaints.append(str(error)))
+    opened.on("request", lambda sent: complaints.append(sent.url) if _outside(sent.url) else None)
+    opened.goto(report.as_uri())
+    yield opened
+    opened.close()
     assert complaints == []
 
 
@@ -67,7 +67,7 @@ def test_the_video_plays(page: Any) -> None:
 
 def test_every_table_is_filled(page: Any) -> None:
     """No table without rows, no cell that holds nothing where a number belongs, no broken word."""
-    found = page.evaluate(
+    content = page.evaluate(
         """() => ({
           tables: document.querySelectorAll("table").length,
           empty: [...document.querySelectorAll("table")].filter(
@@ -79,9 +79,9 @@ def test_every_table_is_filled(page: Any) -> None:
           sections: [...document.querySelectorAll("main section")].map((s) => s.id),
         })"""
     )
-    assert found["tables"] > 30 and found["empty"] == [] and found["blank"] == 0
-    assert found["words"] == ""
-    assert found["sections"] == [
+    assert content["tables"] > 30 and content["empty"] == [] and content["blank"] == 0
+    assert content["words"] == ""
+    assert content["sections"] == [
         *("results", "training", "throughput", "metrics", "errors", "calibration"),
         *("hardest", "clips", "incidents", "setup"),
     ]
@@ -108,7 +108,7 @@ def test_the_page_works_by_keyboard(page: Any) -> None:
 
 def test_a_screen_reader_finds_names_and_headings(page: Any) -> None:
     """Every control, picture and video has a name, headings do not jump, ids are unique."""
-    found = page.evaluate(
+    outline = page.evaluate(
         """() => {
           const named = (e) => (e.getAttribute("aria-label") || e.getAttribute("alt")
             || e.textContent).trim();
@@ -124,7 +124,7 @@ def test_a_screen_reader_finds_names_and_headings(page: Any) -> None:
           };
         }"""
     )
-    assert found == {"nameless": [], "jumps": 0, "first": 1, "lang": "en", "heads": 0}
+    assert outline == {"nameless": [], "jumps": 0, "first": 1, "lang": "en", "heads": 0}
 
 
 def test_every_clip_can_be_decoded(page: Any) -> None:
@@ -148,10 +148,10 @@ def test_filter_theme_and_chart_readout(page: Any) -> None:
 
 @pytest.mark.parametrize("width", [360, 768, 1600])
 def test_the_page_never_scrolls_sideways(browser: Any, report: Path, width: int) -> None:
-    found = browser.new_page(viewport={"width": width, "height": 800})
-    found.goto(report.as_uri())
-    assert found.evaluate("document.documentElement.scrollWidth") <= width
-    found.close()
+    opened = browser.new_page(viewport={"width": width, "height": 800})
+    opened.goto(report.as_uri())
+    assert opened.evaluate("document.documentElement.scrollWidth") <= width
+    opened.close()
 
 
 def test_text_has_enough_contrast(page: Any) -> None:
@@ -164,13 +164,13 @@ def test_text_has_enough_contrast(page: Any) -> None:
         const [r, g, b] = parts.map((c) => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
         return 0.2126 * r + 0.7152 * g + 0.0722 * b;
       };
-      const found = {};
+      const ratios = {};
       for (const ink of ["--ink", "--soft", "--good", "--bad", "--mid", "--accent"])
         for (const ground of ["--bg", "--card"]) {
           const [low, high] = [light(ink), light(ground)].sort((a, b) => a - b);
-          found[ink + ground] = (high + 0.05) / (low + 0.05);
+          ratios[ink + ground] = (high + 0.05) / (low + 0.05);
         }
-      return found;
+      return ratios;
     }"""
     too_faint = {pair: ratio for pair, ratio in page.evaluate(script).items() if ratio < 4.5}
     assert too_faint == {}
@@ -192,7 +192,7 @@ def test_the_page_of_the_ablations_opens_filled_and_quiet(browser: Any, tmp_path
     complaints: list[str] = []
     page.on("console", lambda message: complaints.append(message.text))
     page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("request", lambda one: complaints.append(one.url) if _outside(one.url) else None)
+    page.on("request", lambda sent: complaints.append(sent.url) if _outside(sent.url) else None)
     page.goto(path.as_uri())
     assert page.locator("#tables tbody tr").count() == 1
     assert "80.00" in page.locator("#tables").inner_text()

@@ -1,4 +1,4 @@
-"""The grown parts of the report: paper column, calibration, hardest clips, systems, incidents."""
+"""Sections of the report: paper column, calibration, hardest clips, systems, incidents."""
 
 from __future__ import annotations
 
@@ -74,17 +74,17 @@ def text(run: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_incidents_come_from_the_files_of_the_run(run: Path) -> None:
-    found = [
-        (one.stage, one.kind, one.step, one.text)
-        for one in read_incidents(run, load_run_config(run))
+    incidents = [
+        (incident.stage, incident.kind, incident.step, incident.text)
+        for incident in read_incidents(run, load_run_config(run))
     ]
-    assert found == [
+    assert incidents == [
         ("stage1", "stop", 300, "stopped"),
         ("stage1", "restart", 300, "launch 2, 4 processes"),
         ("stage1", "skipped step", 301, "loss is not finite: nan; bad/301.json"),
         ("stage1", "note", 302, "rank 1 is <slow>"),
         ("stage2", "replaced record", None, "clip-1 of 0 (er, position 7): checksum"),
-        ("stage1", "requeue", None, "job 41 began for the 2. time, 4 ranks on gpu[3-4], 11:00"),
+        ("stage1", "requeue", None, "start 2 of job 41, 4 ranks on gpu[3-4], 11:00"),
         ("stage1", "job ended", None, "job 41 was not requeued: max_requeues is <2>"),
     ]
 
@@ -95,12 +95,12 @@ def test_incidents_are_shown_as_text(text: str) -> None:
     assert shown.count("<tr>") == 8
 
 
-def test_a_calm_run_says_so(make_run: MakeRun, tmp_path: Path) -> None:
+def test_a_run_without_incidents_is_reported_as_such(make_run: MakeRun, tmp_path: Path) -> None:
     page = write_report(make_run(tmp_path / "calm")).read_text(encoding="utf-8")
-    assert "Nothing to tell: no restart, no skipped step" in section(page, "incidents")
+    assert "No incidents: no restart, no skipped step" in section(page, "incidents")
 
 
-def test_the_paper_stands_beside_with_its_conditions(text: str) -> None:
+def test_the_papers_values_are_shown_with_their_conditions(text: str) -> None:
     shown = section(text, "metrics")
     for value in ("0.855", "0.878", "0.678", "0.667", "0.723", "0.722"):
         assert f'<td class="num">{value}</td>' in shown
@@ -123,11 +123,11 @@ def test_the_hardest_clips_are_wrong_and_show_every_system(text: str) -> None:
         row = article[article.index(f'<th scope="row">{scored}</th>') :]
         assert 'class="verdict wrong"' in row[: row.index("</tr>")]
         assert "<video" in article and "Peak frame, " in article
-        assert article.count("Somebody&#x27;s model") == ('data-task="eri"' in article)
+        assert article.count("Somebody&#39;s model") == ('data-task="eri"' in article)
     assert "looks confident &amp; assertive." in shown
 
 
-def test_throughput_is_charted_with_values_for_who_cannot_see(text: str) -> None:
+def test_throughput_charts_have_their_values_as_tables(text: str) -> None:
     shown = section(text, "throughput")
     assert shown.count("<svg") == 8 and shown.count('<details class="values">') == 8
     assert "Packed tokens<span>per second</span>" in shown
@@ -149,12 +149,14 @@ def test_steps_between_a_stop_and_the_last_interval_are_counted(
     config = load_run_config(run)
     batch = config.train.global_batch_size
     start = {"kind": "start", "num_steps": 4, "num_samples": 3 * batch + 1}  # the last is short
-    task = {str(one): {"samples": 1, "loss": 1.0} for one in config.stages["stage1"].rates}
-    steps = [{"kind": "step", "step": number, "loss": 1.0} for number in (1, 2, 3, 4)]
-    told = [{"kind": "interval", "step": n, "task": task, "samples_per_s": 1.0} for n in (2, 4)]
-    lines = [{**start, "step": 0}, *steps[:2], told[0], steps[2]]
+    task = {str(name): {"samples": 1, "loss": 1.0} for name in config.stages["stage1"].rates}
+    steps = [{"kind": "step", "step": step, "loss": 1.0} for step in (1, 2, 3, 4)]
+    intervals = [
+        {"kind": "interval", "step": n, "task": task, "samples_per_s": 1.0} for n in (2, 4)
+    ]
+    lines = [{**start, "step": 0}, *steps[:2], intervals[0], steps[2]]
     lines += [{"kind": "end", "step": 3, "reason": "stopped"}, {**start, "step": 3}]
     path = run / "stage1" / "metrics.jsonl"
-    path.write_text("".join(f"{json.dumps(one)}\n" for one in [*lines, steps[3], told[1]]))
-    first = next(one for one in read_curves(run, config) if one.name == "stage1")
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in [*lines, steps[3], intervals[1]]))
+    first = next(curve for curve in read_curves(run, config) if curve.name == "stage1")
     assert (first.steps, first.samples) == (4, 3 * batch + 1)

@@ -125,14 +125,14 @@
   }
 
   function download() {
-    const found = articles.map(check);
-    if (found.includes(null)) {
-      const bad = articles[found.indexOf(null)];
+    const checked = articles.map(check);
+    if (checked.includes(null)) {
+      const bad = articles[checked.indexOf(null)];
       message.textContent = `${bad.dataset.key} cannot be exported: see its message.`;
       bad.scrollIntoView({ block: "center" });
       return;
     }
-    const lines = found.flat();
+    const lines = checked.flat();
     const text = lines.map((line) => `${JSON.stringify(line)}\n`).join("");
     const link = document.createElement("a");
     link.href = URL.createObjectURL(new Blob([text], { type: "application/jsonl" }));

@@ -1,13 +1,5 @@
 "use strict";
 (() => {
-  const root = document.documentElement;
-
-  document.getElementById("theme").addEventListener("click", () => {
-    const system = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
-    const now = root.dataset.theme || system;
-    root.dataset.theme = now === "dark" ? "light" : "dark";
-  });
-
   const buttons = [...document.querySelectorAll("[data-filter]")];
   for (const button of buttons) {
     button.addEventListener("click", () => {
@@ -18,15 +10,6 @@
         if (!shown) clip.querySelector("video")?.pause();
       }
     });
-  }
-
-  // What scrolls sideways must be reachable by keyboard.
-  for (const box of document.querySelectorAll(".scroll")) {
-    if (box.scrollWidth > box.clientWidth) {
-      box.tabIndex = 0;
-      box.setAttribute("role", "group");
-      box.setAttribute("aria-label", "table, scrolls sideways");
-    }
   }
 
   // At rest a clip shows its middle frame and a play button; native controls appear on demand.
