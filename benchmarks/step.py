@@ -44,7 +44,8 @@ from bench_tools import (
 from emoverse.kernels import attention
 from emoverse.kernels.backend import configure_kernels, has_triton
 from emoverse.kernels.dropout import Dropout, draw_seed
-from emoverse.kernels.lora import Linears, lora_linears
+from emoverse.kernels.lora import lora_linears
+from emoverse.kernels.types import Linears
 from emoverse.loss import supervised_cross_entropy
 
 # A real sample: 8 frames of 256 tokens and about 150 tokens of text.
@@ -163,8 +164,8 @@ class Contest:
     def switch(self, way: Way) -> None:
         """Arranges the model for a way."""
         layers = self.lean_layers if way.lean else self.plain_layers
-        for number, layer in enumerate(layers):
-            self.model.model.layers[number] = layer
+        for index, layer in enumerate(layers):
+            self.model.model.layers[index] = layer
             layer.gradient_checkpointing = way.checkpointing
             layer._gradient_checkpointing_func = _checkpoint
         configure_kernels("triton" if way.triton else "eager")
@@ -259,7 +260,7 @@ def apply_liger(model: nn.Module) -> bool:
 
 
 def peak_of(contest: Contest, way: Way) -> float | None:
-    """GiB at the highest point of a step; None where it does not fit. CPUs do not tell: 0."""
+    """Peak GiB of a step; None where it does not fit, 0 on a CPU, which does not report it."""
     if DEVICE.type != "cuda":
         contest.step(way)
         return 0.0
@@ -321,15 +322,15 @@ def run(
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Ours against the baseline and against the best setting of a peer that fits."""
-    found: dict[str, float] = {}
+    figures: dict[str, float] = {}
     ours = [row for row in rows if row["way"].startswith("lean") and "supervised" in row["way"]]
     for row in ours:
         mates = {r["way"]: r["seconds"] for r in rows if r["size"] == row["size"]}
         fitting = [mates[name] for name in PEERS if mates.get(name)]
         if row["seconds"] and fitting:
-            found[f"times baseline, {row['size']}"] = row["times baseline"]
-            found[f"times best peer, {row['size']}"] = min(fitting) / row["seconds"]
-    return found
+            figures[f"times baseline, {row['size']}"] = row["times baseline"]
+            figures[f"times best peer, {row['size']}"] = min(fitting) / row["seconds"]
+    return figures
 
 
 def main() -> int:

@@ -15,14 +15,14 @@ Shapes: T packed tokens, D hidden size, R supervised rows, V vocabulary size.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from emoverse.engine import distributed
@@ -84,7 +84,7 @@ def supervised_cross_entropy(
     rows_RD = hidden_TD.index_select(0, rows_R)
     plain = type(lm_head) is nn.Linear and lm_head.bias is None
     if plain and not weight.requires_grad and not partitioned:
-        losses_R: Tensor = _FrozenHeadCrossEntropy.apply(rows_RD, targets_R, weight, chunk)
+        losses_R: Tensor = _FrozenHeadCrossEntropy.apply(rows_RD, targets_R, weight, chunk)  # type: ignore[no-untyped-call]  # untyped in torch
         return losses_R
     num_chunks = max(1, -(-rows_RD.shape[0] // chunk))
     if partitioned:
@@ -113,7 +113,7 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, rows_RD: Tensor, targets_R: Tensor, weight_VD: Tensor, chunk: int
+        ctx: Any, rows_RD: Tensor, targets_R: Tensor, weight_VD: Tensor, chunk: int
     ) -> Tensor:
         losses_R = rows_RD.new_empty(rows_RD.shape[0], dtype=torch.float32)
         grad_RD = torch.empty_like(rows_RD) if ctx.needs_input_grad[0] else None
@@ -133,7 +133,7 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_R: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_R: Tensor) -> tuple[Tensor, None, None, None]:
         (grad_RD,) = ctx.saved_tensors
         # Not in place: a second backward through the same graph must read the same values.
         return grad_RD * grad_R.unsqueeze(1).to(grad_RD.dtype), None, None, None

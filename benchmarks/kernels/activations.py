@@ -103,17 +103,17 @@ def measure(model: nn.Module, tokens: int) -> tuple[int, int]:
 
 def per_layer(size: str, kind: str, tokens: int) -> tuple[float, int]:
     """Bytes per token, and operations, of one layer."""
-    found = []
+    measured = []
     for layers in (1, 2):
         model = peer(size, layers=layers, dtype=torch.bfloat16)
         model.lean = kind != "peer"
         if model.lean:
             lean(model)
         configure_kernels("triton" if kind == "lean, Triton" else "eager")
-        found.append(measure(model, tokens))
+        measured.append(measure(model, tokens))
         configure_kernels("auto")
         del model
-    (one_bytes, one_operations), (two_bytes, two_operations) = found
+    (one_bytes, one_operations), (two_bytes, two_operations) = measured
     return (two_bytes - one_bytes) / tokens, two_operations - one_operations
 
 
@@ -125,8 +125,8 @@ def main() -> int:
     kinds = ["peer", "lean, eager"] + (["lean, Triton"] if has_triton() else [])
     rows: list[dict[str, Any]] = []
     for size in options.sizes:
-        found = {kind: per_layer(size, kind, options.tokens) for kind in kinds}
-        peer_bytes, peer_operations = found["peer"]
+        measured = {kind: per_layer(size, kind, options.tokens) for kind in kinds}
+        peer_bytes, peer_operations = measured["peer"]
         rows += [
             {
                 "size": size,
@@ -136,7 +136,7 @@ def main() -> int:
                 "operations": operations,
                 "of the peer's operations": operations / peer_operations,
             }
-            for kind, (held, operations) in found.items()
+            for kind, (held, operations) in measured.items()
         ]
     ours = [row for row in rows if row["layers"] == kinds[-1]]
     figures = {

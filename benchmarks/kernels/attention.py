@@ -29,14 +29,14 @@ def packs(tokens: int) -> dict[str, list[int]]:
 
 def available() -> list[str]:
     """The settings that can be had here; on a CPU only SDPA."""
-    found = ["sdpa"]
+    settings = ["sdpa"]
     for setting in ("torch", "triton", "flash") if DEVICE.type == "cuda" else ():
         try:
             configure_attention(setting)
         except ValueError:  # the package is not installed
             continue
-        found.append(setting)
-    return found
+        settings.append(setting)
+    return settings
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

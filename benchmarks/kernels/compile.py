@@ -34,8 +34,8 @@ from triton.runtime.jit import JITFunction
 
 from emoverse.kernels.backend import configure_kernels
 from emoverse.kernels.layer import LayerSettings, Rotary, after_attention, before_attention
-from emoverse.kernels.lora import Linears
 from emoverse.kernels.triton_ops.attention import triton_varlen
+from emoverse.kernels.types import Linears
 
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10}  # bytes a block may have
 NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -46,7 +46,7 @@ TOKENS = 32
 
 
 class Device:
-    """What Triton asks a driver before it compiles; the number of the device is its kind."""
+    """What Triton asks a driver before it compiles; the device index selects the architecture."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
@@ -64,19 +64,19 @@ class Device:
 @contextmanager
 def compiled_only(arch: int) -> Iterator[dict[str, Any]]:
     """Inside, kernels are compiled for `arch` and not run; by name, each variant once."""
-    found: dict[str, Any] = {}
+    kernels: dict[str, Any] = {}
     launch = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
-        found[name_of(self, kernel)] = kernel
+        kernels[name_of(self, kernel)] = kernel
         return kernel
 
     JITFunction.run = compile_only
     driver.set_active(Device(arch))
     configure_kernels("triton")
     try:
-        yield found
+        yield kernels
     finally:
         JITFunction.run = launch
         configure_kernels("auto")
@@ -87,7 +87,7 @@ def name_of(function: Any, kernel: Any) -> str:
     kind = function.fn.__name__.removesuffix("_kernel")
     if function.module.endswith("attention_triton"):
         kind = f"attention_{kind}"
-    values = {function.arg_names[place[0]]: v for place, v in kernel.src.constants.items()}
+    values = {function.arg_names[position[0]]: v for position, v in kernel.src.constants.items()}
     told = ("K", "D", "F", "R", "HEADS", "H", "FORM", "UPDATE", "SIGN")
     return " ".join([kind, *(f"{key}={values[key]}" for key in told if key in values)])
 
@@ -121,17 +121,17 @@ def run_layer(name: str) -> None:
 
 def run_vision() -> None:
     """Attention of the vision tower: no grouped heads, every token sees every other."""
-    parts = [torch.zeros(TOKENS, 16, 64, dtype=torch.bfloat16).requires_grad_() for _ in range(3)]
+    qkv = [torch.zeros(TOKENS, 16, 64, dtype=torch.bfloat16).requires_grad_() for _ in range(3)]
     borders = torch.tensor([0, TOKENS], dtype=torch.int32)
-    triton_varlen(*parts, borders, TOKENS, causal=False, scale=0.1).sum().backward()
+    triton_varlen(*qkv, borders, TOKENS, causal=False, scale=0.1).sum().backward()
 
 
 def compile_case(job: tuple[str, int]) -> list[dict[str, Any]]:
     """All kernels of one case for one architecture."""
     case, arch = job
-    with compiled_only(arch) as found:
+    with compiled_only(arch) as kernels:
         run_vision() if case == "vision" else run_layer(case)
-    return [row_of(f"{name} ({case})", arch, kernel) for name, kernel in found.items()]
+    return [row_of(f"{name} ({case})", arch, kernel) for name, kernel in kernels.items()]
 
 
 def row_of(name: str, arch: int, kernel: Any) -> dict[str, Any]:
@@ -159,12 +159,12 @@ def row_of(name: str, arch: int, kernel: Any) -> dict[str, Any]:
 
 def faults(row: dict[str, Any]) -> list[str]:
     """What is wrong with a kernel."""
-    found = []
+    problems = []
     if row["spilled_bytes"]:
-        found.append(f"spills {row['spilled_bytes']} bytes")
+        problems.append(f"spills {row['spilled_bytes']} bytes")
     if row["shared_bytes"] > row["shared_limit"]:
-        found.append(f"needs {row['shared_bytes']} bytes of shared memory")
-    return found
+        problems.append(f"needs {row['shared_bytes']} bytes of shared memory")
+    return problems
 
 
 def main() -> int:
@@ -175,7 +175,7 @@ def main() -> int:
     options = parser.parse_args()
     jobs = [(case, arch) for case in CASES for arch in options.arch]
     with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
-        rows = [row for part in pool.map(compile_case, jobs) for row in part]
+        rows = [row for rows_of_job in pool.map(compile_case, jobs) for row in rows_of_job]
     if options.json:
         print(json.dumps({"triton": triton.__version__, "kernels": rows}, indent=1))
     else:

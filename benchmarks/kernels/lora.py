@@ -17,7 +17,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from emoverse.kernels.dropout import Dropout
-from emoverse.kernels.lora import Linears, lora_linears
+from emoverse.kernels.lora import lora_linears
+from emoverse.kernels.types import Linears
 
 RANK = 8
 PADS = (0, 16, 64)  # elements behind each row of K
@@ -59,9 +60,9 @@ def backward_of(
 
     def run() -> object:
         a = x.detach().requires_grad_()
-        parts = call(a)
-        grads = grad.split([part.shape[1] for part in parts], dim=1)
-        return torch.autograd.grad(parts, [a, *trained], grads)
+        outputs = call(a)
+        grads = grad.split([output.shape[1] for output in outputs], dim=1)
+        return torch.autograd.grad(outputs, [a, *trained], grads)
 
     return run
 
@@ -120,11 +121,11 @@ def main() -> int:
         for p in (0.0, 0.05):
             sums: dict[str, float] = {}
             for name, (inputs, outputs) in shapes(size).items():
-                found = contest(inputs, outputs, options.tokens, p, options.repeats)
-                for who, value in found.items():
+                seconds = contest(inputs, outputs, options.tokens, p, options.repeats)
+                for who, value in seconds.items():
                     sums[who] = sums.get(who, 0.0) + value
                 row = {"size": size, "linears": name, "dropout": p}
-                rows.append(row | {f"{who} ms": 1e3 * value for who, value in found.items()})
+                rows.append(row | {f"{who} ms": 1e3 * value for who, value in seconds.items()})
             for who, value in sums.items():
                 totals[f"{size}, dropout {p}: {who} over frozen"] = value / sums["frozen"]
         if options.strides:

@@ -41,17 +41,17 @@ def main() -> int:
         x = torch.randn(tokens, hidden, **half).requires_grad_()
         for share in (0.02, 0.05, 0.2, 1.0):
             count = max(1, int(share * tokens))
-            places = torch.randperm(tokens, device=DEVICE)[:count].sort().values
+            rows_R = torch.randperm(tokens, device=DEVICE)[:count].sort().values
             targets = torch.randint(vocabulary, (count,), device=DEVICE)
             labels = torch.full((tokens,), -100, device=DEVICE)
-            labels[places] = targets
+            labels[rows_R] = targets
 
             def everything(x=x, labels=labels, head=head) -> object:
                 loss = F.cross_entropy(head(x).float(), labels, reduction="sum")
                 return torch.autograd.grad(loss, x)
 
-            def ours(x=x, places=places, targets=targets, head=head) -> object:
-                loss = supervised_cross_entropy(x, places, targets, head).sum()
+            def ours(x=x, rows_R=rows_R, targets=targets, head=head) -> object:
+                loss = supervised_cross_entropy(x, rows_R, targets, head).sum()
                 return torch.autograd.grad(loss, x)
 
             calls = {"all logits": everything, "supervised rows": ours}

@@ -53,7 +53,7 @@ from emoverse.kernels.attention import attention_backend
 from emoverse.models.architecture import base_folder
 from emoverse.models.emoverse import EmoVerse, build_model
 from emoverse.run_dir.checkpoint import MANIFEST, TRAINED, find_checkpoint, verify_checkpoint
-from emoverse.run_dir.lineage import folds_below_checkpoint
+from emoverse.run_dir.lineage import adapters_below_checkpoint
 from emoverse.run_dir.provenance import base_fingerprint, package_versions
 from emoverse.training.stages import BASE, DONE
 
@@ -114,7 +114,7 @@ def load_state(
         device=device,
         dtype=dtype,
         seed=seed,
-        folds=folds_below_checkpoint(config, folder),
+        adapters=adapters_below_checkpoint(config, folder),
         defer=defer,
     )
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from emoverse.config.schema import Config
     from emoverse.models.internvl.checkpoint import Released
-    from emoverse.models.merge import Fold
+    from emoverse.models.merge import Adapter
 
 # Larger models are compared in bf16, so that base and copy fit one after the other.
 COMPARE_FP32_BELOW = 10**9
@@ -62,8 +62,8 @@ class State:
     name: str
     base: Path
     base_name: str
-    below: "list[Fold]"  # merged into the base before the state trained
-    own: "Fold"
+    below: "list[Adapter]"  # merged into the base before the state trained
+    own: "Adapter"
     r: int
     alpha: int
     facts: dict[str, Any]
@@ -99,7 +99,7 @@ def _state_of_run(args: argparse.Namespace) -> State:
     from emoverse.models.architecture import base_folder
     from emoverse.report.summary import load_run_config
     from emoverse.run_dir.checkpoint import read_state
-    from emoverse.run_dir.lineage import folds_below, handed_over, label_of, read_fold
+    from emoverse.run_dir.lineage import adapters_below, handed_over, label_of, read_stage_adapter
     from emoverse.run_dir.provenance import base_fingerprint
     from emoverse.training.stages import DONE
 
@@ -128,8 +128,8 @@ def _state_of_run(args: argparse.Namespace) -> State:
         name=f"{config.run.name}-{which}",
         base=folder,
         base_name=str(base),
-        below=folds_below(config, which, run_dir),
-        own=read_fold(run_dir / which, config.model.lora),
+        below=adapters_below(config, which, run_dir),
+        own=read_stage_adapter(run_dir / which, config.model.lora),
         r=config.model.lora.r,
         alpha=config.model.lora.alpha,
         facts=facts,
@@ -176,13 +176,13 @@ def _state_of_adapter(args: argparse.Namespace) -> State:
     if not isinstance(base, str) or not base:
         raise ValueError(f"{args.source} does not name its base model; give --base FOLDER")
     folder = base_folder(base)
-    fold, settings = read_adapter(args.source, load_architecture(folder))
+    adapter, settings = read_adapter(args.source, load_architecture(folder))
     return State(
         name=args.source.resolve().name,
         base=folder,
         base_name=str(base),
         below=[],
-        own=fold,
+        own=adapter,
         r=settings["r"],
         alpha=settings["lora_alpha"],
         facts={"state": f"adapter folder, sha256 {_sha256(args.source / WEIGHTS_FILE)}"},
@@ -209,8 +209,8 @@ def write_export(
     if layout == "adapter" and state.below:
         raise ValueError(
             f"{state.name} was trained on a base into which "
-            f"{', '.join(Path(fold.origin).name for fold in state.below)} had been merged, so its "
-            "adapter does not fit the released base; export --layout internvl2"
+            f"{', '.join(Path(adapter.origin).name for adapter in state.below)} had been merged, "
+            "so its adapter does not fit the released base; export --layout internvl2"
         )
     temporary = out.with_name(f".exporting-{out.name}")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -253,12 +253,12 @@ def _write(state: State, released: "Released", layout: str, folder: Path, dtype:
         write_adapter(state.own.tensors, folder, r=state.r, alpha=state.alpha, base=state.base_name)
         return
     stored = {"keep": None, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    folds = [*state.below, state.own]
+    adapters = [*state.below, state.own]
     if layout == layouts.INTERNVL2:
-        layouts.write_internvl2(released, folds, folder, stored)
+        layouts.write_internvl2(released, adapters, folder, stored)
     else:
         stops = open_tokenizer(state.base).stop_ids
-        layouts.write_transformers(released, folds, folder, stored, stop_ids=stops)
+        layouts.write_transformers(released, adapters, folder, stored, stop_ids=stops)
 
 
 def _compare(

@@ -1,7 +1,8 @@
 """A trained state written for other software: released layout, transformers' layout, or PEFT's.
 
-In:  a checked base folder and the folds to merge into it. Out: a folder, written shard by shard, so
-that an 8B model is exported with one shard in memory. Sums are computed in fp32 and rounded once.
+In:  a checked base folder and the adapters to merge into it. Out: a folder, written shard by shard,
+so that an 8B model is exported with one shard in memory. Sums are computed in fp32 and rounded
+once.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from emoverse.models.internvl.checkpoint import (
     split_rows,
 )
 from emoverse.models.internvl.released_files import ShardWriter
-from emoverse.models.merge import LORA_A, LORA_B, Fold, check_folds, folded
+from emoverse.models.merge import LORA_A, LORA_B, Adapter, check_adapters, merged
 
 INTERNVL2, TRANSFORMERS, ADAPTER = "internvl2", "transformers", "adapter"
 LAYOUTS = (INTERNVL2, TRANSFORMERS, ADAPTER)
@@ -32,38 +33,38 @@ PROBE_TOKENS = 24
 
 
 def write_internvl2(
-    released: Released, folds: Sequence[Fold], folder: Path, dtype: torch.dtype | None = None
+    released: Released, adapters: Sequence[Adapter], folder: Path, dtype: torch.dtype | None = None
 ) -> None:
     """The released layout: the same names, order and config.json; `dtype` None keeps theirs."""
-    check_folds(folds, released.shapes)
+    check_adapters(adapters, released.shapes)
     copy_small_files(released.folder, folder)
     writer = ShardWriter(folder)
     for name, tensor in released.weights.tensors():
-        link = released.links[name]
-        rows = split_rows(tensor, link, released.architecture)
-        changed = [folded(n, block, folds) for n, block in zip(link.native, rows, strict=True)]
+        entry = released.names[name]
+        rows = split_rows(tensor, entry, released.architecture)
+        changed = [merged(n, block, adapters) for n, block in zip(entry.native, rows, strict=True)]
         if all(new is old for new, old in zip(changed, rows, strict=True)):
-            merged = tensor
+            result = tensor
         else:
-            merged = join_rows([block.float() for block in changed], link, released.architecture)
-        writer.add(name, merged.to(dtype or tensor.dtype, copy=True).contiguous())
+            result = join_rows([block.float() for block in changed], entry, released.architecture)
+        writer.add(name, result.to(dtype or tensor.dtype, copy=True).contiguous())
     writer.close()
 
 
 def write_transformers(
     released: Released,
-    folds: Sequence[Fold],
+    adapters: Sequence[Adapter],
     folder: Path,
     dtype: torch.dtype | None = None,
     *,
     stop_ids: Sequence[int],
 ) -> None:
     """transformers' own classes: InternVLForConditionalGeneration.from_pretrained reads it."""
-    check_folds(folds, released.shapes)
+    check_adapters(adapters, released.shapes)
     folder.mkdir(parents=True, exist_ok=True)
     writer = ShardWriter(folder)
     stored: set[torch.dtype] = set()
-    for name, tensor in released.tensors(dtype, folds=folds):
+    for name, tensor in released.tensors(dtype, adapters=adapters):
         writer.add(name, tensor)
         stored.add(tensor.dtype)
     writer.close()
@@ -99,10 +100,10 @@ def probe_logits(model: EmoVerse) -> Tensor:
 
 @torch.no_grad()
 def load_unmerged(
-    released: Released, below: Sequence[Fold], own: Fold, dtype: torch.dtype
+    released: Released, below: Sequence[Adapter], own: Adapter, dtype: torch.dtype
 ) -> EmoVerse:
     """The base with `own` unmerged, by hooks on plain layers: W x + scale B (A x)."""
-    native, config_json = import_checkpoint(released.folder, dtype, folds=below)
+    native, config_json = import_checkpoint(released.folder, dtype, adapters=below)
     for name, value in own.tensors.items():
         if name.endswith(LORA_A):
             module = name.removesuffix(LORA_A)

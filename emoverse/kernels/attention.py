@@ -27,8 +27,10 @@ from emoverse.kernels.backend import has_triton, is_interpreted
 NAME = "emoverse_varlen"
 SETTINGS = ("auto", "flash", "torch", "triton", "sdpa")
 
-# Before 2.13 torch grouped heads without being asked.
-_GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+# Before 2.13 torch grouped heads without an argument.
+_GROUPED: dict[str, Any] = (
+    {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+)
 _setting = "auto"
 
 
@@ -61,10 +63,10 @@ def configure_attention(setting: str) -> None:
 
 @functools.cache
 def attention_backend(device_type: str, dtype: torch.dtype) -> str:
-    """What tensors of this kind run on: flash_attn, torch_varlen, triton or sdpa.
+    """Backend of tensors of this device and type: flash_attn, torch_varlen, triton or sdpa.
 
-    Decided once for a setting. Kernels of half precision cannot take fp32, and only SDPA knows the
-    CPU, so there `sdpa` answers whatever is set; `triton` by name also runs in its interpreter.
+    Decided once per setting. The other kernels take only half precision on CUDA, so everything else
+    runs on `sdpa`, whatever is set; `triton` set by name also runs in its interpreter.
     """
     if _setting == "triton" and (device_type == "cuda" or is_interpreted()):
         return "triton"
@@ -80,17 +82,17 @@ def attention_backend(device_type: str, dtype: torch.dtype) -> str:
 
 @functools.cache
 def _flash_attn() -> Callable[..., Tensor] | None:
-    """The optional package's function; None where it is missing or does not load.
+    """The function of the optional package; None where it is missing or does not load.
 
-    A folder of that name is not enough: FlashAttention-4 brings one without this function, and a
-    wheel for another torch fails when it is imported.
+    A folder of that name is not enough: that of FlashAttention-4 lacks this function, and a wheel
+    for another torch fails when it is imported.
     """
     try:
         from flash_attn import flash_attn_varlen_func
     except ImportError:
         return None
-    found: Callable[..., Tensor] = flash_attn_varlen_func
-    return found
+    function: Callable[..., Tensor] = flash_attn_varlen_func
+    return function
 
 
 @functools.cache
@@ -176,10 +178,11 @@ def dense_attention(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, scale: float
     if attention_backend(q_BNTH.device.type, q_BNTH.dtype) == "sdpa":
         out = torch.nn.functional.scaled_dot_product_attention(q_BNTH, k_BKTH, v_BKTH, scale=scale)
         return out.transpose(1, 2)
-    packed = (x.transpose(1, 2).flatten(0, 1) for x in (q_BNTH, k_BKTH, v_BKTH))
+    q_TNH, k_TKH, v_TKH = (x.transpose(1, 2).flatten(0, 1) for x in (q_BNTH, k_BKTH, v_BKTH))
     borders = _equal_borders(rows, length, q_BNTH.device)
-    out = varlen_attention(*packed, borders, length, causal=False, scale=scale)
-    return out.unflatten(0, (rows, length))
+    out_TNH = varlen_attention(q_TNH, k_TKH, v_TKH, borders, length, causal=False, scale=scale)
+    out_BTNH: Tensor = out_TNH.unflatten(0, (rows, length))
+    return out_BTNH
 
 
 def check_window(max_seqlen: int, sliding_window: int | None) -> None:

@@ -1,4 +1,4 @@
-"""Attention over packed segments by torch's SDPA: the backend of CPUs, and the plain one of GPUs.
+"""Attention over packed segments by torch's SDPA: the backend of CPUs, the last resort of GPUs.
 
 Segments of similar length are padded side by side and go through one call per group.
 Legend: T packed tokens, N query heads, K key/value heads, H head dim, G segments of one group,
@@ -21,7 +21,7 @@ SIMILAR = 0.75
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Layout:
-    """Where each packed token stands when segments of similar length are padded side by side."""
+    """The slot of each packed token when segments of similar length are padded side by side."""
 
     groups: tuple[tuple[int, int], ...]  # (G, L), longest first
     tokens_S: Tensor  # packed token that fills each slot; padding repeats token 0
@@ -110,7 +110,7 @@ def sdpa_varlen(
 ) -> Tensor:
     """One SDPA call per group of similar lengths.
 
-    Causal groups need no mask: padding stands behind every real query of its segment.
+    Causal groups need no mask: padding comes after every real query of its segment.
     """
     repeat = q_TNH.shape[1] // k_TKH.shape[1]
     if repeat > 1:
@@ -122,8 +122,8 @@ def sdpa_varlen(
     slotted = packed if uniform else tuple(_pad(x, layout) for x in packed)
     sizes = [segments * length for segments, length in layout.groups]
     outputs = [
-        _sdpa_group(parts, shape, None if causal else mask, causal=causal, scale=scale)
-        for parts, shape, mask in zip(
+        _sdpa_group(group, shape, None if causal else mask, causal=causal, scale=scale)
+        for group, shape, mask in zip(
             zip(*(x.split(sizes) for x in slotted), strict=True),
             layout.groups,
             layout.masks,
@@ -133,24 +133,24 @@ def sdpa_varlen(
     out_S = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     if uniform:
         return out_S
-    out_T: Tensor = _Unpad.apply(out_S, layout)
+    out_T: Tensor = _Unpad.apply(out_S, layout)  # type: ignore[no-untyped-call]  # untyped in torch
     return out_T
 
 
 def _pad(x_T: Tensor, layout: Layout) -> Tensor:
-    slots: Tensor = _Pad.apply(x_T, layout)
+    slots: Tensor = _Pad.apply(x_T, layout)  # type: ignore[no-untyped-call]  # untyped in torch
     return slots
 
 
 def _sdpa_group(
-    parts: Sequence[Tensor],
+    group: Sequence[Tensor],
     shape: tuple[int, int],
     mask: Tensor | None,
     *,
     causal: bool,
     scale: float,
 ) -> Tensor:
-    """G * L, N, H in and out."""
-    q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in parts)
+    """Attention of one group: its q, k and v, each G * L, N, H; the result has the same shape."""
+    q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in group)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
     return out.transpose(1, 2).flatten(0, 1)

@@ -1,7 +1,7 @@
 """Which implementation the memory-bound operations run on: Triton kernels or plain torch.
 
 In:  a setting for the process, and the tensors of a call. Out: triton or eager.
-The two give the same numbers; plain torch is the CPU path, and the path of cards without Triton.
+Both give the same numbers; plain torch runs on CPUs and on GPUs without Triton.
 """
 
 import functools
@@ -32,7 +32,10 @@ def configure_kernels(setting: str) -> None:
 def use_triton(x: Tensor) -> bool:
     """Does this tensor's operation run as a Triton kernel?
 
-    On CPU only by name, and then TRITON_INTERPRET=1 must have been set before the first import.
+    Callers import their module of `triton_ops` after this check: machines without a GPU may have no
+    Triton.
+    On a CPU only if set by name, and then TRITON_INTERPRET=1 must have been set before the first
+    import.
     """
     if _setting == "auto":
         return x.is_cuda and has_triton()
@@ -40,7 +43,7 @@ def use_triton(x: Tensor) -> bool:
 
 
 def kernel_backend(device_type: str) -> str:
-    """For the user: triton, triton (interpreter) or eager."""
+    """For logs: triton, triton (interpreter) or eager."""
     chosen = _setting
     if chosen == "auto":
         chosen = "triton" if device_type == "cuda" and has_triton() else "eager"

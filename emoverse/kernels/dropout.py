@@ -1,8 +1,8 @@
 """Dropout that is replayed, not stored: a mask is a pure function of (seed, stream, row, column).
 
 Random bits: Philox 4x32 with 7 rounds (Salmon et al., SC 2011), counter (row, column // 8, stream,
-0), key = the seed. Its four words are cut into eight 16-bit numbers, low half first; column c has
-number c % 8. An element is kept if its number is at least `threshold`. The Triton kernels draw the
+0), key = the seed. Its four words are cut into eight 16-bit values, low half first; column c has
+value c % 8. An element is kept if its value is at least `threshold`. The Triton kernels draw the
 same bits, so forward, backward, recomputation, CPU and GPU agree bit for bit.
 Legend: T tokens, K input features of a linear layer.
 """
@@ -26,11 +26,11 @@ class Dropout(NamedTuple):
 
     p: float
     seed: int  # 0 <= seed < 2^63
-    stream: int  # tells apart the masks that share a seed
+    stream: int  # distinguishes the masks that share a seed
 
     @property
     def threshold(self) -> int:
-        """Numbers below are dropped: p in units of 2^-16."""
+        """Values below are dropped: p in units of 2^-16."""
         return round(self.p * LEVELS)
 
     @property
@@ -53,16 +53,16 @@ def keep_mask(dropout: Dropout, rows: int, columns: int, device: torch.device) -
     keep = torch.empty(rows, groups, 8, dtype=torch.bool, device=device)
     block = max(1, CPU_COUNTERS // groups) if device.type == "cpu" else max(1, rows)
     for start in range(0, rows, block):
-        part = keep[start : start + block]
-        numbers = _random_16_bits(dropout, start, len(part), groups, device)
-        torch.ge(numbers, dropout.threshold, out=part)
+        keep_block = keep[start : start + block]
+        bits = _random_16_bits(dropout, start, len(keep_block), groups, device)
+        torch.ge(bits, dropout.threshold, out=keep_block)
     return keep.view(rows, groups * 8)[:, :columns]
 
 
 def _random_16_bits(
     dropout: Dropout, first_row: int, rows: int, groups: int, device: torch.device
 ) -> Tensor:
-    """Eight numbers of each counter: rows, groups, 8."""
+    """Eight values of each counter: rows, groups, 8."""
     shape = (rows, groups)
     c0 = torch.arange(first_row, first_row + rows, device=device).unsqueeze(1).expand(shape)
     c1 = torch.arange(groups, device=device).expand(shape)
@@ -78,7 +78,7 @@ def _random_16_bits(
         c1, c3 = product1, product0
         key = [(word + step) & WORD for word, step in zip(key, KEY_STEPS, strict=True)]
     words = torch.empty(rows, groups, 4, dtype=torch.int32, device=device)
-    for place, word in enumerate((c0, c1, c2, c3)):
-        words[..., place] = word  # the low 32 bits
+    for index, word in enumerate((c0, c1, c2, c3)):
+        words[..., index] = word  # the low 32 bits
     # Little-endian: the low half of each word comes first.
     return words.view(torch.uint16).to(torch.int32)

@@ -1,4 +1,4 @@
-"""The two halves of a lean decoder layer, on both sides of attention, as autograd functions.
+"""A lean decoder layer in two autograd functions, one before and one after attention.
 
 In:  the residual stream, frozen norms and linears, adapters. Out: q, k, v; then the next residual.
 Kept per token, in bytes of bf16 for hidden size h and MLP width f: residual before (2 h), rotated
@@ -7,6 +7,7 @@ up (4 f): 12 h + 4 f. Norm outputs, SwiGLU and dropout masks are computed again.
 Legend: T tokens, D hidden, N query heads, H head dim, W width of q, k and v together.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,6 @@ from torch.autograd.function import once_differentiable
 
 from emoverse.kernels.dropout import Dropout
 from emoverse.kernels.lora import (
-    Linears,
     input_gradient,
     lora_input,
     project,
@@ -27,10 +27,11 @@ from emoverse.kernels.lora import (
 from emoverse.kernels.norm import add_norm_lora, add_norm_lora_backward, norm_lora_grad_a
 from emoverse.kernels.rope import rope_merge, rope_split_
 from emoverse.kernels.swiglu import swiglu_lora, swiglu_lora_backward, swiglu_lora_grad_a
+from emoverse.kernels.types import Linears, LoraInput
 
 
 class LayerSettings(NamedTuple):
-    """What is no tensor."""
+    """Sizes and adapter settings of a layer: what is not a tensor."""
 
     heads: int
     kv_heads: int
@@ -61,15 +62,16 @@ def before_attention(
     qkv: Linears,
     settings: LayerSettings,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rotated q (T, N, H), k, v, and the residual, which has to go on through this function.
+    """Rotated q (T, N, H), k, v, and the residual, unchanged.
 
-    So its gradient comes back here and is added by the norm's backward instead of by one more pass.
+    The residual passes through, so that its gradient arrives here and the norm's backward adds it
+    without another pass over memory.
     """
-    found: tuple[Tensor, Tensor, Tensor, Tensor] = _BeforeAttention.apply(
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor] = _BeforeAttention.apply(  # type: ignore[no-untyped-call]  # untyped in torch
         *(residual_TD, norm_D, *rotary, settings, len(qkv.weights)),
         *(*qkv.weights, *qkv.a, *qkv.b),
     )
-    return found
+    return outputs
 
 
 def after_attention(
@@ -82,10 +84,10 @@ def after_attention(
     """The next residual stream: T, D. `groups`: output projection, gate and up, down."""
     tensors = [tensor for g in groups for tensor in (*g.weights, *g.a, *g.b)]
     counts = tuple(len(group.weights) for group in groups)
-    found: Tensor = _AfterAttention.apply(
+    next_TD: Tensor = _AfterAttention.apply(  # type: ignore[no-untyped-call]  # untyped in torch
         *(attention_TD, residual_TD, norm_D, settings, counts), *tensors
     )
-    return found
+    return next_TD
 
 
 class _BeforeAttention(torch.autograd.Function):
@@ -190,7 +192,9 @@ class _AfterAttention(torch.autograd.Function):
         return (grad_attention, grad_middle, None, None, None, *grads)
 
 
-def _unpack_groups(tensors: Any, counts: tuple[int, int, int]) -> tuple[Linears, ...]:
+def _unpack_groups(
+    tensors: Sequence[Tensor | None], counts: tuple[int, int, int]
+) -> tuple[Linears, ...]:
     groups, start = [], 0
     for count in counts:
         groups.append(unpack(tensors[start : start + 3 * count], count))
@@ -198,7 +202,7 @@ def _unpack_groups(tensors: Any, counts: tuple[int, int, int]) -> tuple[Linears,
     return tuple(groups)
 
 
-def _inputs(groups: tuple[Linears, ...], settings: LayerSettings) -> Any:
+def _inputs(groups: tuple[Linears, ...], settings: LayerSettings) -> list[LoraInput | None]:
     streams = (OUT, GATE_UP, DOWN)
     return [
         group.lora_input(settings.scale, settings.dropout(stream))

@@ -1,106 +1,42 @@
 """Linear layers with low-rank adapters in addmm form: Y = X W^T + S B^T, S = scale * drop(X) A^T.
 
 In:  an input, frozen weights that read it, their adapters, and a dropout that is replayed.
-Out: the outputs side by side. Kept for backward: the input once, S (rank numbers a token) and the
+Out: the outputs side by side. Kept for backward: the input once, S (R values per token) and the
 parameters; no mask, no dropped copy, no result of B. The frozen weights get no gradient.
+models/adapters.py reads W, A and B from PEFT's layers, models/lean_layers.py calls layer.py, and
+layer.py calls the functions here.
 Legend: T tokens, K input features, N output features, R ranks of all adapters on this input.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from emoverse.kernels.backend import use_triton
-from emoverse.kernels.dropout import Dropout, keep_mask
+from emoverse.kernels.dropout import Dropout
+from emoverse.kernels.types import Linears, LoraInput, scaled_mm
 
-
-@dataclass(slots=True)
-class LoraInput:
-    """The input side of the adapters that share an input; one mask for all of them.
-
-    In plain torch the mask is drawn when first needed, and kept as long as this object: during a
-    forward, or during a backward. Triton kernels draw it as they go.
-    """
-
-    a_RK: Tensor
-    scale: float
-    dropout: Dropout | None
-    _keep_TK: Tensor | None = None
-
-    @property
-    def drops(self) -> bool:
-        """Is there a mask at all?"""
-        return self.dropout is not None and self.dropout.threshold > 0
-
-    @property
-    def kept_scale(self) -> float:
-        """The adapters' scale times that of the values which dropout keeps."""
-        return self.scale * self.dropout.scale if self.dropout is not None else self.scale
-
-    def keep(self, x_TK: Tensor) -> Tensor:
-        """1 or 0 for each element of x, in its type: multiplying by it is much faster than by bool.
-
-        The dropout's scale is not in it (half precision would round it), but in kept_scale.
-        """
-        assert self.dropout is not None
-        if self._keep_TK is None:
-            self._keep_TK = keep_mask(self.dropout, *x_TK.shape, x_TK.device).to(x_TK.dtype)
-        return self._keep_TK
-
-    def drop(self, x_TK: Tensor) -> Tensor:
-        """x with zeros where dropped. No gradient of its own: callers replay it."""
-        return x_TK * self.keep(x_TK) if self.drops else x_TK
-
-
-class Linears(NamedTuple):
-    """Linear layers that share an input; a layer without adapter has None for A and B."""
-
-    weights: tuple[Tensor, ...]  # N, K
-    a: tuple[Tensor | None, ...]  # r, K
-    b: tuple[Tensor | None, ...]  # N, r
-
-    @property
-    def ranks(self) -> tuple[int, ...]:
-        return tuple(0 if a is None else a.shape[0] for a in self.a)
-
-    def lora_input(self, scale: float, dropout: Dropout | None) -> LoraInput | None:
-        """All A stacked; None without any adapter."""
-        parts = [a for a in self.a if a is not None]
-        if not parts:
-            return None
-        return LoraInput(parts[0] if len(parts) == 1 else torch.cat(parts), scale, dropout)
-
-
-def wide(x: Tensor) -> Tensor:
-    """The type to compute in: fp32 for half precision."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
-def scaled_mm(left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """scale * left right, in one call; with beta 0 the first argument is not read."""
-    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
-
-
-# The three places where an adapter's A meets its input ------------------------------------------
+# The three products of an adapter's A with its input --------------------------------------------
 
 
 def lora_input(x_TK: Tensor, lora: LoraInput) -> Tensor:
     """S: T, R."""
     if use_triton(x_TK):
-        found: Tensor = _triton().lora_input(x_TK, lora)
-        return found
+        from emoverse.kernels.triton_ops import lora as triton_lora
+
+        return triton_lora.lora_input(x_TK, lora)
     return scaled_mm(lora.drop(x_TK), lora.a_RK.t(), lora.kept_scale)
 
 
 def input_gradient(grad_x_TK: Tensor, lora: LoraInput, grad_s_TR: Tensor) -> Tensor:
     """Adds what comes back through A, behind the same mask, to `grad_x_TK` in place."""
     if use_triton(grad_x_TK):
-        found: Tensor = _triton().input_gradient(grad_x_TK, lora, grad_s_TR)
-        return found
+        from emoverse.kernels.triton_ops import lora as triton_lora
+
+        return triton_lora.input_gradient(grad_x_TK, lora, grad_s_TR)
     if not lora.drops:
         return grad_x_TK.addmm_(grad_s_TR, lora.a_RK, alpha=lora.scale)
     through_TK = scaled_mm(grad_s_TR, lora.a_RK, lora.kept_scale)
@@ -110,8 +46,9 @@ def input_gradient(grad_x_TK: Tensor, lora: LoraInput, grad_s_TR: Tensor) -> Ten
 def weight_gradient(x_TK: Tensor, lora: LoraInput, grad_s_TR: Tensor) -> Tensor:
     """Gradient of A: R, K."""
     if use_triton(x_TK):
-        found: Tensor = _triton().weight_gradient(x_TK, lora, grad_s_TR)
-        return found
+        from emoverse.kernels.triton_ops import lora as triton_lora
+
+        return triton_lora.weight_gradient(x_TK, lora, grad_s_TR)
     return scaled_mm(grad_s_TR.t(), lora.drop(x_TK), lora.kept_scale)
 
 
@@ -125,20 +62,20 @@ def project(x_TK: Tensor, s_TR: Tensor | None, linears: Linears) -> Tensor:
         y_TN = torch.mm(x_TK, linears.weights[0].t())
     else:
         y_TN = x_TK.new_empty(x_TK.shape[0], sum(sizes))
-        for part, weight in zip(y_TN.split(sizes, dim=1), linears.weights, strict=True):
-            torch.mm(x_TK, weight.t(), out=part)
+        for y, weight in zip(y_TN.split(sizes, dim=1), linears.weights, strict=True):
+            torch.mm(x_TK, weight.t(), out=y)
     if s_TR is not None:
         columns = s_TR.split(linears.ranks, dim=1)
-        for part, s, b in zip(y_TN.split(sizes, dim=1), columns, linears.b, strict=True):
+        for y, s, b in zip(y_TN.split(sizes, dim=1), columns, linears.b, strict=True):
             if b is not None:
-                part.addmm_(s, b.t())
+                y.addmm_(s, b.t())
     return y_TN
 
 
 def project_backward(
     grad_TN: Tensor, s_TR: Tensor | None, linears: Linears
 ) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
-    """Gradient of x without the adapters' part, gradient of S, gradient of each B."""
+    """Gradient of x through the frozen weights alone, gradient of S, gradient of each B."""
     grads = grad_TN.split([weight.shape[0] for weight in linears.weights], dim=1)
     grad_x_TK = torch.mm(grads[0], linears.weights[0])
     for grad, weight in zip(grads[1:], linears.weights[1:], strict=True):
@@ -154,9 +91,10 @@ def project_backward(
         assert linears.b[0] is not None
         return grad_x_TK, torch.mm(grads[0], linears.b[0]), grad_b
     grad_s_TR = torch.empty_like(s_TR)
-    for part, grad, b in zip(grad_s_TR.split(linears.ranks, dim=1), grads, linears.b, strict=True):
+    columns = grad_s_TR.split(linears.ranks, dim=1)
+    for grad_s, grad, b in zip(columns, grads, linears.b, strict=True):
         if b is not None:
-            torch.mm(grad, b, out=part)
+            torch.mm(grad, b, out=grad_s)
     return grad_x_TK, grad_s_TR, grad_b
 
 
@@ -164,8 +102,8 @@ def split_grad_a(grad_a_RK: Tensor | None, linears: Linears) -> list[Tensor | No
     """The stacked gradient of A, layer by layer."""
     if grad_a_RK is None:
         return [None] * len(linears.a)
-    parts = grad_a_RK.split(linears.ranks)
-    return [None if a is None else part for a, part in zip(linears.a, parts, strict=True)]
+    rows = grad_a_RK.split(linears.ranks)
+    return [None if a is None else grad_a for a, grad_a in zip(linears.a, rows, strict=True)]
 
 
 # As a function with gradients -----------------------------------------------------------------
@@ -186,11 +124,11 @@ def lora_linears(
     Returns:
         All outputs side by side: T, sum of N. Gradients reach x, A and B.
     """
-    found: Tensor = _LoraLinears.apply(
+    y_TN: Tensor = _LoraLinears.apply(  # type: ignore[no-untyped-call]  # untyped in torch
         *(x_TK, bias_N, scale, dropout, len(linears.weights)),
         *(*linears.weights, *linears.a, *linears.b),
     )
-    return found
+    return y_TN
 
 
 class _LoraLinears(torch.autograd.Function):
@@ -234,10 +172,3 @@ def unpack(tensors: Sequence[Tensor | None], count: int) -> Linears:
     weights, a, b = (tuple(tensors[i * count : (i + 1) * count]) for i in range(3))
     assert all(weight is not None for weight in weights)
     return Linears(weights, a, b)  # type: ignore[arg-type]
-
-
-def _triton() -> Any:
-    # Triton is missing on many machines without a GPU: loaded only where it runs.
-    from emoverse.kernels.triton_ops import lora as lora_triton
-
-    return lora_triton

@@ -7,21 +7,11 @@ normalised value is cast to the storage type before it is multiplied by the weig
 Legend: T tokens, D hidden, R ranks of all adapters on this input.
 """
 
-from typing import Any, NamedTuple
-
 from torch import Tensor
 
 from emoverse.kernels.backend import use_triton
-from emoverse.kernels.lora import LoraInput, input_gradient, lora_input, weight_gradient, wide
-
-
-class NormOutput(NamedTuple):
-    """What the forward makes; `s_TR` is None without adapters."""
-
-    residual_TD: Tensor
-    y_TD: Tensor
-    rstd_T: Tensor  # fp32 (fp64 for fp64 inputs)
-    s_TR: Tensor | None
+from emoverse.kernels.lora import input_gradient, lora_input, weight_gradient
+from emoverse.kernels.types import LoraInput, NormOutput, wide
 
 
 def add_norm_lora(
@@ -29,7 +19,9 @@ def add_norm_lora(
 ) -> NormOutput:
     """residual = x + update; y = weight * residual / rms; S of y. `update` may be overwritten."""
     if use_triton(x_TD):
-        return _triton().add_norm_lora(x_TD, update_TD, weight_D, eps, lora)
+        from emoverse.kernels.triton_ops import norm as triton_norm
+
+        return triton_norm.add_norm_lora(x_TD, update_TD, weight_D, eps, lora)
     residual_TD = x_TD if update_TD is None else update_TD.add_(x_TD)
     values = wide(residual_TD)
     rstd_T = values.square().mean(-1).add_(eps).rsqrt_()
@@ -52,7 +44,11 @@ def add_norm_lora_backward(
     """
     residual_TD, rstd_T, weight_D = saved
     if use_triton(grad_y_TD):
-        return _triton().add_norm_lora_backward(grad_y_TD, grad_residual_TD, saved, lora, grad_s_TR)
+        from emoverse.kernels.triton_ops import norm as triton_norm
+
+        return triton_norm.add_norm_lora_backward(
+            grad_y_TD, grad_residual_TD, saved, lora, grad_s_TR
+        )
     if lora is not None and grad_s_TR is not None:
         grad_y_TD = input_gradient(grad_y_TD, lora, grad_s_TR)
     normed = wide(residual_TD) * rstd_T[:, None]
@@ -68,17 +64,12 @@ def norm_lora_grad_a(
     """Gradient of the adapters' A: R, D. `saved` as in the backward."""
     residual_TD, rstd_T, weight_D = saved
     if use_triton(residual_TD):
-        return _triton().norm_lora_grad_a(saved, lora, grad_s_TR)
+        from emoverse.kernels.triton_ops import norm as triton_norm
+
+        return triton_norm.norm_lora_grad_a(saved, lora, grad_s_TR)
     return weight_gradient(_scale(residual_TD, rstd_T, weight_D), lora, grad_s_TR)
 
 
 def _scale(residual_TD: Tensor, rstd_T: Tensor, weight_D: Tensor) -> Tensor:
     normed = (wide(residual_TD) * rstd_T[:, None]).to(residual_TD.dtype)
     return normed.mul_(weight_D)
-
-
-def _triton() -> Any:
-    # Triton is missing on many machines without a GPU: loaded only where it runs.
-    from emoverse.kernels.triton_ops import norm
-
-    return norm

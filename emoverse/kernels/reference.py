@@ -1,7 +1,9 @@
-"""The truths: every operation of this package written out in a few lines of plain torch.
+"""Reference implementations: every operation of this package in a few lines of plain torch.
 
-Slow, without tricks, differentiable by autograd, in the type of its inputs: tests compare forward
-and backward of every implementation with these, mostly in float64.
+Slow, differentiable by autograd, computed in the type of the inputs. Tests compare forward and
+backward of every implementation with these, mostly in float64.
+Legend: T tokens, N heads, K key/value heads or input features, H head dim, D hidden size, R rank,
+V vocabulary size, F MLP width.
 """
 
 from collections.abc import Sequence

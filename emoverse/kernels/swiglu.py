@@ -5,21 +5,21 @@ S = scale * drop(silu(gate) * up) A^T. Nothing but gate and up is kept for backw
 Legend: T tokens, F MLP width, R ranks.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from emoverse.kernels.backend import use_triton
-from emoverse.kernels.lora import LoraInput, input_gradient, lora_input, weight_gradient, wide
+from emoverse.kernels.lora import input_gradient, lora_input, weight_gradient
+from emoverse.kernels.types import LoraInput, wide
 
 
 def swiglu_lora(gate_up_TF2: Tensor, lora: LoraInput | None) -> tuple[Tensor, Tensor | None]:
     """Activations T, F and S (None without an adapter)."""
     if use_triton(gate_up_TF2):
-        out: tuple[Tensor, Tensor | None] = _triton().swiglu_lora(gate_up_TF2, lora)
-        return out
+        from emoverse.kernels.triton_ops import swiglu as triton_swiglu
+
+        return triton_swiglu.swiglu_lora(gate_up_TF2, lora)
     act_TF = _activate(gate_up_TF2)
     return act_TF, None if lora is None else lora_input(act_TF, lora)
 
@@ -29,8 +29,9 @@ def swiglu_lora_backward(
 ) -> Tensor:
     """Gradient of gate and up, side by side. `grad_act_TF` may be overwritten."""
     if use_triton(grad_act_TF):
-        found: Tensor = _triton().swiglu_lora_backward(grad_act_TF, gate_up_TF2, lora, grad_s_TR)
-        return found
+        from emoverse.kernels.triton_ops import swiglu as triton_swiglu
+
+        return triton_swiglu.swiglu_lora_backward(grad_act_TF, gate_up_TF2, lora, grad_s_TR)
     if lora is not None and grad_s_TR is not None:
         grad_act_TF = input_gradient(grad_act_TF, lora, grad_s_TR)
     gate, up = wide(gate_up_TF2).chunk(2, dim=-1)
@@ -44,18 +45,12 @@ def swiglu_lora_backward(
 def swiglu_lora_grad_a(gate_up_TF2: Tensor, lora: LoraInput, grad_s_TR: Tensor) -> Tensor:
     """Gradient of the adapter's A: R, F."""
     if use_triton(gate_up_TF2):
-        found: Tensor = _triton().swiglu_lora_grad_a(gate_up_TF2, lora, grad_s_TR)
-        return found
+        from emoverse.kernels.triton_ops import swiglu as triton_swiglu
+
+        return triton_swiglu.swiglu_lora_grad_a(gate_up_TF2, lora, grad_s_TR)
     return weight_gradient(_activate(gate_up_TF2), lora, grad_s_TR)
 
 
 def _activate(gate_up_TF2: Tensor) -> Tensor:
     gate, up = wide(gate_up_TF2).chunk(2, dim=-1)
     return (F.silu(gate) * up).to(gate_up_TF2.dtype)
-
-
-def _triton() -> Any:
-    # Triton is missing on many machines without a GPU: loaded only where it runs.
-    from emoverse.kernels.triton_ops import swiglu
-
-    return swiglu

@@ -1,8 +1,14 @@
 """LoRA through PEFT: which layers carry adapters, the trainable set, files in PEFT's format.
 
-In:  the native model of internvl2.py and the config's `model.lora` and `model.projector`.
+In:  the native model of internvl/checkpoint.py and the config's `model.lora` and `model.projector`.
 Out: the same model with adapters inside, frozen everywhere else; adapter folders that
 PeftModel.from_pretrained reads. No other file imports peft.
+
+How LoRA enters the forward: `attach_lora` puts PEFT's layers into the model. In a packed training
+batch the decoder layers of lean_layers.py take W, A, B, scale and dropout from them by
+`read_linear` and compute with kernels/layer.py and kernels/lora.py; everywhere else PEFT's own
+layers run.
+Legend: I input features, O output features, R rank.
 """
 
 import warnings
@@ -85,9 +91,9 @@ def attach_lora(
             get_peft_model(native, settings, autocast_adapter_dtype=False)
     if projector == "full":
         native.model.multi_modal_projector.requires_grad_(True)
-    found = {name for name, value in native.named_parameters() if value.requires_grad}
+    trained = {name for name, value in native.named_parameters() if value.requires_grad}
     expected = trainable_names(architecture, lora, projector)
-    assert found == expected, sorted(found ^ expected)[:5]
+    assert trained == expected, sorted(trained ^ expected)[:5]
 
 
 def trainable_names(
@@ -110,11 +116,11 @@ def trainable_names(
 
 
 def _projector_names() -> set[str]:
-    parts = ("layer_norm", *PROJECTOR_LINEARS)
-    return {f"{PROJECTOR}.{part}.{leaf}" for part in parts for leaf in ("weight", "bias")}
+    modules = ("layer_norm", *PROJECTOR_LINEARS)
+    return {f"{PROJECTOR}.{name}.{leaf}" for name in modules for leaf in ("weight", "bias")}
 
 
-class AdapterParts(NamedTuple):
+class LinearParameters(NamedTuple):
     """A linear layer as the lean layers read it; without an active adapter `a` is None."""
 
     weight: Tensor
@@ -122,32 +128,38 @@ class AdapterParts(NamedTuple):
     b: Tensor | None
     scale: float
     p: float  # dropout of the adapter's input
-    plain: bool  # nothing but B A is added to the weight
+    plain: bool  # the weight plus scale * B A is the whole layer
 
 
-def read_linear(module: nn.Module, training: bool) -> AdapterParts:
-    """The parameters of a linear layer with or without an adapter, as they are now."""
+def _weight(module: nn.Module) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def read_linear(module: nn.Module, training: bool) -> LinearParameters:
+    """The current parameters of a linear layer with or without an adapter."""
     if not isinstance(module, LoraLayer):
-        return AdapterParts(module.weight, None, None, 0.0, 0.0, type(module) is nn.Linear)
-    weight = module.get_base_layer().weight
+        return LinearParameters(_weight(module), None, None, 0.0, 0.0, type(module) is nn.Linear)
+    weight = _weight(module.get_base_layer())
     plain = type(module.get_base_layer()) is nn.Linear
     if module.disable_adapters or module.merged or not module.active_adapters:
-        return AdapterParts(weight, None, None, 0.0, 0.0, plain)
+        return LinearParameters(weight, None, None, 0.0, 0.0, plain)
     (name,) = module.active_adapters
     dropout = module.lora_dropout[name]
     plain = plain and not module.use_dora[name] and not module.lora_bias[name]
-    return AdapterParts(
+    return LinearParameters(
         weight,
-        module.lora_A[name].weight,
-        module.lora_B[name].weight,
+        _weight(module.lora_A[name]),
+        _weight(module.lora_B[name]),
         float(module.scaling[name]),
         dropout.p if training and isinstance(dropout, nn.Dropout) else 0.0,
         plain,
     )
 
 
-def is_adapter(name: str) -> bool:
-    """Is this parameter an adapter's (and not the projector's own)?"""
+def is_lora(name: str) -> bool:
+    """Is this the A or B of an adapter, rather than a parameter of the projector?"""
     return ".lora_A." in name or ".lora_B." in name
 
 
@@ -186,22 +198,22 @@ def write_adapter(
     """An adapter folder in PEFT's format from tensors by native name, without a model.
 
     Raises:
-        ValueError: whole tensors that PEFT could not put back: outside the projector, or of a part
-            of it.
+        ValueError: whole tensors that PEFT could not restore: outside the projector, or an
+            incomplete projector.
     """
-    adapted = sorted({name.partition(".lora_")[0] for name in tensors if is_adapter(name)})
-    odd = [name for name in tensors if not is_adapter(name) and not name.startswith(PROJECTOR)]
-    if odd:
+    adapted = sorted({name.partition(".lora_")[0] for name in tensors if is_lora(name)})
+    foreign = [name for name in tensors if not is_lora(name) and not name.startswith(PROJECTOR)]
+    if foreign:
         raise ValueError(
-            f"cannot write {folder}: {odd[0]} is no adapter and not the projector's; export "
+            f"cannot write {folder}: {foreign[0]} is no adapter and not the projector's; export "
             "--layout internvl2 merges everything"
         )
-    whole = {name for name in tensors if not is_adapter(name)}
-    lacking = sorted(_projector_names() - whole) if whole else []
-    if lacking:
+    whole = {name for name in tensors if not is_lora(name)}
+    missing = sorted(_projector_names() - whole) if whole else []
+    if missing:
         raise ValueError(
-            f"cannot write {folder}: {min(whole)} is trained but {lacking[0]} is not, and PEFT "
-            "stores the projector as one; export --layout internvl2 merges everything"
+            f"cannot write {folder}: {min(whole)} is trained but {missing[0]} is not, and PEFT "
+            "stores the projector as a whole; export --layout internvl2 merges everything"
         )
     pattern = "|".join(name.replace(".", r"\.") for name in adapted)
     settings = LoraConfig(r=r, lora_alpha=alpha, target_modules=pattern, bias="none")
@@ -219,7 +231,7 @@ def _write_adapter(
     save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     settings.base_model_name_or_path = base
     settings.inference_mode = True
-    if any(not is_adapter(name) for name in tensors):
+    if any(not is_lora(name) for name in tensors):
         settings.modules_to_save = [PROJECTOR.rpartition(".")[2]]
     settings.save_pretrained(str(folder))
 
@@ -244,10 +256,10 @@ def load_adapter(native: InternVLForConditionalGeneration, folder: str | Path) -
     saved = PeftConfig.from_pretrained(str(folder))
     own = _peft_config(native)
     for key in ("r", "lora_alpha"):
-        wanted, found = getattr(own, key), getattr(saved, key)
-        if wanted != found:
+        expected, actual = getattr(own, key), getattr(saved, key)
+        if expected != actual:
             raise ValueError(
-                f"{folder}: the adapter has {key} {found}, the config asks for {wanted}; "
+                f"{folder}: the adapter has {key} {actual}, the config asks for {expected}; "
                 "set model.lora to the adapter's values"
             )
     state = load_file(path)
@@ -259,7 +271,7 @@ def load_adapter(native: InternVLForConditionalGeneration, folder: str | Path) -
     if state.keys() != trained.keys():
         raise ValueError(
             f"{path} holds other layers than the config trains: "
-            f"{sorted(state.keys() ^ trained.keys())[0]} is on one side only; "
+            f"{sorted(state.keys() ^ trained.keys())[0]} is only in one of them; "
             "set model.lora and model.projector as they were when it was saved"
         )
     with torch.no_grad():
@@ -274,7 +286,7 @@ def load_adapter(native: InternVLForConditionalGeneration, folder: str | Path) -
 
 @torch.no_grad()
 def merge_adapters(native: InternVLForConditionalGeneration) -> None:
-    """Fold the adapters into the base weights, in place; the model is plain again afterwards.
+    """Merge the adapters into the base weights, in place; the model is plain again afterwards.
 
     The sum is taken in fp32 and rounded once. PEFT's own merge adds in the type of the weight.
     """
@@ -283,9 +295,9 @@ def merge_adapters(native: InternVLForConditionalGeneration) -> None:
     ]
     for name, module in adapted:
         plain = module.get_base_layer()
-        a_RI, b_OR = (table["default"].weight for table in (module.lora_A, module.lora_B))
-        merged = plain.weight.float() + module.scaling["default"] * delta(a_RI, b_OR)
-        plain.weight.copy_(merged)
+        a_RI, b_OR = _weight(module.lora_A["default"]), _weight(module.lora_B["default"])
+        weight = _weight(plain)
+        weight.copy_(weight.float() + module.scaling["default"] * delta(a_RI, b_OR))
         parent, _, leaf = name.rpartition(".")
         setattr(native.get_submodule(parent), leaf, plain)
 

@@ -2,7 +2,7 @@
 
 In:  a released config.json (a dict, a folder, the packaged "nano" or a registry name).
 Out: Architecture, and from it in closed form every parameter count that `plan` prints.
-The importer (internvl2.py), LoRA (lora.py) and the memory estimate all ask here.
+The importer (internvl/), LoRA (adapters.py) and the memory estimate all use it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,7 +40,7 @@ PROJECTOR_LINEARS = ("linear_1", "linear_2")
 
 
 class LoraSettings(Protocol):
-    """What the config's `model.lora` section offers; only the fields used here."""
+    """The fields of the config's `model.lora` section that are used here."""
 
     @property
     def preset(self) -> str: ...
@@ -134,7 +134,7 @@ class Architecture:
     def from_config_json(
         cls, config_json: Mapping[str, Any], *, origin: str = "config.json"
     ) -> "Architecture":
-        """Read the released layout, refusing everything this project cannot reproduce exactly.
+        """Read the released layout; refuse everything this project cannot reproduce exactly.
 
         Raises:
             ValueError: naming `origin`, the key, the rule and the value found; all at once.
@@ -210,12 +210,12 @@ class Architecture:
 
 
 def _shuffle_of(ratio: object) -> int:
-    """Side of the squares that pixel shuffle joins; 1 stands in for a ratio that is no number."""
+    """Side of the squares that pixel shuffle joins; 1 in place of a ratio that is not a number."""
     return round(1 / ratio) if isinstance(ratio, float) and ratio > 0 else 1
 
 
 class _IntReader:
-    """Reads positive integers and collects what is wrong; 1 stands in for a missing size."""
+    """Reads positive integers and collects problems; 1 in place of a missing size."""
 
     def __init__(self, problems: list[str]) -> None:
         self._problems = problems

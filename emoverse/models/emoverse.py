@@ -1,7 +1,10 @@
 """EmoVerse: frozen vision tower -> projector -> visual tokens spliced into the text -> LLM -> loss.
 
 In:  a packed batch (collate.py): ids, segment boundaries, frames or their cached features.
-Out: StepOutput, the weighted loss sum and its shares by task; or inputs for transformers' generate.
+Out: StepOutput (loss.py), the weighted loss sum and its shares by task; or inputs for transformers'
+generate.
+`EmoVerse.forward` is one forward pass of training; `compose` puts LoRA into the language model
+(adapters.py), whose decoder layers then compute with it (lean_layers.py).
 Legend: B samples, T packed tokens, L padded tokens, D hidden, F frames, P visual tokens of a frame,
 C feature channels, R supervised rows.
 """
@@ -21,19 +24,19 @@ from emoverse.engine import distributed
 from emoverse.kernels import attention
 from emoverse.kernels.backend import kernel_backend
 from emoverse.loss import StepOutput, supervised_cross_entropy, weighted_loss
-from emoverse.models.adapters import AdapterSettings, attach_lora, is_adapter
+from emoverse.models.adapters import AdapterSettings, attach_lora, is_lora
 from emoverse.models.architecture import Architecture, base_folder
 from emoverse.models.internvl.checkpoint import Deferred, import_checkpoint, import_deferred
 from emoverse.models.lean_layers import is_lean, make_lean
-from emoverse.models.merge import Fold
+from emoverse.models.merge import Adapter
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 # Frames per forward of the vision tower; bounds the memory of evaluation batches.
 MAX_FRAMES = 64
 
-# A 4-D mask is handed through by transformers untouched. With cu_seqlens nobody reads it, and
-# without it every forward would build a T x T mask.
+# transformers passes a 4-D mask through unchanged. With cu_seqlens it is never read, and without it
+# every forward would build a T x T mask.
 _UNREAD_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)
 
 
@@ -85,48 +88,32 @@ class EmoVerse(nn.Module):
         self.native = native
         self.architecture = architecture
         self.train_vision = train_vision
-        self.deferred: Deferred | None = None  # frozen weights that are still to be read
+        self.deferred: Deferred | None = None  # frozen weights that are not yet read
         self.image_token_id = int(native.config.image_token_id)
         if not train_vision:
             native.model.vision_tower.requires_grad_(False)
         self.train(native.training)
 
-    def train(self, mode: bool = True) -> "EmoVerse":
-        """As nn.Module, except that a frozen vision tower stays in eval mode."""
-        super().train(mode)
-        if not self.train_vision:
-            self.native.model.vision_tower.eval()
-        return self
-
-    @property
-    def implementations(self) -> str:
-        """For the user: what attention and the decoder layers of training run on."""
-        weight = self.native.lm_head.weight
-        device = weight.device.type
-        layers = "lean" if is_lean(self.native.model.language_model) else "transformers'"
-        return (
-            f"attention {attention.attention_backend(device, weight.dtype)}, {layers} layers, "
-            f"kernels {kernel_backend(device)}"
+    def forward(self, batch: PackedBatch) -> StepOutput:
+        """Loss of a packed batch: frames and text -> hidden states -> loss (emoverse/loss.py)."""
+        hidden_TD = self.hidden_states(batch)
+        losses_R = supervised_cross_entropy(
+            hidden_TD, batch.supervised_rows, batch.targets, self.native.lm_head
         )
+        return weighted_loss(losses_R, batch.row_weights, batch.task_of_row, len(TASKS))
 
-    def recompute_activations(self) -> None:
-        """From now on a decoder layer keeps its input only and runs again in the backward pass."""
-        self.native.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
-
-    def trainable_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
-        """Trained parameters by part: lora and projector; vision and llm when all are trained."""
-        groups: dict[str, list[tuple[str, nn.Parameter]]] = {}
-        for name, parameter in self.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            if is_adapter(name):
-                part = "lora"
-            elif ".multi_modal_projector." in name:
-                part = "projector"
-            else:
-                part = "vision" if ".vision_tower." in name else "llm"
-            groups.setdefault(part, []).append((name, parameter))
-        return groups
+    def hidden_states(self, batch: PackedBatch) -> Tensor:
+        """Last hidden states of all packed tokens: T, D. Segments do not attend to each other."""
+        pixels, features = batch.pixels, batch.features
+        dummy = pixels is None and features is None
+        if dummy:
+            # A text-only batch must call the same modules in the same order, and have gradients for
+            # the same parameters, as those of other ranks: ZeRO exchanges them one by one.
+            size = self.architecture.vision.image_size
+            pixels = batch.ids_T.new_zeros(1, size, size, 3, dtype=torch.uint8)
+        if pixels is not None:
+            features = self.vision_features(pixels)
+        return self._decode(self.embed(batch.ids_T, features, dummy=dummy), batch)
 
     def vision_features(self, pixels_FHWC: Tensor, tower: nn.Module | None = None) -> Tensor:
         """Frames -> visual tokens before the projector.
@@ -150,14 +137,14 @@ class EmoVerse(nn.Module):
             return self._vision(pixels_FHWC, tower or self.native.model.vision_tower)
 
     def _vision(self, pixels_FHWC: Tensor, tower: nn.Module) -> Tensor:
-        weight = tower.embeddings.patch_embeddings.projection.weight
+        dtype = tower.get_parameter("embeddings.patch_embeddings.projection.weight").dtype
         mean, std = (
             torch.tensor(values, device=pixels_FHWC.device).view(1, 3, 1, 1)
             for values in (IMAGENET_MEAN, IMAGENET_STD)
         )
         # Normalised in fp32 and cast afterwards, as the released pipeline does.
         values_FCHW = (pixels_FHWC.permute(0, 3, 1, 2).float() / 255 - mean) / std
-        hidden = tower(pixel_values=values_FCHW.to(weight.dtype)).last_hidden_state[:, 1:]
+        hidden = tower(pixel_values=values_FCHW.to(dtype)).last_hidden_state[:, 1:]
         side = self.architecture.vision.image_size // self.architecture.vision.patch_size
         shuffled = self.native.model.pixel_shuffle(
             hidden.unflatten(1, (side, side)), scale_factor=1 / self.architecture.shuffle
@@ -166,15 +153,15 @@ class EmoVerse(nn.Module):
         return features
 
     def embed(self, ids_T: Tensor, features_FPC: Tensor | None, *, dummy: bool = False) -> Tensor:
-        """Token embeddings with projected visual tokens in place of the context tokens: T, D.
+        """Token embeddings, with projected visual tokens in place of the context tokens: T, D.
 
         Args:
             dummy: the features belong to no context token and change nothing (times 0.0).
         Raises:
-            ValueError: the ids hold another number of context tokens than there are features.
+            ValueError: the ids do not hold one context token per visual token.
         """
-        embeddings_TD = self.native.get_input_embeddings()(ids_T)
-        places = (ids_T == self.image_token_id).nonzero().squeeze(1)
+        embeddings_TD: Tensor = self.native.get_input_embeddings()(ids_T)
+        positions = (ids_T == self.image_token_id).nonzero().squeeze(1)
         shape = (self.architecture.visual_tokens_per_frame, self.architecture.feature_channels)
         frames = 0 if features_FPC is None or dummy else features_FPC.shape[0]
         if features_FPC is not None and features_FPC.shape[1:] != shape:
@@ -185,13 +172,14 @@ class EmoVerse(nn.Module):
         self._check_context(ids_T, frames)
         if features_FPC is None:
             return embeddings_TD
-        visual_FPD = self.native.model.multi_modal_projector(features_FPC.to(embeddings_TD.dtype))
+        projector = self.native.model.multi_modal_projector
+        visual_FPD: Tensor = projector(features_FPC.to(embeddings_TD.dtype))
         if dummy:
             return embeddings_TD + 0.0 * visual_FPD.sum()
-        return embeddings_TD.index_copy(0, places, visual_FPD.flatten(0, 1))
+        return embeddings_TD.index_copy(0, positions, visual_FPD.flatten(0, 1))
 
     def _check_context(self, ids_T: Tensor, frames: int) -> None:
-        """As many context tokens as visual tokens, or a ValueError."""
+        """Raises ValueError unless there are as many context tokens as visual tokens."""
         tokens = self.architecture.visual_tokens_per_frame
         count = int((ids_T == self.image_token_id).sum())
         if count != frames * tokens:
@@ -200,19 +188,6 @@ class EmoVerse(nn.Module):
                 f"{frames} frames give {frames * tokens} visual tokens; write exactly {tokens} "
                 "context tokens per frame into the prompt"
             )
-
-    def hidden_states(self, batch: PackedBatch) -> Tensor:
-        """Last hidden states of all packed tokens: T, D. Segments do not see each other."""
-        pixels, features = batch.pixels, batch.features
-        dummy = pixels is None and features is None
-        if dummy:
-            # A batch of text alone must call the same modules in the same order, and have gradients
-            # for the same parameters, as those of other ranks: ZeRO exchanges them one by one.
-            size = self.architecture.vision.image_size
-            pixels = batch.ids_T.new_zeros(1, size, size, 3, dtype=torch.uint8)
-        if pixels is not None:
-            features = self.vision_features(pixels)
-        return self._decode(self.embed(batch.ids_T, features, dummy=dummy), batch)
 
     def _decode(self, embeddings_TD: Tensor, batch: PackedBatch) -> Tensor:
         self._check_rotary()
@@ -228,17 +203,9 @@ class EmoVerse(nn.Module):
         return hidden
 
     def _check_rotary(self) -> None:
-        """In bf16 neighbouring positions are the same, and the loss hardly shows it."""
+        """In bf16 neighbouring positions coincide, and the loss hardly shows it."""
         rotary = self.native.model.language_model.rotary_emb.inv_freq
         assert rotary.dtype == torch.float32, f"rotary table cast to {rotary.dtype}"
-
-    def forward(self, batch: PackedBatch) -> StepOutput:
-        """Loss of a packed batch; logits exist only at supervised rows."""
-        hidden_TD = self.hidden_states(batch)
-        losses_R = supervised_cross_entropy(
-            hidden_TD, batch.supervised_rows, batch.targets, self.native.lm_head
-        )
-        return weighted_loss(losses_R, batch.row_weights, batch.task_of_row, len(TASKS))
 
     @torch.no_grad()
     def prepare_generation(
@@ -272,15 +239,11 @@ class EmoVerse(nn.Module):
         embeddings_TD = self.embed(torch.cat(all_ids), joined_FPC, dummy=dummy)
         longest = max(len(ids) for ids in all_ids)
         rows, mask_BL = [], torch.zeros(len(items), longest, dtype=torch.long, device=device)
-        for row, part in enumerate(embeddings_TD.split([len(ids) for ids in all_ids])):
-            rows.append(nn.functional.pad(part, (0, 0, longest - len(part), 0)))
-            mask_BL[row, longest - len(part) :] = 1
+        for row, item_TD in enumerate(embeddings_TD.split([len(ids) for ids in all_ids])):
+            padding = longest - len(item_TD)
+            rows.append(nn.functional.pad(item_TD, (0, 0, padding, 0)))
+            mask_BL[row, padding:] = 1
         return {"inputs_embeds": torch.stack(rows), "attention_mask": mask_BL}
-
-    @property
-    def partitioned(self) -> bool:
-        """Does each rank hold only its share of the weights (ZeRO-3)?"""
-        return hasattr(self.native.lm_head.weight, "ds_id")
 
     def _features_of(self, visuals: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Features of each item; all uint8 frames go through the tower together."""
@@ -288,8 +251,8 @@ class EmoVerse(nn.Module):
         live = [i for i, x in enumerate(visuals) if x is not None and x.dtype == torch.uint8]
         clips = [x for x in (visuals[i] for i in live) if x is not None]
         if live:
-            for i, part in zip(live, self._live_features(clips), strict=True):
-                features[i] = part
+            for i, clip_features in zip(live, self._live_features(clips), strict=True):
+                features[i] = clip_features
         return features
 
     def _live_features(self, clips: Sequence[Tensor]) -> list[Tensor]:
@@ -301,9 +264,51 @@ class EmoVerse(nn.Module):
                 self.vision_features(chunks[0][:1])
         return list(torch.cat(computed).split([len(clip) for clip in clips]))
 
+    @property
+    def partitioned(self) -> bool:
+        """Does each rank hold only its share of the weights (ZeRO-3)?"""
+        return hasattr(self.native.lm_head.weight, "ds_id")
+
+    def train(self, mode: bool = True) -> "EmoVerse":
+        """As nn.Module, except that a frozen vision tower stays in eval mode."""
+        super().train(mode)
+        if not self.train_vision:
+            self.native.model.vision_tower.eval()
+        return self
+
+    @property
+    def implementations(self) -> str:
+        """For logs: what attention and the decoder layers of training run on."""
+        weight = self.native.lm_head.weight
+        device = weight.device.type
+        layers = "lean" if is_lean(self.native.model.language_model) else "transformers'"
+        return (
+            f"attention {attention.attention_backend(device, weight.dtype)}, {layers} layers, "
+            f"kernels {kernel_backend(device)}"
+        )
+
+    def recompute_activations(self) -> None:
+        """From now on a decoder layer keeps only its input and runs again in the backward pass."""
+        self.native.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def trainable_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
+        """Trained parameters by group: lora and projector; vision and llm when all are trained."""
+        groups: dict[str, list[tuple[str, nn.Parameter]]] = {}
+        for name, parameter in self.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if is_lora(name):
+                group = "lora"
+            elif ".multi_modal_projector." in name:
+                group = "projector"
+            else:
+                group = "vision" if ".vision_tower." in name else "llm"
+            groups.setdefault(group, []).append((name, parameter))
+        return groups
+
 
 def to_tensor(values: Sequence[int] | NDArray[Any] | Tensor) -> Tensor:
-    """As torch.as_tensor; read-only arrays, such as decoders hand over, are copied first."""
+    """As torch.as_tensor; read-only arrays, as decoders return them, are copied first."""
     if isinstance(values, np.ndarray):
         return torch.from_numpy(np.require(values, requirements=("C", "W")))
     return torch.as_tensor(values)
@@ -347,23 +352,26 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     train: str = "lora",
     seed: int = 0,
-    folds: Sequence[Fold] = (),
+    adapters: Sequence[Adapter] = (),
     defer: bool = False,
 ) -> EmoVerse:
     """Import the base checkpoint and make it EmoVerse (see compose). In eval mode.
 
     Args:
-        folds: adapters of earlier stages to merge into the base while it is read.
+        adapters: adapters of earlier stages to merge into the base while it is read.
         defer: leave the frozen weights to `EmoVerse.deferred`: they take no memory until the
             engine partitions them (ZeRO-3).
     Raises:
         FileNotFoundError, ValueError: see base_folder and import_checkpoint.
     """
-    folder, deferred = base_folder(base), None
+    folder = base_folder(base)
+    deferred: Deferred | None = None
     if defer:
-        native, config_json, deferred = import_deferred(folder, dtype, device=device, folds=folds)
+        native, config_json, deferred = import_deferred(
+            folder, dtype, device=device, adapters=adapters
+        )
     else:
-        native, config_json = import_checkpoint(folder, dtype, device=device, folds=folds)
+        native, config_json = import_checkpoint(folder, dtype, device=device, adapters=adapters)
     model = compose(native, config_json, settings, train=train, seed=seed)
     model.deferred = deferred
     return model

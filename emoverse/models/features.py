@@ -1,10 +1,11 @@
-"""A cache of the frozen vision tower's features, for bases small enough that it pays.
+"""A cache of the frozen vision tower's features, worthwhile for small bases.
 
-In:  the frames of a record's views, each sent through the tower by itself, so that a stored value
-     does not depend on what else was in a batch.
+In:  the frames of a record's views, each sent through the tower alone, so that a stored value does
+     not depend on the rest of a batch.
 Out: the same features for every later epoch, stage and process, from one memory-mapped file.
 File: header, one flag per (record, view), then fixed slots; sparse, so unused slots cost nothing.
 A flag is the slot's checksum, written after the data: a torn write is never read.
+Legend: F frames, H and W pixels, P visual tokens of a frame, C feature channels.
 """
 
 import hashlib
@@ -65,12 +66,12 @@ class CacheKey:
         return self.frames_per_clip if view == "clip" else 1
 
     def slot_start(self, ordinal: int, view: str) -> int:
-        """A record's slots stand side by side: its clip, then its peak frame."""
+        """First byte of a slot. A record's slots are adjacent: its clip, then its peak frame."""
         before = ordinal * (self.frames_per_clip + 1)
         before += 0 if view == "clip" else self.frames_per_clip
         return self.slots_start + before * self.frame_bytes
 
-    def flag_place(self, ordinal: int, view: str) -> int:
+    def flag_index(self, ordinal: int, view: str) -> int:
         if not 0 <= ordinal < self.num_records:
             raise IndexError(f"record {ordinal} of a cache for {self.num_records} records")
         return ordinal * len(VIEWS) + VIEWS.index(view)
@@ -122,8 +123,8 @@ class FeatureCache:
             header = file.read(ALIGNMENT)
         if header.rstrip(b"\0") != _header(key) or self.path.stat().st_size != key.file_bytes:
             raise ValueError(
-                f"{self.path} is not the feature cache that its name says; delete it, it will be "
-                "computed again"
+                f"{self.path} does not match its name; delete it, the features will be computed "
+                "again"
             )
         self._bytes = np.memmap(self.path, dtype=np.uint8, mode="r")
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
@@ -133,16 +134,16 @@ class FeatureCache:
         self._checked = np.zeros(len(self._flags), dtype=bool)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A spawned worker opens the file itself; the default would copy the mapping."""
+        """A spawned worker opens the file again; by default pickle would copy the mapping."""
         return FeatureCache, (self._folder, self.key)
 
     def has(self, ordinal: int, view: str) -> bool:
         """Is this view stored and whole? Checked against its checksum once per process."""
-        place = self.key.flag_place(ordinal, view)
-        flag = int(self._flags[place])
-        if flag and not self._checked[place]:
-            self._checked[place] = flag == _checksum(self._slot(ordinal, view))
-        return bool(flag and self._checked[place])
+        index = self.key.flag_index(ordinal, view)
+        flag = int(self._flags[index])
+        if flag and not self._checked[index]:
+            self._checked[index] = flag == _checksum(self._slot(ordinal, view))
+        return bool(flag and self._checked[index])
 
     def get(self, ordinal: int, view: str) -> NDArray[np.float32]:
         """Features F, P, C as float32 (exact, also when bfloat16 is stored).
@@ -174,20 +175,20 @@ class FeatureCache:
         data = features_FPC.detach().cpu().contiguous().view(torch.uint8).numpy().reshape(-1)
         _write_all(self._descriptor, data.data, self.key.slot_start(ordinal, view))
         flag = _checksum(data).to_bytes(4, "little")
-        place = ALIGNMENT + 4 * self.key.flag_place(ordinal, view)
-        _write_all(self._descriptor, memoryview(flag), place)
+        offset = ALIGNMENT + 4 * self.key.flag_index(ordinal, view)
+        _write_all(self._descriptor, memoryview(flag), offset)
 
     def _slot(self, ordinal: int, view: str) -> NDArray[np.uint8]:
         start = self.key.slot_start(ordinal, view)
         return self._bytes[start : start + self.key.frames(view) * self.key.frame_bytes]
 
     def _create(self) -> None:
-        """Make the empty file under a temporary name; the first of several processes wins."""
+        """Create the empty file under a temporary name; the first of several processes wins."""
         self._folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self._folder).free
         if free < self.key.file_bytes:
             raise ValueError(
-                f"model.cache_features needs up to {self.key.file_bytes / 2**30:.1f} GiB in "
+                f"model.cache_features requires up to {self.key.file_bytes / 2**30:.1f} GiB in "
                 f"{self._folder}, which has {free / 2**30:.1f} GiB free; make room or set "
                 "model.cache_features: false"
             )
@@ -204,7 +205,7 @@ class FeatureCache:
 
 
 class KeyedFeatures:
-    """The cache by record key, as the stream and the encoder ask for it."""
+    """The cache by record key, as the stream and the encoder use it."""
 
     def __init__(self, cache: FeatureCache, ordinals: Mapping[str, int]) -> None:
         self.cache = cache
@@ -232,7 +233,7 @@ def record_ordinals(index: ShardIndex) -> dict[str, int]:
 def compute_features(
     model: EmoVerse, frames_FHWC: NDArray[np.uint8], tower: nn.Module | None = None
 ) -> Tensor:
-    """Features of one view by itself, on the CPU: what the cache stores. F, P, C.
+    """Features of one view alone, on the CPU, as the cache stores them: F, P, C.
 
     `tower`: a copy of the vision tower to use instead of the model's own.
     """

@@ -1,8 +1,8 @@
-"""Adapter folders of PEFT, ms-swift and InternVL, read as what changes the native model.
+"""Adapter folders of PEFT, ms-swift and InternVL, read as changes to the native model.
 
 In:  adapter_config.json and adapter_model.safetensors, with the names of either layout.
-Out: a Fold by native names. A fused wqkv adapter becomes three exact ones: A is copied to q, k and
-     v, and B's rows are dealt like those of wqkv. The way back does not exist at the same rank.
+Out: an Adapter by native names. A fused wqkv adapter becomes three exact ones: A is copied to q, k
+     and v, and B's rows are split like those of wqkv. The reverse is impossible at the same rank.
 """
 
 import json
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from emoverse.models.architecture import Architecture
 from emoverse.models.internvl.checkpoint import native_shapes, split_rows
-from emoverse.models.internvl.tensor_names import Link, links
-from emoverse.models.merge import LORA_A, LORA_B, Fold, check_folds
+from emoverse.models.internvl.tensor_names import TensorNames, tensor_names
+from emoverse.models.merge import LORA_A, LORA_B, Adapter, check_adapters
 
 SETTINGS_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 # Settings that change the mathematics of an adapter; only plain LoRA is understood.
@@ -33,7 +33,7 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "use_qalora": (None, False),
     "layer_replication": (None,),
     "trainable_token_indices": (None,),
-    # These act on some tokens only (behind certain words; where a router sends them).
+    # These act on some tokens only (after certain words; where a router sends them).
     "alora_invocation_tokens": (None,),
     "arrow_config": (None,),
     # The others (pissa, olora, corda, loftq) changed the base when the adapter began.
@@ -41,8 +41,8 @@ PLAIN: dict[str, tuple[Any, ...]] = {
 }
 
 
-def read_adapter(folder: str | Path, architecture: Architecture) -> tuple[Fold, dict[str, Any]]:
-    """The adapter as a Fold, and its settings.
+def read_adapter(folder: str | Path, architecture: Architecture) -> tuple[Adapter, dict[str, Any]]:
+    """The adapter and its settings.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -60,9 +60,9 @@ def read_adapter(folder: str | Path, architecture: Architecture) -> tuple[Fold, 
                 f"save the adapter as {WEIGHTS_FILE}"
             )
         raise FileNotFoundError(f"{path} does not exist; point to a folder with a saved adapter")
-    table = links(architecture)
-    by_released = {link.released: link for link in table}
-    natives = {name for link in table for name in link.native}
+    entries = tensor_names(architecture)
+    by_released = {entry.released: entry for entry in entries}
+    natives = {name for entry in entries for name in entry.native}
     tensors: dict[str, Tensor] = {}
     for key, value in _read_tensors(path).items():
         name = plain_name(key)
@@ -77,9 +77,10 @@ def read_adapter(folder: str | Path, architecture: Architecture) -> tuple[Fold, 
                 "another model's"
             )
     _check_rank(path, tensors, settings["r"])
-    fold = Fold(tensors=tensors, scale=settings["lora_alpha"] / settings["r"], origin=str(folder))
-    check_folds([fold], native_shapes(architecture))
-    return fold, settings
+    scale = settings["lora_alpha"] / settings["r"]
+    adapter = Adapter(tensors=tensors, scale=scale, origin=str(folder))
+    check_adapters([adapter], native_shapes(architecture))
+    return adapter, settings
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -96,7 +97,7 @@ def _check_rank(path: Path, tensors: Mapping[str, Tensor], r: int) -> None:
     for name, value in tensors.items():
         if name.endswith(LORA_A) and value.shape[0] != r:
             raise ValueError(
-                f"{path}: {name} has rank {value.shape[0]}, but {SETTINGS_FILE} says r {r}; "
+                f"{path}: {name} has rank {value.shape[0]}, but {SETTINGS_FILE} has r {r}; "
                 "the two files belong to different adapters"
             )
     if not tensors:
@@ -125,12 +126,12 @@ def _base_of(name: str) -> tuple[str, str | None]:
 
 
 def _native_parts(
-    link: Link, end: str | None, value: Tensor, architecture: Architecture
+    entry: TensorNames, end: str | None, value: Tensor, architecture: Architecture
 ) -> dict[str, Tensor]:
     # The input is the same for all parts.
     shared = end == LORA_A
-    parts = (value,) * len(link.native) if shared else split_rows(value, link, architecture)
-    ends = ((name if end is None else name.removesuffix(".weight") + end) for name in link.native)
+    parts = (value,) * len(entry.native) if shared else split_rows(value, entry, architecture)
+    ends = ((name if end is None else name.removesuffix(".weight") + end) for name in entry.native)
     # Copies: tensors that share memory cannot be saved.
     return {
         name: part.clone(memory_format=torch.contiguous_format)

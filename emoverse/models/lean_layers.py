@@ -1,13 +1,16 @@
-"""Lean decoder layers: Phi-3's and Llama's own, with another forward for packed training.
+"""Lean decoder layers: those of Phi-3 and Llama with another forward for packed training.
 
-In:  the native language model with its adapters. Out: the same layers, parameters and names; the
-forward of a packed batch runs through emoverse.kernels.layer and keeps about 0.4 of the activations
-of transformers + PEFT. Anything else (generation, padded batches) takes transformers' own forward.
-The submodules' parameters are read without calling these: ZeRO-3 gathers them when they are first
+In:  the native language model with its adapters (adapters.py). Out: the same layers, parameters and
+names. The forward of a packed batch reads frozen weights and LoRA parameters by
+`adapters.read_linear` and computes with kernels/layer.py, which uses kernels/lora.py; it keeps
+about 0.4 of the activations of transformers + PEFT. Anything else (generation, padded batches)
+takes transformers' own forward.
+The parameters are read without calling the submodules: ZeRO-3 gathers them when they are first
 read, and from then on together with the layer.
+Legend: T packed tokens, D hidden size, N heads, H head dim.
 """
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -16,14 +19,17 @@ from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 from emoverse.kernels.attention import check_window, varlen_attention
 from emoverse.kernels.dropout import draw_seed
 from emoverse.kernels.layer import LayerSettings, Rotary, after_attention, before_attention
-from emoverse.kernels.lora import Linears
-from emoverse.models.adapters import AdapterParts, read_linear
+from emoverse.kernels.types import Linears
+from emoverse.models.adapters import LinearParameters, read_linear
 
 SETTINGS = ("auto", "on", "off")
 
 
+DecoderLayer = Phi3DecoderLayer | LlamaDecoderLayer
+
+
 class _LeanForward(nn.Module):
-    """Put before a transformers layer in the order of resolution: its forward is the plain path."""
+    """The first base class of a lean layer; the second one's forward is transformers' own."""
 
     def forward(
         self,
@@ -49,24 +55,26 @@ class _LeanForward(nn.Module):
             return out
         assert position_embeddings is not None and max_length_q is not None
         assert hidden_states.shape[0] == 1, "packed batches have one row"
-        attention = self.self_attn
-        check_window(max_length_q, getattr(attention.config, "sliding_window", None))
-        groups = [read_group(modules, self.training) for modules in _groups_of(self)]
+        layer = cast(DecoderLayer, self)
+        attention = layer.self_attn
+        config: Any = attention.config
+        check_window(max_length_q, getattr(config, "sliding_window", None))
+        groups = [read_group(modules, self.training) for modules in _groups_of(layer)]
         settings = LayerSettings(
-            heads=attention.config.num_attention_heads,
-            kv_heads=attention.config.num_key_value_heads,
-            eps=self.input_layernorm.variance_epsilon,
-            scale=max(parts.scale for _, parts in groups),
-            p=max(parts.p for _, parts in groups),
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            eps=layer.input_layernorm.variance_epsilon,
+            scale=max(adapter.scale for _, adapter in groups),
+            p=max(adapter.p for _, adapter in groups),
             seed=0,
         )
         if settings.p > 0:
             settings = settings._replace(seed=draw_seed())
-        (qkv, _), *rest = groups
+        qkv, output, gate_up, down = (linears for linears, _ in groups)
         cos_1TH, sin_1TH = position_embeddings
         q, k, v, residual_TD = before_attention(
             hidden_states.squeeze(0),
-            self.input_layernorm.weight,
+            layer.input_layernorm.weight,
             Rotary(cos_1TH.squeeze(0), sin_1TH.squeeze(0)),
             qkv,
             settings,
@@ -77,8 +85,8 @@ class _LeanForward(nn.Module):
         result_TD = after_attention(
             attended_TNH.flatten(1),
             residual_TD,
-            self.post_attention_layernorm.weight,
-            (rest[0][0], rest[1][0], rest[2][0]),
+            layer.post_attention_layernorm.weight,
+            (output, gate_up, down),
             settings,
         )
         return result_TD.unsqueeze(0)
@@ -92,14 +100,17 @@ class LeanLlamaLayer(_LeanForward, LlamaDecoderLayer):
     """Llama, which InternLM2.5 runs as: separate q, k, v and gate, up."""
 
 
-KINDS = {Phi3DecoderLayer: LeanPhi3Layer, LlamaDecoderLayer: LeanLlamaLayer}
+KINDS: dict[type, type[_LeanForward]] = {
+    Phi3DecoderLayer: LeanPhi3Layer,
+    LlamaDecoderLayer: LeanLlamaLayer,
+}
 
 
 def make_lean(language_model: nn.Module, setting: str) -> bool:
     """Replace the decoder layers by lean ones, in place; auto does so wherever it is possible.
 
     Returns:
-        Are they lean now?
+        True if the layers are lean now.
     Raises:
         ValueError: unknown setting; `on` for a model that lean layers cannot train.
     """
@@ -115,36 +126,43 @@ def make_lean(language_model: nn.Module, setting: str) -> bool:
                 "through transformers' own layers"
             )
         return False
-    layers = language_model.layers
-    for number, layer in enumerate(layers):
-        layers[number] = _adopt(layer)
+    layers = _layers(language_model)
+    for index, layer in enumerate(layers):
+        layers[index] = _lean_copy(layer)
     return True
 
 
 def is_lean(language_model: nn.Module) -> bool:
     """Does the model have lean layers?"""
-    return any(isinstance(layer, _LeanForward) for layer in language_model.layers)
+    return any(isinstance(layer, _LeanForward) for layer in _layers(language_model))
 
 
-def _adopt(layer: nn.Module) -> nn.Module:
-    """A lean layer around the same submodules; the old one is not used any more."""
+def _layers(language_model: nn.Module) -> nn.ModuleList:
+    layers = language_model.layers
+    assert isinstance(layers, nn.ModuleList)
+    return layers
+
+
+def _lean_copy(layer: nn.Module) -> nn.Module:
+    """A lean layer around the same submodules; the old one is no longer used."""
     kind = KINDS[type(layer)]
-    lean = kind.__new__(kind)
+    lean: nn.Module = object.__new__(kind)
     nn.Module.__init__(lean)
     lean.__dict__.update(layer.__dict__)
     return lean
 
 
-def _groups_of(layer: nn.Module) -> list[list[nn.Module]]:
-    """The linears by the input that they share: qkv, output, gate and up, down."""
-    attention, mlp = layer.self_attn, layer.mlp
+def _groups_of(layer: DecoderLayer) -> list[list[nn.Module]]:
+    """The linears, grouped by the input that they share: qkv, output, gate and up, down."""
     if isinstance(layer, Phi3DecoderLayer):
+        fused = layer.self_attn
         return [
-            [attention.qkv_proj],
-            [attention.o_proj],
-            [mlp.gate_up_proj],
-            [mlp.down_proj],
+            [fused.qkv_proj],
+            [fused.o_proj],
+            [layer.mlp.gate_up_proj],
+            [layer.mlp.down_proj],
         ]
+    attention, mlp = layer.self_attn, layer.mlp
     return [
         [attention.q_proj, attention.k_proj, attention.v_proj],
         [attention.o_proj],
@@ -153,33 +171,34 @@ def _groups_of(layer: nn.Module) -> list[list[nn.Module]]:
     ]
 
 
-def read_group(modules: list[nn.Module], training: bool) -> tuple[Linears, AdapterParts]:
-    """The parameters of linears that share an input; scale and dropout of their adapters."""
-    parts = [read_linear(module, training) for module in modules]
+def read_group(modules: list[nn.Module], training: bool) -> tuple[Linears, LinearParameters]:
+    """The parameters of linears that share an input, and the one of them that has an adapter."""
+    read = [read_linear(module, training) for module in modules]
     linears = Linears(
-        tuple(part.weight for part in parts),
-        tuple(part.a for part in parts),
-        tuple(part.b for part in parts),
+        tuple(linear.weight for linear in read),
+        tuple(linear.a for linear in read),
+        tuple(linear.b for linear in read),
     )
-    return linears, max(parts, key=lambda part: part.scale)
+    return linears, max(read, key=lambda linear: linear.scale)
 
 
 def _unsupported(language_model: nn.Module) -> str:
     """Why lean layers cannot train this model; empty if they can."""
-    config = language_model.config
-    for layer in language_model.layers:
+    config: Any = language_model.config
+    for layer in _layers(language_model):
         if type(layer) not in KINDS:
             return f"the layers are of type {type(layer).__name__}"
-        parts = [read_linear(module, True) for group in _groups_of(layer) for module in group]
+        assert isinstance(layer, DecoderLayer)
+        linears = [read_linear(module, True) for group in _groups_of(layer) for module in group]
         for name, value in layer.named_parameters():
             if value.requires_grad and ".lora_" not in name:
                 return f"the base weight {name} is trained"
             if name.endswith("bias"):
                 return f"the linears have biases ({name})"
-        adapted = {(part.scale, part.p) for part in parts if part.a is not None}
+        adapted = {(linear.scale, linear.p) for linear in linears if linear.a is not None}
         if len(adapted) > 1:
             return "adapters of one layer differ in scale or dropout"
-        if not all(part.plain for part in parts):
+        if not all(linear.plain for linear in linears):
             return "adapters are not plain LoRA"
         if (
             layer.input_layernorm.variance_epsilon

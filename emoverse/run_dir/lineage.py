@@ -7,7 +7,7 @@ Where the trained weights of a stage come from:
   2. else the last checkpoint of the stage in `start_from`: adapters and projector, or, with
      `adapter: merge`, the projector alone, because the adapters are merged into the base;
   3. else, with `start_from: base`, new adapters and the projector of the base.
-The base itself is read with the adapters of all merged stages added to it (`folds_below`). Labels
+The base is read with the adapters of all merged stages added to it (`adapters_below`). Labels
 contain a hash of the weights, so a stage that was trained again after its successor is detected.
 """
 
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from emoverse.config.schema import Config, LoraSection, StageSection
 from emoverse.engine.step_types import TrainedState
-from emoverse.models.merge import Fold
+from emoverse.models.merge import Adapter
 from emoverse.run_dir.checkpoint import (
     MANIFEST,
     TRAINED,
@@ -56,11 +56,11 @@ def load_starting_weights(
     elif parent is not None:
         trained = load_trained(parent, log)
         if section.adapter == "merge":
-            from emoverse.models.adapters import is_adapter  # peft: slow for other users of labels
+            from emoverse.models.adapters import is_lora  # peft: slow for other users of labels
 
             # The projector continues from its fp32 master weights, not from their rounded copy in
             # the base.
-            projector = {name: value for name, value in trained.items() if not is_adapter(name)}
+            projector = {name: value for name, value in trained.items() if not is_lora(name)}
             engine.import_params(projector, some=True)
         else:
             engine.import_params(trained)
@@ -135,9 +135,9 @@ def _last_checkpoint(stage_folder: Path) -> Path:
     return stage_folder / "checkpoints" / str(done["checkpoint"])
 
 
-def folds_below(
+def adapters_below(
     config: Config, stage: str, run_dir: Path, warn: Callable[[str], None] = print
-) -> list[Fold]:
+) -> list[Adapter]:
     """The adapters that are merged into the base on which `stage` trains, the first stage first.
 
     If the stage itself has checkpoints, they must have been trained on exactly these.
@@ -156,19 +156,19 @@ def folds_below(
                 f"{own} was trained on {trained_on} merged into the base, but the run directory "
                 f"now holds {now}; restore those checkpoints, or train {stage} again"
             )
-    return [read_fold(run_dir / name, config.model.lora) for name in names]
+    return [read_stage_adapter(run_dir / name, config.model.lora) for name in names]
 
 
-def folds_below_checkpoint(config: Config, checkpoint: Path) -> list[Fold]:
-    """`folds_below` for the stage that a checkpoint folder belongs to, in its own run directory."""
+def adapters_below_checkpoint(config: Config, checkpoint: Path) -> list[Adapter]:
+    """`adapters_below` for the stage of a checkpoint folder, in its own run directory."""
     stage, run_dir = checkpoint.parents[1].name, checkpoint.parents[2]
-    return folds_below(config, stage, run_dir) if stage in config.stages else []
+    return adapters_below(config, stage, run_dir) if stage in config.stages else []
 
 
-def read_fold(stage_folder: Path, lora: LoraSection) -> Fold:
+def read_stage_adapter(stage_folder: Path, lora: LoraSection) -> Adapter:
     """The trained weights of a stage, ready to be merged into the base."""
     tensors = load_trained(stage_folder)
-    return Fold(
+    return Adapter(
         tensors={name.removeprefix(NATIVE): value for name, value in tensors.items()},
         scale=lora.alpha / lora.r,
         origin=str(stage_folder),

@@ -24,7 +24,7 @@ from emoverse.engine.optim import lr_factor, warmup_steps
 from emoverse.models.architecture import load_architecture
 from emoverse.models.emoverse import EmoVerse, build_model
 from emoverse.run_dir import checkpoint
-from emoverse.run_dir.lineage import folds_below, require_same_parent
+from emoverse.run_dir.lineage import adapters_below, require_same_parent
 from emoverse.run_dir.run_files import decisive_knobs, run_identity
 from emoverse.training.loss_guard import LossGuard
 from emoverse.training.sample_audit import SampleAudit
@@ -127,7 +127,7 @@ def set_up_stage(
         device=world.device,
         dtype=torch.bfloat16 if config.model.precision == "bf16" else torch.float32,
         seed=config.run.seed,
-        folds=folds_below(config, stage, config.run.run_dir, notes.append),
+        adapters=adapters_below(config, stage, config.run.run_dir, notes.append),
         # Cached features need the whole vision tower now; they are for small models.
         defer=config.train.zero_stage == 3 and not config.model.cache_features,
     ).train()

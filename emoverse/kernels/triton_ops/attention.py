@@ -86,8 +86,8 @@ def forward_kernel(
             mixed += tl.dot(weights.to(v_tile.dtype), v_tile, input_precision="ieee")
             highest = new
         inside = (queries[:, None] < length) & (lanes[None, :] < H)
-        places = ((start + queries)[:, None].to(tl.int64) * N + head) * H + lanes[None, :]
-        tl.store(out + places, mixed / total[:, None], inside)
+        offsets = ((start + queries)[:, None].to(tl.int64) * N + head) * H + lanes[None, :]
+        tl.store(out + offsets, mixed / total[:, None], inside)
         tl.store(lse + head * T + start + queries, highest + tl.log2(total), queries < length)
 
 
@@ -130,8 +130,8 @@ def query_gradient_kernel(
             back = weights * (back - row_delta[:, None])
             total += tl.dot(back.to(k_tile.dtype), k_tile, input_precision="ieee")
         inside = real[:, None] & (lanes[None, :] < H)
-        places = ((start + queries)[:, None].to(tl.int64) * N + head) * H + lanes[None, :]
-        tl.store(out + places, total * scale, inside)
+        offsets = ((start + queries)[:, None].to(tl.int64) * N + head) * H + lanes[None, :]
+        tl.store(out + offsets, total * scale, inside)
 
 
 @triton.jit
@@ -177,10 +177,10 @@ def key_value_gradient_kernel(
                 back = weights * (back - row_delta[:, None])
                 total_k += tl.dot(tl.trans(back.to(q_tile.dtype)), q_tile, input_precision="ieee")
         kv_heads: tl.constexpr = N // GROUP
-        places = ((start + keys)[:, None].to(tl.int64) * kv_heads + kv_head) * H + lanes[None, :]
-        wanted = inside[:, None] & (lanes[None, :] < H)
-        tl.store(grad_k + places, total_k * scale, wanted)
-        tl.store(grad_v + places, total_v, wanted)
+        offsets = ((start + keys)[:, None].to(tl.int64) * kv_heads + kv_head) * H + lanes[None, :]
+        stored = inside[:, None] & (lanes[None, :] < H)
+        tl.store(grad_k + offsets, total_k * scale, stored)
+        tl.store(grad_v + offsets, total_v, stored)
 
 
 def triton_varlen(
@@ -194,8 +194,8 @@ def triton_varlen(
     scale: float,
 ) -> Tensor:
     """As attention.varlen_attention."""
-    parts = (x if x.stride(2) == 1 else x.contiguous() for x in (q_TNH, k_TKH, v_TKH))
-    out: Tensor = _Varlen.apply(*parts, cu_seqlens, max_seqlen, causal, scale)
+    inputs = (x if x.stride(2) == 1 else x.contiguous() for x in (q_TNH, k_TKH, v_TKH))
+    out: Tensor = _Varlen.apply(*inputs, cu_seqlens, max_seqlen, causal, scale)
     return out
 
 

@@ -1,7 +1,7 @@
 """What the Triton kernels share: replayed dropout, launch helpers, the interpreter's limits.
 
 Kernels load, compute in fp32 and cast when they store; only products of matrices see half
-precision, and not even these in the interpreter, where bf16 arithmetic is silently wrong.
+precision. In the interpreter bf16 arithmetic is silently wrong, so there products use fp32 too.
 """
 
 import os
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from emoverse.kernels.dropout import ROUNDS, Dropout
 
-# Multiply and add as one operation, said here because Triton's default is about to change.
+# Fuse multiply and add. Set explicitly, because Triton's default is about to change.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 # Read at import, as triton.jit itself does.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -67,7 +67,8 @@ def dropout_arguments(dropout: Dropout | None) -> dict[str, Any]:
 
 def padded_rank(rank: int) -> int:
     """Columns of a tile that holds S."""
-    return max(SMALLEST_DOT, triton.next_power_of_2(rank))
+    tile: int = max(SMALLEST_DOT, triton.next_power_of_2(rank))
+    return tile
 
 
 def upcast(x: Tensor) -> bool:

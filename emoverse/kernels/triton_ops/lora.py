@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emoverse.kernels.lora import LoraInput, scaled_mm
 from emoverse.kernels.triton_ops.common import dropout_arguments, dropped, padded_rank, upcast
+from emoverse.kernels.types import LoraInput, scaled_mm
 
 PLAIN, NORMED, ACTIVATED = 0, 1, 2
 _NORMED, _ACTIVATED = tl.constexpr(NORMED), tl.constexpr(ACTIVATED)
@@ -61,11 +61,11 @@ def input_gradient_kernel(
     row, column = tl.program_id(0) * BLOCK_T, tl.program_id(1) * BLOCK_K
     rows, columns = row + tl.arange(0, BLOCK_T), column + tl.arange(0, BLOCK_K)
     inside = (rows[:, None] < T) & (columns[None, :] < K)
-    places = grad_x + rows[:, None].to(tl.int64) * K + columns[None, :]
+    pointers = grad_x + rows[:, None].to(tl.int64) * K + columns[None, :]
     through = through_a(grad_s, a, rows, columns, T, K, R, BLOCK_R, UPCAST) * scale
     if DROPOUT:
         through = dropped(through, seed, stream_id, row, column, threshold, BLOCK_T, BLOCK_K)
-    tl.store(places, tl.load(places, inside, 0.0).to(tl.float32) + through, inside)
+    tl.store(pointers, tl.load(pointers, inside, 0.0).to(tl.float32) + through, inside)
 
 
 @triton.jit
@@ -99,13 +99,13 @@ def weight_gradient_kernel(
     for row in range(first, last, BLOCK_T):
         rows = row + tl.arange(0, BLOCK_T)
         inside = (rows[:, None] < last) & (columns[None, :] < K)
-        wide = rows[:, None].to(tl.int64)
+        long_rows = rows[:, None].to(tl.int64)
         if FORM == _ACTIVATED:
-            gate = tl.load(x + wide * (2 * K) + columns[None, :], inside, 0.0).to(tl.float32)
-            up = tl.load(x + wide * (2 * K) + K + columns[None, :], inside, 0.0).to(tl.float32)
+            gate = tl.load(x + long_rows * (2 * K) + columns[None, :], inside, 0.0).to(tl.float32)
+            up = tl.load(x + long_rows * (2 * K) + K + columns[None, :], inside, 0.0).to(tl.float32)
             tile = gate * tl.sigmoid(gate) * up
         else:
-            tile = tl.load(x + wide * K + columns[None, :], inside, 0.0).to(tl.float32)
+            tile = tl.load(x + long_rows * K + columns[None, :], inside, 0.0).to(tl.float32)
         if FORM == _NORMED:
             inverse = tl.load(rstd + rows, rows < last, 0.0)
             normed = (tile * inverse[:, None]).to(x.dtype.element_ty).to(tl.float32)
@@ -123,18 +123,18 @@ def weight_gradient_kernel(
             tile, s_tile = tile.to(tl.float32), s_tile.to(tl.float32)
         total += tl.dot(tl.trans(s_tile), tile, input_precision="ieee")
     inside = (ranks[:, None] < R) & (columns[None, :] < K)
-    place = partial + chunk * R * K + ranks[:, None] * K + columns[None, :]
-    tl.store(place, total * scale, inside)
+    pointers = partial + chunk * R * K + ranks[:, None] * K + columns[None, :]
+    tl.store(pointers, total * scale, inside)
 
 
 @triton.jit(do_not_specialize=["chunks"])
 def sum_kernel(partial, out, chunks, size, BLOCK: tl.constexpr):
     """out = sum of partial over the chunks, in their order, cast once."""
-    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for chunk in range(0, chunks):
-        total += tl.load(partial + chunk * size + places, places < size, 0.0)
-    tl.store(out + places, total, places < size)
+        total += tl.load(partial + chunk * size + offsets, offsets < size, 0.0)
+    tl.store(out + offsets, total, offsets < size)
 
 
 def lora_input(x_TK: Tensor, lora: LoraInput) -> Tensor:
@@ -178,7 +178,7 @@ def weight_gradient(
     rstd_T: Tensor | None = None,
     weight_D: Tensor | None = None,
 ) -> Tensor:
-    """See lora.py; `form` says what x_TK holds."""
+    """See lora.py; `form` is what x_TK holds."""
     if form == PLAIN and not lora.drops:
         return scaled_mm(grad_s_TR.t(), x_TK, lora.kept_scale)
     x_TK, grad_s_TR = x_TK.contiguous(), grad_s_TR.contiguous()

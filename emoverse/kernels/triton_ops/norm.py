@@ -1,4 +1,4 @@
-"""Triton: residual add + RMSNorm + S in one pass over the tokens, and the backward of it.
+"""Triton: residual add + RMSNorm + S in one pass over the tokens, and its backward.
 
 Legend: T tokens, D hidden, R ranks (padded to a tile).
 """
@@ -8,10 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emoverse.kernels.lora import LoraInput
-from emoverse.kernels.norm import NormOutput
 from emoverse.kernels.triton_ops.common import dropout_arguments, dropped, padded_rank, upcast
 from emoverse.kernels.triton_ops.lora import FREE, NORMED, through_a, weight_gradient
+from emoverse.kernels.types import LoraInput, NormOutput
 
 BLOCK_T, BLOCK_D = 16, 128
 
@@ -100,10 +99,10 @@ def norm_backward_kernel(
             grad_y, weight, a, grad_s, T, seed, stream_id, threshold, scale,
             row, column, inside, D, R, DROPOUT, UPCAST, BLOCK_T, BLOCK_D, BLOCK_R,
         )  # fmt: skip
-        places = starts + columns[None, :]
-        value = tl.load(residual + places, inside, 0.0).to(tl.float32)
-        passed = tl.load(grad_residual + places, inside, 0.0).to(tl.float32)
-        tl.store(out + places, (grad - value * inverse * mean) * inverse + passed, inside)
+        offsets = starts + columns[None, :]
+        value = tl.load(residual + offsets, inside, 0.0).to(tl.float32)
+        passed = tl.load(grad_residual + offsets, inside, 0.0).to(tl.float32)
+        tl.store(out + offsets, (grad - value * inverse * mean) * inverse + passed, inside)
 
 
 @triton.jit
@@ -114,8 +113,8 @@ def normed_gradient(
 ):  # fmt: skip
     """Gradient of the normed values, before the weight: a tile, fp32."""
     rows, columns = row + tl.arange(0, BLOCK_T), column + tl.arange(0, BLOCK_D)
-    places = grad_y + rows[:, None].to(tl.int64) * D + columns[None, :]
-    grad = tl.load(places, inside, 0.0).to(tl.float32)
+    pointers = grad_y + rows[:, None].to(tl.int64) * D + columns[None, :]
+    grad = tl.load(pointers, inside, 0.0).to(tl.float32)
     if R > 0:
         through = through_a(grad_s, a, rows, columns, T, D, R, BLOCK_R, UPCAST) * scale
         if DROPOUT:

@@ -1,4 +1,4 @@
-"""Triton: rotary positions on packed q, k and v in place, and gradients turned back and joined.
+"""Triton: rotary positions on packed q, k and v in place, and the backward that joins gradients.
 
 Legend: T tokens, N query heads, K key/value heads, H head dim.
 """
@@ -16,24 +16,24 @@ def rope_kernel(
     HEADS: tl.constexpr, H: tl.constexpr, SIGN: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """target = source turned by SIGN times its angle, 0 copies; BLOCK_N heads, token by token."""
+    """target = source rotated by SIGN times its angle, 0 copies; BLOCK_N heads, token by token."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     token, head = row // HEADS, row % HEADS
     half: tl.constexpr = H // 2
     lanes = tl.arange(0, BLOCK_H)[None, :]
     inside = (token < T) & (lanes < half)
-    places = source + token * source_token + head * source_head + lanes
-    a = tl.load(places, inside, 0.0)
-    b = tl.load(places + half, inside, 0.0)
+    pointers = source + token * source_token + head * source_head + lanes
+    a = tl.load(pointers, inside, 0.0)
+    b = tl.load(pointers + half, inside, 0.0)
     if SIGN != 0:
         c = tl.load(cos + token * H + lanes, inside, 0.0).to(tl.float32)
         s = tl.load(sin + token * H + lanes, inside, 0.0).to(tl.float32) * SIGN
         left, right = a.to(tl.float32), b.to(tl.float32)
         a = (left * c - right * s).to(target.dtype.element_ty)
         b = (right * c + left * s).to(target.dtype.element_ty)
-    places = target + token * target_token + head * target_head + lanes
-    tl.store(places, a, inside)
-    tl.store(places + half, b, inside)
+    pointers = target + token * target_token + head * target_head + lanes
+    tl.store(pointers, a, inside)
+    tl.store(pointers + half, b, inside)
 
 
 def rotate_(qkv_TW: Tensor, cos_TH: Tensor, sin_TH: Tensor, heads: int) -> None:
@@ -43,13 +43,13 @@ def rotate_(qkv_TW: Tensor, cos_TH: Tensor, sin_TH: Tensor, heads: int) -> None:
     _launch(heads_TNH, heads_TNH, cos_TH, sin_TH, 1)
 
 
-def merge(grads: tuple[Tensor, Tensor, Tensor], cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
-    """Gradients of q and k turned back, beside those of v: T, (N + 2 K) H."""
+def rope_merge(grads: tuple[Tensor, Tensor, Tensor], cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
+    """Gradients of q and k rotated back, then those of v: T, (N + 2 K) H."""
     sizes = [grad.shape[1] for grad in grads]
     out_TNH = grads[0].new_empty(grads[0].shape[0], sum(sizes), grads[0].shape[2])
-    for grad, part, sign in zip(grads, out_TNH.split(sizes, dim=1), (-1, -1, 0), strict=True):
+    for grad, out, sign in zip(grads, out_TNH.split(sizes, dim=1), (-1, -1, 0), strict=True):
         grad = grad if grad.stride(2) == 1 else grad.contiguous()
-        _launch(grad, part, cos_TH, sin_TH, sign)
+        _launch(grad, out, cos_TH, sin_TH, sign)
     return out_TNH.flatten(1)
 
 

@@ -1,4 +1,4 @@
-"""Triton: SwiGLU with S in one pass over the tokens, and a backward that computes both again.
+"""Triton: SwiGLU with S in one pass over the tokens, and a backward that recomputes both.
 
 Legend: T tokens, F MLP width, R ranks (padded to a tile).
 """
@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emoverse.kernels.lora import LoraInput
 from emoverse.kernels.triton_ops.common import dropout_arguments, dropped, padded_rank, upcast
 from emoverse.kernels.triton_ops.lora import ACTIVATED, FREE, through_a, weight_gradient
+from emoverse.kernels.types import LoraInput
 
 BLOCK_T, BLOCK_F = 16, 128
 
@@ -67,13 +67,13 @@ def swiglu_backward_kernel(
         if DROPOUT:
             through = dropped(through, seed, stream_id, row, column, threshold, BLOCK_T, BLOCK_F)
         grad += through
-    places = 2 * starts + columns[None, :]
-    gate = tl.load(gate_up + places, inside, 0.0).to(tl.float32)
-    up = tl.load(gate_up + places + F, inside, 0.0).to(tl.float32)
+    offsets = 2 * starts + columns[None, :]
+    gate = tl.load(gate_up + offsets, inside, 0.0).to(tl.float32)
+    up = tl.load(gate_up + offsets + F, inside, 0.0).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
-    tl.store(out + places, grad * up * (sigmoid + silu * (1.0 - sigmoid)), inside)
-    tl.store(out + places + F, grad * silu, inside)
+    tl.store(out + offsets, grad * up * (sigmoid + silu * (1.0 - sigmoid)), inside)
+    tl.store(out + offsets + F, grad * silu, inside)
 
 
 def swiglu_lora(gate_up_TF2: Tensor, lora: LoraInput | None) -> tuple[Tensor, Tensor | None]:

@@ -24,8 +24,8 @@ from emoverse.models.internvl.released_files import (
     WeightFiles,
     open_weights,
 )
-from emoverse.models.internvl.tensor_names import BLOCKS, GROUPS, Link, links
-from emoverse.models.merge import Fold, check_folds, folded
+from emoverse.models.internvl.tensor_names import BLOCKS, GROUPS, TensorNames, tensor_names
+from emoverse.models.merge import Adapter, check_adapters, merged
 
 PROJECTOR = "model.multi_modal_projector."
 
@@ -37,45 +37,47 @@ def build_native(
     config = native_config(config_json, image_token_id(config_json, None))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = InternVLForConditionalGeneration(config).to(dtype)
+        model: InternVLForConditionalGeneration = InternVLForConditionalGeneration(config)
+        model.to(dtype)  # type: ignore[arg-type]  # transformers types its wrapper as unbound
     _reset_rotary(model)
-    return model.eval()
+    model.eval()
+    return model
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Released:
-    """A released folder whose names, shapes and settings have been checked; no number is read."""
+    """A released folder whose names, shapes and settings have been checked; no values are read."""
 
     folder: Path
     config_json: dict[str, Any]
     architecture: Architecture
     config: InternVLConfig
     weights: WeightFiles
-    links: Mapping[str, Link]  # by released name
+    names: Mapping[str, TensorNames]  # by released name
 
     def tensors(
         self,
         dtype: torch.dtype | None = None,
         *,
-        folds: Sequence[Fold] = (),
+        adapters: Sequence[Adapter] = (),
         only: Callable[[str], bool] = lambda name: True,
     ) -> Iterator[tuple[str, Tensor]]:
         """Native (name, tensor) pairs in the order of the files, one at a time in memory.
 
         Args:
-            dtype: type to convert to, after folding; None keeps the stored one.
-            folds: adapters to merge, in fp32.
-            only: native names to read.
+            dtype: type to convert to, after merging; None keeps the stored one.
+            adapters: adapters to merge, in fp32.
+            only: selects the native names to read.
         """
         for released, tensor in self.weights.tensors():
-            link = self.links[released]
-            if not any(only(name) for name in link.native):
+            entry = self.names[released]
+            if not any(only(name) for name in entry.native):
                 continue
             for name, part in zip(
-                link.native, split_rows(tensor, link, self.architecture), strict=True
+                entry.native, split_rows(tensor, entry, self.architecture), strict=True
             ):
                 if only(name):
-                    value = folded(name, part, folds)
+                    value = merged(name, part, adapters)
                     # A copy of its own: slices of a mapped file must not outlive it.
                     yield name, value.to(dtype or part.dtype, copy=True).contiguous()
 
@@ -88,14 +90,14 @@ class Released:
 def native_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor of the native model."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for link in links(architecture):
-        parts = split_rows(torch.empty(link.shape, device="meta"), link, architecture)
-        shapes |= {n: tuple(p.shape) for n, p in zip(link.native, parts, strict=True)}
+    for entry in tensor_names(architecture):
+        parts = split_rows(torch.empty(entry.shape, device="meta"), entry, architecture)
+        shapes |= {n: tuple(p.shape) for n, p in zip(entry.native, parts, strict=True)}
     return shapes
 
 
 def open_checkpoint(folder: str | Path) -> Released:
-    """Check a released folder by its config.json and the headers of its weights; reads no numbers.
+    """Check a released folder by its config.json and the headers of its weights; reads no values.
 
     Raises:
         FileNotFoundError: no config.json or no safetensors.
@@ -106,15 +108,15 @@ def open_checkpoint(folder: str | Path) -> Released:
     architecture = Architecture.from_config_json(config_json, origin=str(folder / "config.json"))
     config = native_config(config_json, image_token_id(config_json, folder))
     weights = open_weights(folder)
-    expected = {link.released: link for link in links(architecture)}
+    expected = {entry.released: entry for entry in tensor_names(architecture)}
     problems: list[str] = []
     headers = weights.headers
     for name, header in headers.items():
-        link = expected.get(name)
-        if link is None:
+        entry = expected.get(name)
+        if entry is None:
             problems.append(f"unexpected tensor {name} {header.shape}")
-        elif header.shape != link.shape:
-            problems.append(f"{name} must have shape {link.shape}, found {header.shape}")
+        elif header.shape != entry.shape:
+            problems.append(f"{name} must have shape {entry.shape}, found {header.shape}")
     problems += [f"missing tensor {name}" for name in expected if name not in headers]
     if problems:
         shown = "\n  ".join(problems[:20])
@@ -129,7 +131,7 @@ def open_checkpoint(folder: str | Path) -> Released:
         architecture=architecture,
         config=config,
         weights=weights,
-        links=expected,
+        names=expected,
     )
 
 
@@ -138,7 +140,7 @@ def import_checkpoint(
     dtype: torch.dtype | None = None,
     *,
     device: torch.device | str = "cpu",
-    folds: Sequence[Fold] = (),
+    adapters: Sequence[Adapter] = (),
 ) -> tuple[InternVLForConditionalGeneration, dict[str, Any]]:
     """Load a released folder tensor by tensor; `dtype` None keeps what the file holds.
 
@@ -147,12 +149,12 @@ def import_checkpoint(
     Returns:
         The native model (eval, all parameters requiring gradients) and its config.json.
     Raises:
-        FileNotFoundError, ValueError: see open_checkpoint and check_folds.
+        FileNotFoundError, ValueError: see open_checkpoint and check_adapters.
     """
     released = open_checkpoint(folder)
-    check_folds(folds, released.shapes)
+    check_adapters(adapters, released.shapes)
     model = _empty_model(released)
-    for name, value in released.tensors(dtype, folds=folds):
+    for name, value in released.tensors(dtype, adapters=adapters):
         _place(model, name, value.to(device))
     _reset_rotary(model)
     model.model.language_model.rotary_emb.to(device)
@@ -169,14 +171,13 @@ class Deferred:
 
     released: Released
     dtype: torch.dtype
-    folds: Sequence[Fold]
+    adapters: Sequence[Adapter]
     parameters: Mapping[str, nn.Parameter]
 
     def values(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Each placeholder with its value on the CPU, one after the other, in the same order on
-        every rank."""
-        wanted = self.parameters.__contains__
-        for name, value in self.released.tensors(self.dtype, folds=self.folds, only=wanted):
+        """Each placeholder with its value on the CPU, in the same order on every rank."""
+        only = self.parameters.__contains__
+        for name, value in self.released.tensors(self.dtype, adapters=self.adapters, only=only):
             yield self.parameters[name], value
 
 
@@ -185,17 +186,18 @@ def import_deferred(
     dtype: torch.dtype,
     *,
     device: torch.device | str = "cpu",
-    folds: Sequence[Fold] = (),
+    adapters: Sequence[Adapter] = (),
 ) -> tuple[InternVLForConditionalGeneration, dict[str, Any], Deferred]:
-    """As import_checkpoint, but only the projector is read; the rest is the third value's.
+    """As import_checkpoint, but only the projector is read; the third value reads the rest.
 
-    A placeholder has the right shape, type and device, and one number's worth of memory.
+    A placeholder has the right shape, type and device, and the memory of a single element.
     """
     released = open_checkpoint(folder)
-    check_folds(folds, released.shapes)
+    check_adapters(adapters, released.shapes)
     model = _empty_model(released)
     frozen = {name for name in released.shapes if not name.startswith(PROJECTOR)}
-    for name, value in released.tensors(dtype, folds=folds, only=lambda name: name not in frozen):
+    trained = released.shapes.keys() - frozen
+    for name, value in released.tensors(dtype, adapters=adapters, only=trained.__contains__):
         _place(model, name, value.to(device))
     for name in frozen:
         blank = torch.zeros((), dtype=dtype, device=device)
@@ -206,14 +208,14 @@ def import_deferred(
     deferred = Deferred(
         released=released,
         dtype=dtype,
-        folds=folds,
+        adapters=adapters,
         parameters={name: parameters[name] for name in frozen},
     )
     return model.eval(), released.config_json, deferred
 
 
 def _empty_model(released: Released) -> InternVLForConditionalGeneration:
-    """The model on the meta device; its names are exactly those that the table fills."""
+    """The model on the meta device; its names are exactly the native tensor names."""
     with torch.device("meta"):
         model = InternVLForConditionalGeneration(released.config)
     assert set(model.state_dict()) == set(released.shapes)
@@ -221,7 +223,7 @@ def _empty_model(released: Released) -> InternVLForConditionalGeneration:
 
 
 def _place(model: nn.Module, name: str, value: Tensor) -> None:
-    """Puts a value where the meta device has a parameter only in name."""
+    """Replaces a parameter on the meta device by a value."""
     module, _, leaf = name.rpartition(".")
     owner = model.get_submodule(module)
     assert tuple(owner.get_parameter(leaf).shape) == tuple(value.shape), name
@@ -229,8 +231,11 @@ def _place(model: nn.Module, name: str, value: Tensor) -> None:
 
 
 def _reset_rotary(model: InternVLForConditionalGeneration) -> None:
-    """Compute the rotary frequencies anew, in fp32: no checkpoint holds them, and in bf16 they are
-    wrong by more than the distance between neighbouring positions."""
+    """Recompute the rotary frequencies in fp32.
+
+    No checkpoint holds them, and in bf16 they are wrong by more than the distance between
+    neighbouring positions.
+    """
     language_model = model.model.language_model
     language_model.rotary_emb = type(language_model.rotary_emb)(model.config.text_config)
 
@@ -256,10 +261,10 @@ def export_checkpoint(
     folder = Path(folder)
     architecture = Architecture.from_config_json(config_json)
     state = dict(model.state_dict())
-    table = links(architecture)
-    wanted = {name for link in table for name in link.native}
-    if set(state) != wanted:
-        extra, lost = sorted(set(state) - wanted), sorted(wanted - set(state))
+    entries = tensor_names(architecture)
+    expected = {name for entry in entries for name in entry.native}
+    if set(state) != expected:
+        extra, lost = sorted(set(state) - expected), sorted(expected - set(state))
         raise ValueError(
             f"cannot export to {folder}: the model has {len(extra)} tensors that the released "
             f"layout lacks (first: {extra[:1]}) and lacks {len(lost)} (first: {lost[:1]}); "
@@ -272,9 +277,9 @@ def export_checkpoint(
         json.dumps(config_json, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
     )
     writer = ShardWriter(folder, shard_bytes=shard_bytes)
-    for link in table:
-        tensor = join_rows([state[name] for name in link.native], link, architecture)
-        writer.add(link.released, tensor.detach().to("cpu", dtype or tensor.dtype).contiguous())
+    for entry in entries:
+        tensor = join_rows([state[name] for name in entry.native], entry, architecture)
+        writer.add(entry.released, tensor.detach().to("cpu", dtype or tensor.dtype).contiguous())
     writer.close()
 
 
@@ -287,11 +292,13 @@ def copy_small_files(source: Path, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-def split_rows(tensor: Tensor, link: Link, architecture: Architecture) -> tuple[Tensor, ...]:
+def split_rows(
+    tensor: Tensor, entry: TensorNames, architecture: Architecture
+) -> tuple[Tensor, ...]:
     """Released tensor -> native parts (views)."""
-    if link.split == BLOCKS:
+    if entry.split == BLOCKS:
         return tensor.chunk(3)
-    if link.split == GROUPS:
+    if entry.split == GROUPS:
         llm = architecture.llm
         queries = llm.heads // llm.kv_heads
         grouped = tensor.view(llm.kv_heads, queries + 2, llm.head_dim, -1)
@@ -300,11 +307,11 @@ def split_rows(tensor: Tensor, link: Link, architecture: Architecture) -> tuple[
     return (tensor,)
 
 
-def join_rows(parts: list[Tensor], link: Link, architecture: Architecture) -> Tensor:
+def join_rows(parts: list[Tensor], entry: TensorNames, architecture: Architecture) -> Tensor:
     """Native parts -> released tensor; the inverse of split_rows."""
-    if link.split == BLOCKS:
+    if entry.split == BLOCKS:
         return torch.cat(parts)
-    if link.split == GROUPS:
+    if entry.split == GROUPS:
         llm = architecture.llm
         columns = parts[0].shape[-1]
         shaped = [part.view(llm.kv_heads, -1, llm.head_dim, columns) for part in parts]

@@ -1,7 +1,7 @@
 """config.json of the released layout as the configs of transformers' own classes.
 
-Every number is read from the file; a setting that is missing or unknown is an error, since a
-default that is nearly right changes the logits by little and is never found again.
+Every value is read from the file; a setting that is missing or unknown is an error, since a default
+that is nearly right changes the logits by so little that nobody notices.
 """
 
 import json
@@ -85,7 +85,7 @@ def native_config(config_json: Mapping[str, Any], image_token_id: int) -> Intern
     )
 
 
-# What each kind of rope scaling may say; another key would change numbers in an unknown way.
+# Keys of each kind of rope scaling; another key would change values in an unknown way.
 _ROPE_KEYS = {
     "su": {"type", "rope_type", "short_factor", "long_factor"},
     "longrope": {"type", "rope_type", "short_factor", "long_factor"},
@@ -117,13 +117,13 @@ def _rope_parameters(llm: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
 def _rope_scaling(llm: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The section rope_scaling, with a kind and keys that are understood; None for plain rope."""
     if "rope_scaling" not in llm:
-        raise _unusable("rope_scaling", "stand there, null for plain rope", "nothing")
+        raise _unusable("rope_scaling", "be present, null for plain rope", "nothing")
     scaling = llm["rope_scaling"]
     if scaling is None:
-        most = _integer(llm, "max_position_embeddings")
-        original = llm.get("original_max_position_embeddings", most)
-        if original != most:
-            rule = f"say how {original} positions become {most}"
+        longest = _integer(llm, "max_position_embeddings")
+        original = llm.get("original_max_position_embeddings", longest)
+        if original != longest:
+            rule = f"define how {original} positions become {longest}"
             raise _unusable("rope_scaling", rule, scaling)
         return None
     if not isinstance(scaling, dict):
@@ -131,9 +131,9 @@ def _rope_scaling(llm: Mapping[str, Any]) -> Mapping[str, Any] | None:
     kinds = {str(scaling[key]) for key in ("type", "rope_type") if key in scaling}
     known = _ROPE_KEYS.get(next(iter(kinds)), set()) if len(kinds) == 1 else set()
     if not known:
-        found = " and ".join(sorted(map(repr, kinds))) or None
+        actual = " and ".join(sorted(map(repr, kinds))) or None
         rule = f"be one of {', '.join(_ROPE_KEYS)}"
-        raise _unusable("rope_scaling.type", rule, found, shown=True)
+        raise _unusable("rope_scaling.type", rule, actual, as_text=True)
     unknown = sorted(scaling.keys() - known)
     if unknown:
         raise _unusable("rope_scaling", f"hold {', '.join(sorted(known))} only", unknown[0])
@@ -143,9 +143,9 @@ def _rope_scaling(llm: Mapping[str, Any]) -> Mapping[str, Any] | None:
 def _factors(scaling: Mapping[str, Any], key: str, count: int) -> list[float]:
     value = scaling.get(key)
     if not isinstance(value, list) or len(value) != count or not all(map(_is_positive, value)):
-        found = f"{len(value)} values" if isinstance(value, list) else repr(value)
+        actual = f"{len(value)} values" if isinstance(value, list) else repr(value)
         rule = f"be a list of {count} factors above 0, one per pair of channels of a head"
-        raise _unusable(f"rope_scaling.{key}", rule, found, shown=True)
+        raise _unusable(f"rope_scaling.{key}", rule, actual, as_text=True)
     return [float(factor) for factor in value]
 
 
@@ -154,11 +154,11 @@ def _is_positive(value: object) -> bool:
 
 
 def _needed(section: Mapping[str, Any], key: str, name: str = "llm_config") -> Any:
-    """A setting without which numbers would be guessed."""
+    """A setting that has no safe default."""
     if section.get(key) is None:
         raise ValueError(
-            f"{name}.{key} is missing in config.json and decides numbers; use the config.json of "
-            "the released model"
+            f"{name}.{key} is missing in config.json and changes the results; use the config.json "
+            "of the released model"
         )
     return section[key]
 
@@ -193,11 +193,11 @@ def _token_id(llm: Mapping[str, Any], name: str) -> int:
 
 
 def _unusable(
-    key: str, rule: str, found: object, name: str = "llm_config", *, shown: bool = False
+    key: str, rule: str, actual: object, name: str = "llm_config", *, as_text: bool = False
 ) -> ValueError:
-    """`shown`: what was found is already text for people."""
+    """`as_text`: `actual` is already a description and is not quoted."""
     return ValueError(
-        f"{name}.{key} in config.json must {rule}, found {found if shown else repr(found)}; "
+        f"{name}.{key} in config.json must {rule}, found {actual if as_text else repr(actual)}; "
         "use the config.json of the released model"
     )
 
@@ -206,18 +206,18 @@ def image_token_id(config_json: Mapping[str, Any], folder: Path | None) -> int:
     """Id of <IMG_CONTEXT>: config.json's img_context_token_id, else the tokenizer's files.
 
     Raises:
-        ValueError: it stands nowhere.
+        ValueError: none of the files has it.
     """
     value = config_json.get("img_context_token_id")
     if isinstance(value, int):
         return value
     if folder is not None:
-        for number, token in _table(folder / "tokenizer_config.json", "added_tokens_decoder"):
+        for token_id, token in _rows(folder / "tokenizer_config.json", "added_tokens_decoder"):
             if isinstance(token, dict) and token.get("content") == IMG_CONTEXT:
-                return int(number)
-        for content, number in _table(folder / "added_tokens.json"):
+                return int(token_id)
+        for content, token_id in _rows(folder / "added_tokens.json"):
             if content == IMG_CONTEXT:
-                return int(number)
+                return int(token_id)
     raise ValueError(
         f"the id of {IMG_CONTEXT} is in neither config.json (img_context_token_id) nor "
         f"tokenizer_config.json nor added_tokens.json of {folder}; copy the tokenizer files "
@@ -225,13 +225,13 @@ def image_token_id(config_json: Mapping[str, Any], folder: Path | None) -> int:
     )
 
 
-def _table(path: Path, key: str | None = None) -> ItemsView[str, Any]:
+def _rows(path: Path, key: str | None = None) -> ItemsView[str, Any]:
     """The rows of a tokenizer's JSON file, or of one section in it; none without the file."""
     if not path.is_file():
         return {}.items()
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        rows: ItemsView[str, Any] = (found if key is None else found.get(key, {})).items()
+        content = json.loads(path.read_text(encoding="utf-8"))
+        rows: ItemsView[str, Any] = (content if key is None else content.get(key, {})).items()
     except (ValueError, AttributeError) as error:
         raise ValueError(
             f"{path} is not a tokenizer's JSON file ({error}); copy it again"

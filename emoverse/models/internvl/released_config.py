@@ -12,7 +12,7 @@ FAMILIES = {"Phi3ForCausalLM": "phi3", "InternLM2ForCausalLM": "internlm2"}
 
 
 def read_config_json(folder: Path) -> dict[str, Any]:
-    """The folder's config.json as it stands. Raises FileNotFoundError, ValueError."""
+    """The folder's config.json, unchecked. Raises FileNotFoundError, ValueError."""
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(
@@ -27,7 +27,7 @@ def read_config_json(folder: Path) -> dict[str, Any]:
     return config_json
 
 
-# What is the same in every vision tower of the released models.
+# The same in every vision tower of the released models.
 _VISION = {
     "architectures": ["InternVisionModel"],
     "model_type": "intern_vit_6b",
@@ -66,8 +66,8 @@ def new_config(
     """The config.json of a new model in InternVL2's released layout.
 
     `family` is phi3 (4B) or internlm2 (8B). The id of `<IMG_CONTEXT>` is stored as
-    `img_context_token_id`; the released files leave it to the tokenizer. `layer_scale` is where
-    the vision tower's residual scales start.
+    `img_context_token_id`; the released files leave it to the tokenizer. `layer_scale` is
+    the initial value of the vision tower's residual scales.
     """
     template = {"phi3": "phi3-chat", "internlm2": "internlm2-chat"}.get(family)
     if template is None:
@@ -122,10 +122,12 @@ def new_config(
 
 
 def first_name(value: object) -> str:
+    """The first entry of a list of names; empty without one."""
     return str(value[0]) if isinstance(value, list) and value else ""
 
 
 def section_of(config_json: Mapping[str, Any], name: str, problems: list[str]) -> Mapping[str, Any]:
+    """A section of config.json; {} and a line in `problems` where it is missing."""
     section = config_json.get(name)
     if isinstance(section, dict) and section:
         return section
@@ -134,10 +136,10 @@ def section_of(config_json: Mapping[str, Any], name: str, problems: list[str]) -
 
 
 def unsupported_settings(config_json: Mapping[str, Any]) -> list[str]:
-    """Settings that would silently change the numbers; the released models have one value each."""
-    # What is no section at all is reported by `section_of`.
+    """Settings that would silently change the results; all released models agree on them."""
+    # `section_of` reports a missing section elsewhere.
     vision, llm = (section_of(config_json, name, []) for name in ("vision_config", "llm_config"))
-    found = [
+    settings = [
         ("architectures[0]", first_name(config_json.get("architectures")), "InternVLChatModel"),
         ("ps_version", config_json.get("ps_version"), "v2"),
         ("select_layer", config_json.get("select_layer"), -1),
@@ -154,9 +156,9 @@ def unsupported_settings(config_json: Mapping[str, Any]) -> list[str]:
         ("llm_config.partial_rotary_factor", llm.get("partial_rotary_factor", 1.0), 1.0),
     ]
     problems = [
-        f"{key} must be {wanted!r}, found {value!r}"
-        for key, value, wanted in found
-        if value != wanted
+        f"{key} must be {expected!r}, found {actual!r}"
+        for key, actual, expected in settings
+        if actual != expected
     ]
     size, forced = vision.get("image_size"), config_json.get("force_image_size")
     if forced not in (None, size):

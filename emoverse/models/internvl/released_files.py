@@ -1,8 +1,8 @@
 """The safetensors files of a checkpoint folder: checked by their headers, read tensor by tensor.
 
 In:  a folder with model.safetensors, or shards and model.safetensors.index.json.
-Out: `WeightFiles`, which knows every name, shape and type before any number is read, and streams
-     the numbers with one file open at a time; `ShardWriter` writes such a folder, shard by shard.
+Out: `WeightFiles`, which knows every name, shape and type before any value is read, and streams
+     the values with one file open at a time; `ShardWriter` writes such a folder, shard by shard.
 """
 
 import json
@@ -23,7 +23,7 @@ SHARD_BYTES = 5 * 10**9
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Header:
-    """What a file says about one tensor before its numbers are read."""
+    """Shape and type of one tensor, from the header of its file."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -42,7 +42,7 @@ class WeightFiles:
         return {name: header for held in self.files.values() for name, header in held.items()}
 
     def tensors(self, files: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor, a view of the mapped file: copy what is to outlive the next one."""
+        """Every tensor, as a view of the mapped file; it is valid until the next one is read."""
         for file in self.files if files is None else files:
             with _opened(self.folder / file) as reader:
                 for name in self.files[file]:
@@ -69,15 +69,16 @@ def open_weights(folder: Path) -> WeightFiles:
         files = {SINGLE: _headers(single)}
     else:
         raise _no_weights(folder)
-    found = WeightFiles(folder=folder, files=files)
-    odd = [name for name, header in found.headers.items() if header.dtype not in FLOATS]
-    if odd:
+    weights = WeightFiles(folder=folder, files=files)
+    headers = weights.headers
+    unsupported = [name for name, header in headers.items() if header.dtype not in FLOATS]
+    if unsupported:
         raise ValueError(
-            f"{folder}: {odd[0]} is stored as {found.headers[odd[0]].dtype}, but weights must be "
-            f"one of {', '.join(FLOATS)}; quantised checkpoints cannot be trained, download the "
-            "original one"
+            f"{folder}: {unsupported[0]} is stored as {headers[unsupported[0]].dtype}, but "
+            f"weights must be one of {', '.join(FLOATS)}; quantised checkpoints cannot be trained, "
+            "download the original one"
         )
-    return found
+    return weights
 
 
 def _no_weights(folder: Path) -> Exception:
@@ -129,8 +130,8 @@ def _headers(path: Path) -> dict[str, Header]:
     headers = {}
     with _opened(path) as reader:
         for name in sorted(reader.keys()):
-            part = reader.get_slice(name)
-            headers[name] = Header(shape=tuple(part.get_shape()), dtype=part.get_dtype())
+            tensor = reader.get_slice(name)
+            headers[name] = Header(shape=tuple(tensor.get_shape()), dtype=tensor.get_dtype())
     return headers
 
 
@@ -149,9 +150,9 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 class ShardWriter:
-    """Writes tensors in the order in which they come; holds one shard in memory at a time.
+    """Writes tensors in the given order; holds one shard in memory at a time.
 
-    One shard becomes model.safetensors; several are numbered when all are there, with an index.
+    A single shard becomes model.safetensors; several are numbered by `close`, with an index.
     """
 
     def __init__(self, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
@@ -178,19 +179,19 @@ class ShardWriter:
         self._shard, self._filled = {}, 0
 
     def close(self) -> list[str]:
-        """Writes what is left, gives the files their names, and returns those."""
+        """Writes the last shard, renames the files and returns their names."""
         self._flush()
         if len(self._written) == 1:
             self._written[0][0].rename(self._folder / SINGLE)
             return [SINGLE]
         weight_map: dict[str, str] = {}
-        for number, (path, names, _) in enumerate(self._written, start=1):
-            file = f"model-{number:05d}-of-{len(self._written):05d}.safetensors"
+        for index, (path, names, _) in enumerate(self._written, start=1):
+            file = f"model-{index:05d}-of-{len(self._written):05d}.safetensors"
             path.rename(self._folder / file)
             weight_map |= dict.fromkeys(names, file)
-        index = {
+        index_json = {
             "metadata": {"total_size": sum(size for _, _, size in self._written)},
             "weight_map": weight_map,
         }
-        (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (self._folder / INDEX).write_text(json.dumps(index_json, indent=2) + "\n", encoding="utf-8")
         return sorted(set(weight_map.values()))

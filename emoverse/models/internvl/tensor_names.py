@@ -1,7 +1,7 @@
 """The names of every tensor in the released layout and in the native classes. Torch-free.
 
-Each Link joins one released tensor to the native tensor(s) that hold the same numbers: renaming,
-and for fused q/k/v a slicing of rows, so import and export are exact inverses of each other.
+Each entry maps one released tensor to the native tensor(s) that hold the same values: a renaming,
+and for fused q/k/v a split of rows, so import and export are exact inverses of each other.
 """
 
 from dataclasses import dataclass
@@ -12,11 +12,12 @@ WHOLE, BLOCKS, GROUPS = "whole", "blocks", "groups"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Link:
-    """One released tensor and its native parts.
+class TensorNames:
+    """One released tensor and the native tensors with the same values.
 
-    `split` says how rows go to the parts: whole (one part), blocks (equal blocks q | k | v) or
-    groups (per key/value head: its query heads, its key head, its value head).
+    `split` is how the rows are divided among the native tensors: whole (a single one), blocks
+    (equal blocks q | k | v) or groups (per key/value head: its query heads, its key head, its value
+    head).
     """
 
     released: str
@@ -25,28 +26,28 @@ class Link:
     split: str = WHOLE
 
 
-def links(architecture: Architecture) -> tuple[Link, ...]:
+def tensor_names(architecture: Architecture) -> tuple[TensorNames, ...]:
     """Every tensor of the model, in the order in which the released file lists the parts."""
     return (*_vision(architecture), *_projector(architecture), *_llm(architecture))
 
 
-def _vision(architecture: Architecture) -> list[Link]:
+def _vision(architecture: Architecture) -> list[TensorNames]:
     sizes = architecture.vision
     width, patch = sizes.hidden, sizes.patch_size
     released, native = "vision_model.embeddings", "model.vision_tower.embeddings"
-    pairs: list[Link] = [
-        _link(f"{released}.class_embedding", f"{native}.cls_token", 1, 1, width),
-        _link(
+    entries: list[TensorNames] = [
+        _single(f"{released}.class_embedding", f"{native}.cls_token", 1, 1, width),
+        _single(
             f"{released}.position_embedding",
             f"{native}.position_embeddings",
             *(1, sizes.patches + 1, width),
         ),
-        _link(
+        _single(
             f"{released}.patch_embedding.weight",
             f"{native}.patch_embeddings.projection.weight",
             *(width, 3, patch, patch),
         ),
-        _link(
+        _single(
             f"{released}.patch_embedding.bias",
             f"{native}.patch_embeddings.projection.bias",
             width,
@@ -57,16 +58,16 @@ def _vision(architecture: Architecture) -> list[Link]:
         native = f"model.vision_tower.encoder.layer.{layer}"
         for old, new in (("norm1", "layernorm_before"), ("norm2", "layernorm_after")):
             for leaf in ("weight", "bias"):
-                pairs.append(_link(f"{released}.{old}.{leaf}", f"{native}.{new}.{leaf}", width))
-        pairs.append(_link(f"{released}.ls1", f"{native}.lambda_1", width))
-        pairs.append(_link(f"{released}.ls2", f"{native}.lambda_2", width))
+                entries.append(_single(f"{released}.{old}.{leaf}", f"{native}.{new}.{leaf}", width))
+        entries.append(_single(f"{released}.ls1", f"{native}.lambda_1", width))
+        entries.append(_single(f"{released}.ls2", f"{native}.lambda_2", width))
         for leaf, columns in (("weight", (width,)), ("bias", ())):
-            parts = tuple(f"{native}.attention.{name}_proj.{leaf}" for name in "qkv")
-            pairs.append(
-                Link(
+            projections = tuple(f"{native}.attention.{name}_proj.{leaf}" for name in "qkv")
+            entries.append(
+                TensorNames(
                     released=f"{released}.attn.qkv.{leaf}",
                     shape=(3 * width, *columns),
-                    native=parts,
+                    native=projections,
                     split=BLOCKS,
                 )
             )
@@ -75,68 +76,68 @@ def _vision(architecture: Architecture) -> list[Link]:
             ("mlp.fc1", "mlp.fc1", width, sizes.mlp),
             ("mlp.fc2", "mlp.fc2", sizes.mlp, width),
         ):
-            pairs += _linear(f"{released}.{old}", f"{native}.{new}", inputs, outputs)
-    return pairs
+            entries += _linear(f"{released}.{old}", f"{native}.{new}", inputs, outputs)
+    return entries
 
 
-def _projector(architecture: Architecture) -> list[Link]:
+def _projector(architecture: Architecture) -> list[TensorNames]:
     channels = architecture.feature_channels
     native = "model.multi_modal_projector"
-    pairs = [
-        _link(f"mlp1.0.{leaf}", f"{native}.layer_norm.{leaf}", channels)
+    entries = [
+        _single(f"mlp1.0.{leaf}", f"{native}.layer_norm.{leaf}", channels)
         for leaf in ("weight", "bias")
     ]
     for old, (new, (inputs, outputs)) in zip(
         ("mlp1.1", "mlp1.3"), architecture.projector_linears().items(), strict=True
     ):
-        pairs += _linear(old, f"{native}.{new}", inputs, outputs)
-    return pairs
+        entries += _linear(old, f"{native}.{new}", inputs, outputs)
+    return entries
 
 
-def _llm(architecture: Architecture) -> list[Link]:
+def _llm(architecture: Architecture) -> list[TensorNames]:
     sizes = architecture.llm
     phi3 = sizes.family == "phi3"
     released, native = "language_model.model", "model.language_model"
     embedding = "embed_tokens" if phi3 else "tok_embeddings"
     head = "language_model.lm_head" if phi3 else "language_model.output"
-    table = (sizes.vocab, sizes.hidden)
-    pairs = [
-        _link(f"{released}.{embedding}.weight", f"{native}.embed_tokens.weight", *table),
-        _link(f"{released}.norm.weight", f"{native}.norm.weight", sizes.hidden),
-        _link(f"{head}.weight", "lm_head.weight", *table),
+    shape = (sizes.vocab, sizes.hidden)
+    entries = [
+        _single(f"{released}.{embedding}.weight", f"{native}.embed_tokens.weight", *shape),
+        _single(f"{released}.norm.weight", f"{native}.norm.weight", sizes.hidden),
+        _single(f"{head}.weight", "lm_head.weight", *shape),
     ]
     for layer in range(sizes.layers):
         old, new = f"{released}.layers.{layer}", f"{native}.layers.{layer}"
-        pairs += (
+        entries += (
             _phi3_layer(architecture, old, new)
             if phi3
             else _internlm2_layer(architecture, old, new)
         )
-    return pairs
+    return entries
 
 
-def _phi3_layer(architecture: Architecture, old: str, new: str) -> list[Link]:
+def _phi3_layer(architecture: Architecture, old: str, new: str) -> list[TensorNames]:
     """Phi-3: the same names on both sides."""
     sizes = architecture.llm
-    pairs = [
-        _link(f"{old}.{norm}.weight", f"{new}.{norm}.weight", sizes.hidden)
+    entries = [
+        _single(f"{old}.{norm}.weight", f"{new}.{norm}.weight", sizes.hidden)
         for norm in ("input_layernorm", "post_attention_layernorm")
     ]
     for name, (inputs, outputs) in sizes.linears().items():
         block = "self_attn" if name in ("qkv_proj", "o_proj") else "mlp"
         leaf = f"{block}.{name}.weight"
-        pairs.append(_link(f"{old}.{leaf}", f"{new}.{leaf}", outputs, inputs))
-    return pairs
+        entries.append(_single(f"{old}.{leaf}", f"{new}.{leaf}", outputs, inputs))
+    return entries
 
 
-def _internlm2_layer(architecture: Architecture, old: str, new: str) -> list[Link]:
+def _internlm2_layer(architecture: Architecture, old: str, new: str) -> list[TensorNames]:
     """InternLM2 as Llama: wqkv holds, per key/value head, its queries, then its key and value."""
     sizes = architecture.llm
     linears = sizes.linears()
-    pairs = [
-        _link(f"{old}.attention_norm.weight", f"{new}.input_layernorm.weight", sizes.hidden),
-        _link(f"{old}.ffn_norm.weight", f"{new}.post_attention_layernorm.weight", sizes.hidden),
-        Link(
+    entries = [
+        _single(f"{old}.attention_norm.weight", f"{new}.input_layernorm.weight", sizes.hidden),
+        _single(f"{old}.ffn_norm.weight", f"{new}.post_attention_layernorm.weight", sizes.hidden),
+        TensorNames(
             released=f"{old}.attention.wqkv.weight",
             shape=((sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim, sizes.hidden),
             native=tuple(f"{new}.self_attn.{name}_proj.weight" for name in "qkv"),
@@ -150,17 +151,19 @@ def _internlm2_layer(architecture: Architecture, old: str, new: str) -> list[Lin
         ("feed_forward.w2", "mlp.down_proj"),
     ):
         inputs, outputs = linears[native.rpartition(".")[2]]
-        pairs.append(_link(f"{old}.{released}.weight", f"{new}.{native}.weight", outputs, inputs))
-    return pairs
+        entries.append(
+            _single(f"{old}.{released}.weight", f"{new}.{native}.weight", outputs, inputs)
+        )
+    return entries
 
 
-def _link(released: str, native: str, *shape: int) -> Link:
-    return Link(released=released, shape=shape, native=(native,))
+def _single(released: str, native: str, *shape: int) -> TensorNames:
+    return TensorNames(released=released, shape=shape, native=(native,))
 
 
-def _linear(released: str, native: str, inputs: int, outputs: int) -> list[Link]:
+def _linear(released: str, native: str, inputs: int, outputs: int) -> list[TensorNames]:
     """A linear layer with bias."""
     return [
-        _link(f"{released}.weight", f"{native}.weight", outputs, inputs),
-        _link(f"{released}.bias", f"{native}.bias", outputs),
+        _single(f"{released}.weight", f"{native}.weight", outputs, inputs),
+        _single(f"{released}.bias", f"{native}.bias", outputs),
     ]

@@ -180,12 +180,12 @@ def test_a_wrong_copy_is_a_fault(
     from emoverse.export import layouts
 
     config = trained()
-    right = layouts.folded
+    right = layouts.merged
 
-    def forgetful(name: str, value: torch.Tensor, folds: Any) -> torch.Tensor:
-        return value if "layers.1.mlp" in name else right(name, value, folds)
+    def forgetful(name: str, value: torch.Tensor, adapters: Any) -> torch.Tensor:
+        return value if "layers.1.mlp" in name else right(name, value, adapters)
 
-    monkeypatch.setattr(layouts, "folded", forgetful)
+    monkeypatch.setattr(layouts, "merged", forgetful)
     code, result = export(
         *(capsys, config.run.run_dir, "--layout", "internvl2"),
         *("--out", tmp_path / "out", "--dtype", "fp32"),

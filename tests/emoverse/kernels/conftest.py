@@ -1,4 +1,4 @@
-"""Both backends of the memory-bound operations, float64 truths, and bounds for each type.
+"""Both backends of the memory-bound operations, float64 references, and bounds for each type.
 
 On a GPU the compiled kernels are tested, elsewhere Triton's interpreter runs them (see the top
 conftest).
@@ -15,7 +15,7 @@ from emoverse.kernels.backend import configure_kernels, has_triton
 from emoverse.kernels.dropout import Dropout, keep_mask
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# Relative to the norm of the truth. Half precision: inputs are exact, results and intermediate
+# Relative to the norm of the reference. Half precision: inputs are exact, results and intermediate
 # values that are stored (normed values, S) are rounded; the interpreter truncates to bf16.
 BOUNDS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 DTYPES = sorted(BOUNDS, key=str)

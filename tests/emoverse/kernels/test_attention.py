@@ -28,7 +28,7 @@ def borders(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
 
 
-# Relative to the norm of the float64 truth; half precision rounds the weights and the output.
+# Relative to the norm of the float64 reference; half precision rounds the weights and the output.
 BOUNDS = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 

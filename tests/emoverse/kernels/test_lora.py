@@ -9,7 +9,8 @@ from torch import Tensor
 
 from emoverse.kernels import reference
 from emoverse.kernels.dropout import Dropout
-from emoverse.kernels.lora import Linears, lora_linears
+from emoverse.kernels.lora import lora_linears
+from emoverse.kernels.types import Linears
 
 
 @pytest.mark.usefixtures("backend")
@@ -40,8 +41,8 @@ def test_against_the_truth(
         for w, a, b in zip(weights, adapters_a, adapters_b, strict=True)
     ]
     y64 = torch.cat(parts, dim=1) + bias64
-    truths = [x64, *(a[1] for a in adapters_a), *(b[1] for b in adapters_b)]
-    wanted = torch.autograd.grad((y64 * grad64).sum(), truths)
+    references = [x64, *(a[1] for a in adapters_a), *(b[1] for b in adapters_b)]
+    wanted = torch.autograd.grad((y64 * grad64).sum(), references)
 
     a, b = ([value[0].requires_grad_() for value in them] for them in (adapters_a, adapters_b))
     linears = Linears(tuple(w[0] for w in weights), tuple(a), tuple(b))

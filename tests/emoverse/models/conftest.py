@@ -180,8 +180,8 @@ def make_pack() -> Callable[[Any], Pack]:
 
 @pytest.fixture(scope="session")
 def original() -> ModuleType:
-    """original.py beside this file: tests are no package, so it is loaded by its path."""
-    spec = spec_from_file_location("original", Path(__file__).with_name("original.py"))
+    """internvl/original.py, loaded by its path, because tests are not a package."""
+    spec = spec_from_file_location("original", Path(__file__).parent / "internvl" / "original.py")
     assert spec is not None and spec.loader is not None
     module = module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from emoverse.models.adapters import (
     adapter_pattern,
     attach_lora,
-    is_adapter,
+    is_lora,
     load_adapter,
     merge_adapters,
     save_adapter,
@@ -78,10 +78,10 @@ def test_trainable_set(
     assert trained.keys() == trainable_names(architecture, lora, projector)
     counts = parameter_counts(architecture, lora, projector)
     assert sum(value.numel() for value in trained.values()) == counts["trainable"]
-    adapters = sum(value.numel() for name, value in trained.items() if is_adapter(name))
+    adapters = sum(value.numel() for name, value in trained.items() if is_lora(name))
     assert adapters == counts["lora_llm"] + counts["lora_projector"]
     everything = [name for name, _ in native.named_parameters()]
-    assert not any(is_adapter(name) for name in everything if "vision_tower" in name)
+    assert not any(is_lora(name) for name in everything if "vision_tower" in name)
     assert not any("lora" in name for name in everything if "lm_head" in name or "embed" in name)
 
 

@@ -19,7 +19,7 @@ from emoverse.models.architecture import (
     read_config_json,
 )
 from emoverse.models.internvl.released_config import new_config
-from emoverse.models.internvl.tensor_names import links
+from emoverse.models.internvl.tensor_names import tensor_names
 
 
 def product(shape: tuple[int, ...]) -> int:
@@ -48,9 +48,9 @@ def test_published_sizes(
     counts = parameter_counts(REGISTRY[name], make_settings().lora, "full")
     assert (counts["vit"], counts["projector"], counts["llm"]) == (vit, projector, llm)
     assert counts["total"] == total
-    table = links(REGISTRY[name])
+    table = tensor_names(REGISTRY[name])
     assert len(table) == tensors
-    assert sum(product(link.shape) for link in table) == total
+    assert sum(product(entry.shape) for entry in table) == total
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,7 @@ def test_another_key_is_another_file(tmp_path: Path) -> None:
 def test_a_foreign_or_cut_file_is_refused(tmp_path: Path) -> None:
     path = FeatureCache(tmp_path, KEY).path
     os.truncate(path, KEY.file_bytes - 1)
-    with pytest.raises(ValueError, match=r"not the feature cache that its name says; delete it"):
+    with pytest.raises(ValueError, match=r"does not match its name; delete it"):
         FeatureCache(tmp_path, KEY)
 
 

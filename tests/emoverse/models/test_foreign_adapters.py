@@ -40,18 +40,18 @@ def test_adapters_of_the_released_layout(
     folder_of: Callable[[str], Path], family: str, prefix: str, tmp_path: Path, original: Any
 ) -> None:
     """Merged here, they give the logits of the original on W + 2 B A, wqkv fused and all."""
-    base, adapter = folder_of(family), tmp_path / "adapter"
-    foreign(family, adapter, prefix, original)
+    base, folder = folder_of(family), tmp_path / "adapter"
+    foreign(family, folder, prefix, original)
     released = open_checkpoint(base)
-    fold, settings = read_adapter(adapter, released.architecture)
-    assert settings["r"] == 4 and fold.scale == 2.0
+    adapter, settings = read_adapter(folder, released.architecture)
+    assert settings["r"] == 4 and adapter.scale == 2.0
     weights = original.random_weights(family)
-    stored = load_file(adapter / "adapter_model.safetensors")
+    stored = load_file(folder / "adapter_model.safetensors")
     for key, a in stored.items():
         if key.endswith(".lora_A.weight"):
             b = stored[key.replace("lora_A", "lora_B")]
             weights[plain_name(key).removesuffix(".lora_A.weight") + ".weight"] += 2 * b @ a
-    write_internvl2(released, [fold], tmp_path / "merged")
+    write_internvl2(released, [adapter], tmp_path / "merged")
     case = original.CASES["short"]
     with torch.no_grad():
         theirs = original.Original(family, weights).logits(case.ids, case.lengths, case.pixels)
@@ -84,7 +84,7 @@ def test_adapters_that_are_not_understood(
             ({"layer_replication": [[0, 2]]}, "layer_replication must be None"),
             ({"alora_invocation_tokens": [7, 8]}, "alora_invocation_tokens must be None, found"),
             ({"arrow_config": {"top_k": 3}}, "arrow_config must be None, found"),
-            ({"r": 8}, "has rank 4, but adapter_config.json says r 8; .* different adapters"),
+            ({"r": 8}, "has rank 4, but adapter_config.json has r 8; .* different adapters"),
         ]
     ):
         foreign("internlm2", tmp_path / str(number), "base_model.model.", original, **setting)
@@ -119,17 +119,17 @@ def test_a_fused_adapter_is_exact_and_the_way_back_is_not(
     """q, k and v get the same A and their own rows of B; two different A fit no fused adapter."""
     released = open_checkpoint(folder_of("internlm2"))
     foreign("internlm2", tmp_path / "adapter", "base_model.model.", original)
-    fold, _ = read_adapter(tmp_path / "adapter", released.architecture)
+    adapter, _ = read_adapter(tmp_path / "adapter", released.architecture)
     stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     stem = "base_model.model.language_model.model.layers.1.attention.wqkv"
     a, b = (stored[f"{stem}.lora_{half}.weight"] for half in "AB")
     block = "model.language_model.layers.1.self_attn"
     for name in "qkv":
-        assert torch.equal(fold.tensors[f"{block}.{name}_proj.lora_A.default.weight"], a)
+        assert torch.equal(adapter.tensors[f"{block}.{name}_proj.lora_A.default.weight"], a)
     grouped = b.view(2, 4, 16, 4)  # per key/value head: two queries, a key, a value
     rows = {"q": grouped[:, :2], "k": grouped[:, 2], "v": grouped[:, 3]}
     for name, part in rows.items():
-        found = fold.tensors[f"{block}.{name}_proj.lora_B.default.weight"]
+        found = adapter.tensors[f"{block}.{name}_proj.lora_B.default.weight"]
         assert torch.equal(found, part.reshape(-1, 4))
     # A split adapter with an A for each part needs three times the rank as a fused one.
     deltas = [torch.randn(r, 4) @ torch.randn(4, 64) for r in (64, 32, 32)]
@@ -141,12 +141,12 @@ def test_a_fused_adapter_is_written_as_a_split_one(
 ) -> None:
     architecture = open_checkpoint(folder_of("internlm2")).architecture
     foreign("internlm2", tmp_path / "adapter", "base_model.model.", original)
-    fold, settings = read_adapter(tmp_path / "adapter", architecture)
+    adapter, settings = read_adapter(tmp_path / "adapter", architecture)
     alpha = settings["lora_alpha"]
-    write_adapter(fold.tensors, tmp_path / "split", r=4, alpha=alpha, base="base")
+    write_adapter(adapter.tensors, tmp_path / "split", r=4, alpha=alpha, base="base")
     again, _ = read_adapter(tmp_path / "split", architecture)
-    assert again.scale == fold.scale and again.tensors.keys() == fold.tensors.keys()
-    for name, value in fold.tensors.items():
+    assert again.scale == adapter.scale and again.tensors.keys() == adapter.tensors.keys()
+    for name, value in adapter.tensors.items():
         assert torch.equal(again.tensors[name], value)
 
 

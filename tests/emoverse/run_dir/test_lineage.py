@@ -16,9 +16,9 @@ from emoverse.engine.distributed import World
 from emoverse.evaluation.evaluate import find_state, load_state
 from emoverse.models.emoverse import EmoVerse, build_model
 from emoverse.models.internvl.checkpoint import import_checkpoint
-from emoverse.models.merge import Fold, check_folds, folded
+from emoverse.models.merge import check_adapters
 from emoverse.run_dir.checkpoint import OtherRun, find_checkpoint, load_trained, read_checkpoint
-from emoverse.run_dir.lineage import folds_below, handed_over, label_of, read_fold
+from emoverse.run_dir.lineage import adapters_below, handed_over, label_of, read_stage_adapter
 from emoverse.training.stage_build import is_done
 from emoverse.training.stages import merged_into
 
@@ -82,8 +82,8 @@ def test_the_merged_base_is_where_stage2_starts(trained: MakeConfig) -> None:
     """New adapters begin as nothing, so before a step the model is stage 1's, and after it not."""
     config = trained()
     first = state_of(config, "stage1")
-    folds = folds_below(config, "stage2", config.run.run_dir)
-    start = build_model(config.model.base, config.model, folds=folds)
+    adapters = adapters_below(config, "stage2", config.run.run_dir)
+    start = build_model(config.model.base, config.model, adapters=adapters)
     torch.testing.assert_close(logits(start), logits(first), atol=1e-5, rtol=1e-5)
     second = state_of(config, "stage2")
     assert not torch.allclose(logits(second), logits(first), atol=1e-3)
@@ -226,31 +226,11 @@ def test_the_frozen_part_is_the_file_bit_for_bit(
         assert torch.equal(found["rotary"], base.model.language_model.rotary_emb.inv_freq)
 
 
-def test_folding_is_fp32_arithmetic() -> None:
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(6, 4, generator=generator).bfloat16()
-    a, b = torch.randn(2, 4, generator=generator), torch.randn(6, 2, generator=generator)
-    tensors = {"x.lora_A.default.weight": a, "x.lora_B.default.weight": b}
-    fold = Fold(tensors=tensors, scale=4.0, origin="stage1")
-    assert folded("y.weight", weight, [fold]) is weight
-    twice = folded("x.weight", weight, [fold, fold])
-    torch.testing.assert_close(twice, weight.float() + 8 * b @ a)
-    whole = Fold(tensors={"x.weight": torch.ones(6, 4)}, scale=4.0, origin="stage2")
-    torch.testing.assert_close(folded("x.weight", weight, [whole, fold]), 1 + 4 * b @ a)
-    check_folds([fold, whole], {"x.weight": (6, 4)})
-    for shapes in ({}, {"x.weight": (6, 5)}, {"x.weight": (5, 4)}):
-        with pytest.raises(ValueError, match=r"stage1: x.lora_A.* must belong together"):
-            check_folds([fold], shapes)
-    alone = Fold(tensors={"x.lora_A.default.weight": a}, scale=1.0, origin="torn")
-    with pytest.raises(ValueError, match=r"torn: x.lora_A"):
-        check_folds([alone], {"x.weight": (6, 4)})
-
-
-def test_a_fold_of_a_stage_has_the_names_of_the_base(trained: MakeConfig) -> None:
+def test_the_adapter_of_a_stage_has_the_names_of_the_base(trained: MakeConfig) -> None:
     config = trained()
-    fold = read_fold(config.run.run_dir / "stage1", config.model.lora)
-    assert fold.scale == 2.0
+    adapter = read_stage_adapter(config.run.run_dir / "stage1", config.model.lora)
+    assert adapter.scale == 2.0
     base, _ = import_checkpoint(config.model.base)
-    check_folds([fold], {name: value.shape for name, value in base.named_parameters()})
+    check_adapters([adapter], {name: value.shape for name, value in base.named_parameters()})
     stored = load_file(handed_over(config.run.run_dir / "stage1") / "trained.safetensors")
-    assert len(fold.tensors) == len(stored)
+    assert len(adapter.tensors) == len(stored)

@@ -17,7 +17,7 @@ import torch
 from emoverse.models.architecture import REGISTRY, parameter_counts
 from emoverse.models.internvl.released_config import new_config
 from emoverse.models.internvl.released_files import ShardWriter, open_weights
-from emoverse.models.internvl.tensor_names import links
+from emoverse.models.internvl.tensor_names import tensor_names
 
 GB = 10**9
 SIZES = REGISTRY["internvl2-4b"]
@@ -30,7 +30,7 @@ from emoverse.export import layouts
 from emoverse.models import adapters
 from emoverse.models.internvl import checkpoint as internvl2
 from emoverse.models.internvl.checkpoint import *
-from emoverse.models.merge import Fold
+from emoverse.models.merge import Adapter
 
 def anonymous():
     with open("/proc/self/status") as file:
@@ -69,8 +69,8 @@ else:
         f"{name}.lora_B.default.weight": torch.full((9216, 8), 0.5),
     }
     released = internvl2.open_checkpoint(folder)
-    fold = Fold(tensors=tensors, scale=4.0, origin="test")
-    layouts.write_internvl2(released, [fold], __import__("pathlib").Path(sys.argv[3]))
+    adapter = Adapter(tensors=tensors, scale=4.0, origin="test")
+    layouts.write_internvl2(released, [adapter], __import__("pathlib").Path(sys.argv[3]))
 running = False
 thread.join()
 print(json.dumps({**out, "peak": peak - before, "seconds": time.monotonic() - begin}))
@@ -110,13 +110,13 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "config.json").write_text(json.dumps(config))
     block = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
     writer = ShardWriter(folder, shard_bytes=2 * GB)
-    for number, link in enumerate(links(SIZES)):
+    for number, entry in enumerate(tensor_names(SIZES)):
         count = 1
-        for size in link.shape:
+        for size in entry.shape:
             count *= size
         # Every tensor begins elsewhere in the block, so that no two are alike.
         tensor = block.roll(997 * number).repeat(-(-count // len(block)))[:count]
-        writer.add(link.released, tensor.reshape(link.shape).contiguous())
+        writer.add(entry.released, tensor.reshape(entry.shape).contiguous())
     assert len(writer.close()) == 5
     yield folder
     shutil.rmtree(folder)
@@ -125,7 +125,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def measure(folder: Path, *words: object) -> dict[str, Any]:
     command = [sys.executable, "-c", MEASURE, str(folder), *map(str, words)]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=900, cwd=Path(__file__).parents[3]
+        command, capture_output=True, text=True, timeout=900, cwd=Path(__file__).parents[4]
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -14,7 +14,7 @@ from emoverse.models.adapters import merge_adapters
 from emoverse.models.architecture import Architecture
 from emoverse.models.emoverse import EmoVerse, compose
 from emoverse.models.internvl.checkpoint import import_checkpoint, join_rows
-from emoverse.models.internvl.tensor_names import links
+from emoverse.models.internvl.tensor_names import tensor_names
 
 Make = Callable[..., Any]
 TOLERANCE = 5e-5
@@ -50,13 +50,13 @@ def test_features_logits_loss_and_gradients(
     their_loss.backward()
     parameters = dict(native.named_parameters())
     architecture = Architecture.from_config_json(json.loads((folder / "config.json").read_text()))
-    for link in links(architecture):
-        gradient = join_rows([parameters[n].grad for n in link.native], link, architecture)
-        expected = weights[link.released].grad
+    for entry in tensor_names(architecture):
+        gradient = join_rows([parameters[n].grad for n in entry.native], entry, architecture)
+        expected = weights[entry.released].grad
         # Those of the patch kernel sum over all patches and reach 10.
         atol = TOLERANCE * max(1.0, float(expected.abs().max()))
         torch.testing.assert_close(
-            gradient, expected, atol=atol, rtol=0, msg=lambda m, n=link.released: f"{n}: {m}"
+            gradient, expected, atol=atol, rtol=0, msg=lambda m, n=entry.released: f"{n}: {m}"
         )
 
 
@@ -78,11 +78,11 @@ def test_packed_with_adapters_and_merged(
     changed = dict(native.named_parameters())
     weights = original.random_weights(family)
     touched = 0
-    for link in links(model.architecture):
-        parts = [changed[n].detach() for n in link.native]
-        merged = join_rows(parts, link, model.architecture)
-        touched += not torch.equal(merged, weights[link.released])
-        weights[link.released] = merged
+    for entry in tensor_names(model.architecture):
+        parts = [changed[n].detach() for n in entry.native]
+        merged = join_rows(parts, entry, model.architecture)
+        touched += not torch.equal(merged, weights[entry.released])
+        weights[entry.released] = merged
     assert touched == 2 + (8 if family == "phi3" else 10)
     with torch.no_grad():
         theirs = original.Original(family, weights).logits(case.ids, case.lengths, case.pixels)
