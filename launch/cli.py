@@ -102,13 +102,13 @@ def build_parser(words: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def _build_arguments(parser: argparse.ArgumentParser) -> None:
-    from data_shards.build.cli import add_build_arguments
+    from data_shards.build.source_build import add_build_arguments
 
     add_build_arguments(parser, _add_json)
 
 
 def _build(args: argparse.Namespace) -> int:
-    from data_shards.build.cli import run_build
+    from data_shards.build.source_build import run_build
 
     return _resumable("build", lambda: _print_result(run_build(args), args))
 
@@ -276,11 +276,11 @@ def _report(args: argparse.Namespace) -> int:
 _KINDS = {
     "annotate": {
         "fer": ("facial expressions from action units", "data_shards.annotate.fer"),
-        "reasons": ("why people feel so, from served models", "data_shards.annotate.reasons_cli"),
+        "reasons": ("why people feel so, from served models", "launch.verbs.data.annotate_reasons"),
     },
     "convert": {
         "export": ("a shard folder as ms-swift data", "data_shards.sources.swift_export"),
-        "import": ("ms-swift data as a shard folder", "data_shards.build.convert"),
+        "import": ("ms-swift data as a shard folder", "launch.verbs.data.convert"),
     },
 }
 

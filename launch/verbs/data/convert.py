@@ -7,7 +7,7 @@ The same as `emoverse build swift FILE`: checked, curated, in parallel, resumabl
 import argparse
 from typing import Any
 
-from data_shards.build.cli import add_source_arguments, run_build
+from data_shards.build.source_build import add_source_arguments, run_build
 
 _SOURCE = "swift"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from data_shards.build.build import build_shards
-from data_shards.build.cli import _cut_alike
+from data_shards.build.source_build import _cut_alike
 from data_shards.build.journal import work_folder
 from data_shards.shards.writer import pack_record
 from data_shards.sources.synthetic import SyntheticOptions, make_record
