@@ -1,12 +1,10 @@
-"""The verb `emoverse build SOURCE`: a corpus, a place, how media are stored; then the builder.
+"""Builds a shard folder from a source, with decisions and reasons from files, and reports it.
 
-In: the command line. Out: the shard folder and a report of what is in it. Stopping it (Ctrl-C,
-SIGTERM, a kill) loses nothing but the shards in work: the same command goes on.
+In: a source, the folder, how media are stored. Out: the shard folder and a report of its content. A
+stop (Ctrl-C, SIGTERM, a kill) only loses the shards in progress: the same call resumes.
 """
 
-import argparse
 import contextlib
-import importlib
 import importlib.metadata
 import json
 import platform
@@ -14,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -28,93 +26,68 @@ from data_shards.build.source_item import SKIPPED_FILE
 from data_shards.jsonl import read_rows, read_texts
 from data_shards.progress import Progress
 from data_shards.shards.index import INDEX_FILE, ShardIndex
-from data_shards.sources.registry import SOURCES, Source
+from data_shards.sources.registry import Source
 from data_shards.tasks import tasks_in
 
 _LIBRARIES: Final = ("emoverse", "av", "numpy", "pillow", "simplejpeg")
 
 
 class StoppedEarly(KeyboardInterrupt):
-    """The build was stopped; the message says how to go on."""
+    """The build was stopped; the message says how to resume."""
 
 
-def add_build_arguments(
-    parser: argparse.ArgumentParser, more: Callable[[argparse.ArgumentParser], None]
-) -> None:
-    """Arguments of `emoverse build`; `more` adds those that all verbs share, to every source."""
-    sources = parser.add_subparsers(dest="source", metavar="SOURCE", required=True)
-    for name, module in SOURCES.items():
-        summary = str(importlib.import_module(module).__doc__).partition("\n")[0]
-        sub = sources.add_parser(name, help=summary, description=summary)
-        add_source_arguments(sub, name)
-        more(sub)
+def build_source(
+    source: Source,
+    out: Path,
+    *,
+    options: BuildOptions,
+    curation: Sequence[Path] = (),
+    reasons: Path | None = None,
+    shard_records: int = 250,
+    workers: int = 1,
+    strict: bool = False,
+    fresh: bool = False,
+) -> dict[str, Any]:
+    """Build the shard folder and report its content; a finished one is only reported.
 
-
-def add_source_arguments(parser: argparse.ArgumentParser, source: str) -> None:
-    """The arguments of building one source."""
-    importlib.import_module(SOURCES[source]).add_arguments(parser)
-    _add_shared_arguments(parser)
-
-
-def _add_shared_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--out", type=Path, required=True, help="shard folder to make; must be new or empty")
-    add("--workers", type=int, default=1, help="processes (default: %(default)s)")
-    add("--frames", choices=("video", "extracted"), default="video", help="mp4, or JPEG frames")
-    add("--frames-per-clip", type=int, default=8, help="frames of a clip, if extracted")
-    add("--frame-size", type=int, default=448, help="side in pixels, if extracted")
-    add("--shard-records", type=int, default=250, help="records per shard (default: %(default)s)")
-    add(
-        "--curation",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="decisions to keep, drop or correct records (may be given several times)",
-    )
-    add("--reasons", type=Path, metavar="FILE", help="ERI reasons, from annotate reasons")
-    add("--strict", action="store_true", help="stop at a clip that is missing or damaged")
-    add("--fresh", action="store_true", help="throw away what an unfinished build has left")
-
-
-def run_build(args: argparse.Namespace) -> dict[str, Any]:
-    """Build the shard folder and report what is in it; a finished one is only reported.
+    Args:
+        curation: files of decisions to keep, drop or correct records.
+        reasons: file of ERI reasons.
+        shard_records: the most records of a shard.
+        strict: stop at a clip that is missing or damaged.
+        fresh: delete what an unfinished build has left.
 
     Raises:
         StoppedEarly: on Ctrl-C or SIGTERM.
     """
-    source: Source = importlib.import_module(SOURCES[args.source]).open_source(args)
-    options = BuildOptions(
-        frames=args.frames, frames_per_clip=args.frames_per_clip, frame_size=args.frame_size
-    )
     amendments = Amendments(
-        decisions=read_curation(args.curation),
-        reasons=read_texts(args.reasons, "reason") if args.reasons else {},
+        decisions=read_curation(curation),
+        reasons=read_texts(reasons, "reason") if reasons else {},
     )
-    provenance = {**source.provenance, **_made_with(args)}
+    provenance = {**source.provenance, **_made_with(curation, reasons)}
     began = time.monotonic()
-    index = _finished(args.out, options, provenance, args.shard_records)
+    index = _finished(out, options, provenance, shard_records)
     already = index is not None
     if index is None:
         try:
             with _terminate_as_interrupt():
                 index = build_shards(
                     source.items,
-                    args.out,
+                    out,
                     options=options,
                     provenance=provenance,
-                    max_records_per_shard=args.shard_records,
-                    workers=args.workers,
-                    strict=args.strict,
+                    max_records_per_shard=shard_records,
+                    workers=workers,
+                    strict=strict,
                     amend=amendments if amendments else None,
-                    fresh=args.fresh,
+                    fresh=fresh,
                     progress=Progress(source.total, "clips"),
                     notice=partial(print, "build:", file=sys.stderr, flush=True),
                 )
         except KeyboardInterrupt:
-            kept = "finished shards are kept" if work_folder(args.out).exists() else "nothing kept"
-            raise StoppedEarly(f"stopped early, {kept}; the same command goes on") from None
-    report = _report(index, args.out)
+            kept = "finished shards are kept" if work_folder(out).exists() else "nothing kept"
+            raise StoppedEarly(f"stopped early, {kept}; the same command resumes") from None
+    report = _report(index, out)
     if amendments:
         report["curation"] = amendments.report(_all_keys(index))
     return report | {
@@ -126,16 +99,16 @@ def run_build(args: argparse.Namespace) -> dict[str, Any]:
 def _finished(
     out: Path, options: BuildOptions, provenance: Mapping[str, Any], max_records: int
 ) -> ShardIndex | None:
-    """The output folder, if it is what this command would build."""
+    """The index of the output folder, if it is what this call would build."""
     if not (out / INDEX_FILE).is_file():
         return None
     index = ShardIndex.load(out)
-    found = {name: value for name, value in index.provenance.items() if name != "skipped"}
-    same = found == json.loads(json.dumps(dict(provenance))) and index.options == asdict(options)
-    return index if same and _cut_alike(index, max_records, MAX_SHARD_BYTES) else None
+    stored = {name: value for name, value in index.provenance.items() if name != "skipped"}
+    same = stored == json.loads(json.dumps(dict(provenance))) and index.options == asdict(options)
+    return index if same and built_with_limits(index, max_records, MAX_SHARD_BYTES) else None
 
 
-def _cut_alike(index: ShardIndex, max_records: int, max_bytes: int) -> bool:
+def built_with_limits(index: ShardIndex, max_records: int, max_bytes: int) -> bool:
     """Whether a build with these limits would have ended each shard where it ends."""
     for shard, info in enumerate(index.shards):
         if info.records > max_records:
@@ -160,23 +133,23 @@ def _terminate_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _made_with(args: argparse.Namespace) -> dict[str, Any]:
+def _made_with(curation: Sequence[Path], reasons: Path | None) -> dict[str, Any]:
     """What else decides the bytes: files that change records, and the versions of the libraries."""
-    found: dict[str, Any] = {"versions": library_versions()}
-    if args.curation:
-        found["curation"] = [hash_file(path) for path in args.curation]
-    if args.reasons:
-        found["reasons"] = hash_file(args.reasons)
-    return found
+    made_with: dict[str, Any] = {"versions": library_versions()}
+    if curation:
+        made_with["curation"] = [hash_file(path) for path in curation]
+    if reasons:
+        made_with["reasons"] = hash_file(reasons)
+    return made_with
 
 
 def library_versions() -> dict[str, str]:
     """Versions of this package and of what encodes, resizes and stores; missing ones left out."""
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for name in _LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 
 def _all_keys(index: ShardIndex) -> Iterator[str]:
@@ -200,7 +173,11 @@ def _report(index: ShardIndex, out: Path) -> dict[str, Any]:
         "bytes": sum(shard.bytes for shard in index.shards),
         "entries": entries,
         "skipped": index.provenance.get("skipped", {}),
-        # What the source itself says about its choices.
-        **{n: v for n, v in index.provenance.items() if n in ("leakage", "left_out", "attached")},
+        # The choices of the source.
+        **{
+            name: value
+            for name, value in index.provenance.items()
+            if name in ("leakage", "left_out", "attached")
+        },
         "fingerprint": index.fingerprint,
     }
