@@ -23,7 +23,7 @@ from emoverse.config.schema import Config, freeze_config
 from emoverse.training.shutdown import STOP_SIGNALS
 from emoverse.training.stages import stage_dir
 from launch.exit_codes import DONE, FAULT, STOPPED, WRONG_INPUT
-from launch.progress import Screen, shown
+from launch.progress import Screen, stage_screen
 from launch.worker import rank_defaults
 
 POLL_S = 0.1
@@ -72,7 +72,7 @@ def _run_stage(config: Config, stage: str, flags: Sequence[str], signals: "StopS
     command = [sys.executable, "-m", "launch.worker", str(frozen), "--stage", stage]
     command += ["--end-with-input", *flags]
     metrics = stage_dir(config, stage) / "metrics.jsonl"
-    with shown(metrics) as screen:
+    with stage_screen(metrics) as screen:
         code = run_ranks(
             command, num_ranks=config.train.processes, logs=folder, screen=screen, signals=signals
         )

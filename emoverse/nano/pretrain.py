@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from data_shards.tasks import TASKS
 from data_shards.world import pairs
 from data_shards.world.describe import SIGNS, VISIBLE_FROM
 from emoverse.config.deepspeed_settings import deepspeed_config
-from emoverse.config.schema import load_model, to_yaml
+from emoverse.config.schema import to_yaml
 from emoverse.data.collate import Batch, FrameShape, collate, zero_example
 from emoverse.data.encode import EncodeOptions
 from emoverse.data.tokenizer import Tokenizer
@@ -377,8 +377,3 @@ def _run_part(config: PretrainConfig, part: str) -> tuple[float, list[float]]:
     losses: list[float] = json.loads(file.read_text(encoding="ascii"))
     file.unlink()
     return (time.monotonic() - began) / 60, losses
-
-
-def run(paths: Sequence[Path], overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """`emoverse pretrain`: load the config and train the base. Returns its provenance."""
-    return pretrain(load_model(PretrainConfig, paths, overrides))

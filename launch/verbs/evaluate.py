@@ -1,8 +1,7 @@
-"""The verb `evaluate`: what to evaluate, in how many processes, and the result as text.
+"""The verb `evaluate`: answers and scores a run, a checkpoint, a base model or a file of answers.
 
-In: a run, a checkpoint, a base model or a file of answers. Out: eval/STATE/{predictions.jsonl,
-metrics.json} and a table. With --processes the ranks are `launch.worker`. Importing this file does
-not import torch.
+Out: eval/STATE/{predictions.jsonl, metrics.json} and a table. With --processes the ranks are
+`launch.worker`. Importing this file does not import torch.
 """
 
 import argparse
@@ -20,13 +19,14 @@ from emoverse.evaluation.parsing import MODES
 from emoverse.evaluation.target import Target, name_of, resolve, states_of
 from launch.exit_codes import DONE, STOPPED, WRONG_INPUT
 from launch.local import run_ranks
+from launch.verb_tools import add_json, print_result
 
 if TYPE_CHECKING:
     from data_shards.annotate.endpoint import Endpoint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's arguments."""
+    """The target, which states of it, and how answers are read."""
     parser.add_argument(
         "target",
         type=Path,
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--parser",
         choices=MODES,
         default=MODES[0],
-        help="tolerant reads other forms of an answer and says so, strict only the exact one",
+        help="tolerant reads other forms of an answer and counts them, strict only the exact one",
     )
     parser.add_argument(
         "--paper", action="store_true", help="also show what the authors' script would print"
@@ -74,9 +74,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--judge-key-env", default="", metavar="VAR", help="environment variable with its key"
     )
+    add_json(parser)
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> int:
+    """Evaluate and print the scores."""
+    return print_result(evaluate(args), args, paper_and_report_text if args.paper else report_text)
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Evaluate; {state: metrics}. Raises ValueError and FileNotFoundError for wrong input."""
     if args.processes < 1:
         raise ValueError(f"--processes: must be 1 or more, found {args.processes}")
@@ -85,8 +91,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.judge:
         from data_shards.annotate.endpoint import Endpoint
 
-        # Before anything is answered: wrong settings are told at once.
-        # Room for a judge that explains its integer: an answer that is cut is none.
+        # Before anything is answered, so that wrong settings are reported at once.
+        # Room for a judge that explains its integer: a truncated answer is invalid.
         endpoint = Endpoint(
             base_url=args.judge, model=args.judge_model, key_env=args.judge_key_env, max_tokens=512
         )
@@ -188,7 +194,7 @@ def _run_ranks(args: argparse.Namespace, target: Target) -> dict[str, Any]:
 
 
 def report_text(states: Mapping[str, Any]) -> str:
-    """One line per state and task: the task's first metric with its interval, and the rules'."""
+    """One line per state and task: its primary metric with interval, and that of the baselines."""
     lines = [
         f"{'state':<10}{'task':<6}{'metric':<20}{'score':>7}  {'95 %':<14}{'clips':>6}"
         f"{'unread':>8}  rules"
@@ -196,17 +202,22 @@ def report_text(states: Mapping[str, Any]) -> str:
     for state, metrics in states.items():
         for task, row in metrics["tasks"].items():
             name = row["primary"]
-            found = row["metrics"][name]
+            score = row["metrics"][name]
             rules = ", ".join(
                 f"{rule} {_number(scores[name]['value'])}"
                 for rule, scores in row["baselines"].items()
             )
-            interval = f"{_number(found['low'])}..{_number(found['high'])}"
+            interval = f"{_number(score['low'])}..{_number(score['high'])}"
             lines.append(
-                f"{state:<10}{task:<6}{name:<20}{_number(found['value']):>7}  {interval:<14}"
+                f"{state:<10}{task:<6}{name:<20}{_number(score['value']):>7}  {interval:<14}"
                 f"{row['n']:>6}{row['unparseable']:>8}  {rules}"
             )
     return "\n".join(lines)
+
+
+def paper_and_report_text(states: Mapping[str, Any]) -> str:
+    """The table, then what the authors' script would print."""
+    return f"{report_text(states)}\n{paper_text(states)}"
 
 
 def paper_text(states: Mapping[str, Any]) -> str:
@@ -218,16 +229,16 @@ def paper_text(states: Mapping[str, Any]) -> str:
             if row["paper"] is None:
                 continue
             differences[task] = row["paper"]["differences"]
-            for one in row["paper"]["script"]:
-                values = ", ".join(f"{k} {_number(v)}" for k, v in one["values"].items())
-                text = values or f"undefined: {one['undefined']}"
-                lines.append(f"{state:<10}{task:<6}{one['function']:<20} {text}")
+            for result in row["paper"]["script"]:
+                values = ", ".join(f"{k} {_number(v)}" for k, v in result["values"].items())
+                text = values or f"undefined: {result['undefined']}"
+                lines.append(f"{state:<10}{task:<6}{result['function']:<20} {text}")
             lines.append(
                 f"{'':<16}{row['paper']['counted_otherwise']} of {row['n']} answers are right in "
                 "one way of counting only"
             )
-    for task, found in differences.items():
-        lines += [f"{task}: the script {text}" for text in found]
+    for task, texts in differences.items():
+        lines += [f"{task}: the script {text}" for text in texts]
     return "\n".join(["the authors' script on the same answers:", *lines])
 
 
