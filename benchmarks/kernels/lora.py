@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from emoverse.kernels.dropout import Dropout
 from emoverse.kernels.lora import lora_linears
-from emoverse.kernels.types import Linears
+from emoverse.kernels.adapter_types import Linears
 
 RANK = 8
 PADS = (0, 16, 64)  # elements behind each row of K

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from emoverse.kernels.backend import use_triton
-from emoverse.kernels.types import wide
+from emoverse.kernels.adapter_types import wide
 
 
 def rope_split_(
