@@ -177,11 +177,11 @@ class ShardIndex:
             )
         document = _read_document(path)
         shards = []
-        for shard, item in enumerate(document["shards"]):
+        for position, item in enumerate(document["shards"]):
             try:
                 shards.append(ShardInfo.from_json(item))
             except ValueError as error:
-                raise ValueError(f"{path}: shards[{shard}]: {error}; {_REBUILD}") from error
+                raise ValueError(f"{path}: shards[{position}]: {error}; {_REBUILD}") from error
         names = {shard.name for shard in shards}
         if not shards or len(names) < len(shards):
             raise ValueError(

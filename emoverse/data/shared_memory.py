@@ -75,7 +75,7 @@ class SharedBuffer:
         """Page-lock the memory for fast copies to the GPU, once; False where impossible."""
         if not torch.cuda.is_available():
             return False
-        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]  # torch has no hints here
+        runtime: Any = torch.cuda.cudart()
         failed = int(runtime.cudaHostRegister(self._address, len(self._bytes), 0)) != 0
         if not failed:
             weakref.finalize(self, runtime.cudaHostUnregister, self._address)

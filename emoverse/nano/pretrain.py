@@ -367,7 +367,7 @@ def _run_part(config: PretrainConfig, part: str) -> tuple[float, list[float]]:
     # The fork server has imported this module, so that ranks start at once and share no state.
     multiprocessing.set_forkserver_preload([__name__])
     with tempfile.TemporaryDirectory() as rendezvous:
-        start_processes(  # type: ignore[no-untyped-call]  # torch does not annotate it
+        start_processes(
             _rank_main,
             args=(config, str(config.out), str(Path(rendezvous) / "ranks"), part),
             nprocs=config.processes,

@@ -38,7 +38,7 @@ def _check_output(name: str, module: nn.Module, inputs: Any, output: Any) -> Non
         _require_finite(tensor, f"the output of {name}")
         if tensor.requires_grad:
             hook = partial(_check_gradient, name)
-            tensor.register_hook(hook)  # type: ignore[no-untyped-call]  # torch: not annotated
+            tensor.register_hook(hook)
 
 
 def _check_gradient(name: str, gradient: Tensor) -> None:
