@@ -304,7 +304,7 @@ def content_kinds(outside: Path) -> list[Kind]:
         kind("video with compressed headers", video(lambda mp4: mp4.replace(b"mvhd", b"cmov")),
              "decode", "compressed"),
         kind("video of no codec", video(lambda mp4: mp4.replace(b"avc1", b"zzz1")), "decode",
-             "knows the codec"),
+             "codec of the video track"),
         kind("playlist of other files", sealed(mp4=playlist.encode()), "decode", "cannot decode"),
         kind("list of other files", sealed(mp4=concat.encode()), "decode", "cannot decode"),
     ]  # fmt: skip
