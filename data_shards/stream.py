@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from data_shards.media.pixels import jpeg_decode_into, resize_frame, tile_image
 from data_shards.media.video import clip_indices, decode_frames
 from data_shards.plan.plan import Placement
-from data_shards.plan.sampler import Slot, WeightedTaskSampler
+from data_shards.plan.sampler import PlannedSample, WeightedTaskSampler
 from data_shards.shards.index import ShardIndex
 from data_shards.shards.reader import DamagedRecord, ShardReader
 from data_shards.shards.record import Frames, Record
@@ -199,7 +199,7 @@ def require_view(index: ShardIndex, options: ViewOptions) -> None:
 
 
 def _no_report(record: str) -> None:
-    """The default of `StepStream.report`: nobody listens."""
+    """The default of `StepStream.report`: does nothing."""
 
 
 class StepStream:
@@ -248,9 +248,9 @@ class StepStream:
         if not 0 <= step < len(self):
             raise IndexError(f"step must be 0..{len(self) - 1}, found {step}")
         share = self.sampler.share(step)
-        if self.reader.index.places is not None:
+        if self.reader.index.store is not None:
             self._prefetch(step, share)
-        return [self._sample(slot.position, slot.placement) for slot in share]
+        return [self._sample(planned.position, planned.placement) for planned in share]
 
     def decode(
         self, sample: Sample, out: NDArray[np.uint8] | None = None
@@ -285,14 +285,14 @@ class StepStream:
                 sample = replace(sample, frames=frames, undecoded=0)
         return sample
 
-    def _prefetch(self, step: int, share: Sequence[Slot]) -> None:
+    def _prefetch(self, step: int, share: Sequence[PlannedSample]) -> None:
         """Request the shards of this step and of the next ones, in the order of the plan.
 
         The next ones are those of all ranks, which share the cache of their machine. This saves
         time and changes no sample.
         """
         plan = self.sampler.stage_plan
-        shards = dict.fromkeys(slot.placement.shard for slot in share)
+        shards = dict.fromkeys(planned.placement.shard for planned in share)
         first = step * self.sampler.global_batch_size
         stop = min(first + max(AHEAD_SAMPLES, 2 * self.sampler.global_batch_size), plan.num_samples)
         begin = self._prefetched if first <= self._prefetched <= stop else first

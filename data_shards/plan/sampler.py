@@ -32,7 +32,7 @@ class LengthTable(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Slot:
+class PlannedSample:
     """One sample of a step: its position in the stage, and the plan's sample at this position."""
 
     position: int
@@ -99,17 +99,17 @@ class WeightedTaskSampler:
         first = step * self.global_batch_size
         return range(first, min(first + self.global_batch_size, self.stage_plan.num_samples))
 
-    def share(self, step: int) -> list[Slot]:
+    def share(self, step: int) -> list[PlannedSample]:
         """This rank's samples of a step, by position. The shares of all ranks partition the step.
 
         Raises:
             IndexError: there is no such step.
         """
         positions = self.positions(step)
-        slots = [Slot(position=p, placement=self.stage_plan.at(p)) for p in positions]
-        lengths = [self._length(slot.placement) for slot in slots]
+        planned = [PlannedSample(position=p, placement=self.stage_plan.at(p)) for p in positions]
+        lengths = [self._length(sample.placement) for sample in planned]
         mine = balanced_shares(lengths, self.world_size, first=step)[self.rank]
-        return [slots[index] for index in mine]
+        return [planned[index] for index in mine]
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint keeps to resume at `step`: JSON values, the same on every rank."""

@@ -113,7 +113,7 @@ def _classes_from_json(document: Any) -> dict[int, int]:
     return classes
 
 
-class Places(Protocol):
+class FileStore(Protocol):
     """Access to the files of a dataset that are not in the folder of index.json."""
 
     def path(self, name: str, size: int | None) -> Path:
@@ -139,11 +139,11 @@ class ShardIndex:
         options: Mapping[str, Any],
         provenance: Mapping[str, Any],
         *,
-        places: Places | None = None,
+        store: FileStore | None = None,
         source: str = "",
     ) -> None:
         self.folder = folder
-        self.places = places  # None: all files are in the folder
+        self.store = store  # None: all files are in the folder
         self.source = source or str(folder)  # as the user wrote it, for messages
         self.shards = shards
         self.options = options
@@ -154,10 +154,10 @@ class ShardIndex:
         self._keys: OrderedDict[int, tuple[str, ...]] = OrderedDict()
 
     @classmethod
-    def load(cls, folder: Path | str, *, places: Places | None = None, source: str = "") -> Self:
+    def load(cls, folder: Path | str, *, store: FileStore | None = None, source: str = "") -> Self:
         """Read and check index.json, and that every file it names is there with its exact size.
 
-        With `places` the other files are elsewhere and are checked when they are fetched.
+        With `store` the other files are elsewhere and are checked when they are fetched.
 
         Raises:
             FileNotFoundError: the folder or a file is missing.
@@ -188,7 +188,7 @@ class ShardIndex:
                 f"{path}: must list at least one shard and none twice, found {len(shards)} shards "
                 f"with {len(names)} names; {_REBUILD}"
             )
-        if places is None:
+        if store is None:
             for shard in shards:
                 _require_files(folder, shard)
         return cls(
@@ -196,7 +196,7 @@ class ShardIndex:
             tuple(shards),
             document["options"],
             document["provenance"],
-            places=places,
+            store=store,
             source=source,
         )
 
@@ -255,16 +255,16 @@ class ShardIndex:
 
     def _side_file(self, name: str, size: int | None, sha256: str) -> bytes | None:
         """Content of a side file; None if its checksum differs from index.json."""
-        for _ in range(1 if self.places is None else 2):
+        for _ in range(1 if self.store is None else 2):
             # Read, not mapped: truncating a mapped file kills the process without a message.
-            if self.places is None:
+            if self.store is None:
                 content = (self.folder / name).read_bytes()
             else:
-                content = self.places.read(name, size)
+                content = self.store.read(name, size)
             if hashlib.sha256(content).hexdigest() == sha256:
                 return content
-            if self.places is not None:  # a cached copy may be damaged while the original is not
-                self.places.drop(name)
+            if self.store is not None:  # a cached copy may be damaged while the original is not
+                self.store.drop(name)
         return None
 
     def _load_entries(self, shard: int) -> NDArray[np.void]:

@@ -68,7 +68,7 @@ def _open_remote(url: str, cache: CacheOptions) -> ShardIndex:
     # index.json is stored outside the folder from which the cache removes files.
     folder = cache.folder / f"index-{name}"
     write_atomically(folder / INDEX_FILE, index_bytes)
-    index = ShardIndex.load(folder, places=files, source=url)
+    index = ShardIndex.load(folder, store=files, source=url)
     largest = max(index.shards, key=lambda shard: shard.bytes)
     if 2 * largest.bytes > cache.max_bytes:
         raise CacheTooSmall(

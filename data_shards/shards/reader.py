@@ -97,9 +97,9 @@ class ShardReader:
                 return clip
             blocks = self.blocks(shard, offset, size)
             checksum = crc32(blocks)
-            if checksum != entry["crc32"] and self.index.places is not None:
+            if checksum != entry["crc32"] and self.index.store is not None:
                 # A cached copy may be damaged while the original is not: fetch it again, once.
-                self.index.places.drop(self.index.shards[shard].name)
+                self.index.store.drop(self.index.shards[shard].name)
                 blocks = self.blocks(shard, offset, size)
                 checksum = crc32(blocks)
             if checksum != entry["crc32"]:
@@ -120,7 +120,7 @@ class ShardReader:
         read into its own buffer: slicing it from the record would copy it into newly allocated
         memory, which takes longer than reading it.
         """
-        if isinstance(self.index.places, ShardCache):
+        if isinstance(self.index.store, ShardCache):
             return None
         descriptor = self._descriptor(shard)
         head = os.pread(descriptor, min(_HEAD_BYTES, size), offset)
@@ -172,7 +172,7 @@ class ShardReader:
             ValueError: the tar is cut short.
             FileNotFoundError: the tar is gone.
         """
-        cache, info = self.index.places, self.index.shards[shard]
+        cache, info = self.index.store, self.index.shards[shard]
         if not isinstance(cache, ShardCache):
             return _read_exactly(self._descriptor(shard), size, offset)
         with cache.open(info.name, info.bytes) as file:
@@ -180,9 +180,9 @@ class ShardReader:
 
     def expect(self, shards: Iterable[int]) -> None:
         """These shards will be read soon, in this order: prefetch those that are remote."""
-        if self.index.places is not None:
+        if self.index.store is not None:
             infos = [self.index.shards[shard] for shard in shards]
-            self.index.places.prefetch((info.name, info.bytes) for info in infos)
+            self.index.store.prefetch((info.name, info.bytes) for info in infos)
 
     def damaged(self, shard: int, slot: int, cause: str) -> DamagedRecord:
         """The error for a record that is damaged, found on reading or on decoding it."""
@@ -201,8 +201,8 @@ class ShardReader:
     def _descriptor(self, shard: int) -> int:
         if shard not in self._descriptors:
             info = self.index.shards[shard]
-            places = self.index.places
-            path = self.folder / info.name if places is None else places.path(info.name, info.bytes)
+            store = self.index.store
+            path = self.folder / info.name if store is None else store.path(info.name, info.bytes)
             try:
                 descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError as error:

@@ -37,7 +37,7 @@ from data_shards.shards.writer import text_chars
 _BLOCK: Final = tarfile.BLOCKSIZE
 
 
-class TarPlaces:
+class ScannedFiles:
     """Files of a scanned dataset: side files in one folder, tars in their own."""
 
     def __init__(self, folder: Path, tars: dict[str, Path]) -> None:
@@ -87,7 +87,7 @@ def scan_folder(folder: Path, index_root: Path) -> ShardIndex:
             work.mkdir()
             _write_index_of(tars, work)
             os.rename(work, out)
-    return ShardIndex.load(out, places=TarPlaces(out, _names(tars)))
+    return ShardIndex.load(out, store=ScannedFiles(out, _names(tars)))
 
 
 def _names(tars: Sequence[Path]) -> dict[str, Path]:

@@ -25,8 +25,8 @@ def options(tmp_path: Path, max_bytes: int = 2**30) -> CacheOptions:
 
 
 def cache_of(index: ShardIndex) -> ShardCache:
-    assert isinstance(index.places, ShardCache)
-    return index.places
+    assert isinstance(index.store, ShardCache)
+    return index.store
 
 
 def test_the_room_is_bounded(server: Any, tmp_path: Path) -> None:

@@ -34,8 +34,8 @@ def options(tmp_path: Path, max_bytes: int = 2**30) -> CacheOptions:
 
 
 def cache_of(index: ShardIndex) -> ShardCache:
-    assert isinstance(index.places, ShardCache)
-    return index.places
+    assert isinstance(index.store, ShardCache)
+    return index.store
 
 
 def test_addresses_are_told_from_folders() -> None:
