@@ -1,4 +1,4 @@
-# setup: .venv with everything for CPU    demo: the whole way on this machine, into runs/demo/
+# setup: .venv with everything for CPU    demo: the whole method on this machine, into runs/demo/
 # test: the fast tests    test-all: then browser, demo, slurm, aot    lint: style, types, shell scripts
 #
 # TORCH_INDEX_URL may name another package index for torch, for example
@@ -30,7 +30,7 @@ $(VENV)/.installed: setup.py constraints.txt
 	touch $@
 
 demo: setup
-	$(BIN)/python -m launch.verbs.demo
+	$(BIN)/python -m launch.cli demo
 
 test: setup
 	$(PYTEST) -m "not slurm and not browser and not demo and not aot and not gpu and not slow" $(PYTEST_ARGS)

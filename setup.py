@@ -1,4 +1,4 @@
-"""The distribution: all metadata stands here, literally; pyproject.toml holds tools only."""
+"""Metadata of the distribution, as literals; pyproject.toml configures tools only."""
 
 from setuptools import find_packages, setup
 

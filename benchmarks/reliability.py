@@ -1,12 +1,12 @@
-"""What reliability costs: checkpoints, restarts, and goodput against the time between failures.
+"""What reliability costs: checkpoints, restarts, and goodput by time between failures.
 
     python benchmarks/reliability.py [--json] [--steps 300] [--between 30 60] [--processes 2]
 
-Trains nano on a small synthetic corpus built for the occasion, with `emoverse train` as users do.
-Figures: seconds and size of a checkpoint, its share of the time at the default interval; seconds
-from the start of a resumed launch to its first step; goodput = steps that count x seconds of a step
-/ all seconds, with kills -9 of the whole job at random moments. The peer of every goodput is the
-same run without kills, measured in the same call.
+Trains nano with `emoverse train` on a small synthetic corpus that it builds. Figures: seconds and
+size of a checkpoint and its share of the time at the default interval; seconds from the start of a
+resumed launch to its first step; goodput = saved steps x seconds per step / all seconds, with
+SIGKILL of the whole job at random moments. Every goodput is compared with the same run without
+kills, measured in the same call.
 """
 
 import argparse
@@ -25,9 +25,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from data_shards.files import read_complete_lines
+
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_INTERVAL = 500  # steps, train.save_every
-CLIPS, TRAINED = 96, 80  # the second stage, which is not trained, must find records too
+CLIPS, TRAINED = 96, 80  # the second stage is not trained, but its pool needs records
 
 
 def emoverse(*arguments: str) -> list[str]:
@@ -36,7 +38,7 @@ def emoverse(*arguments: str) -> list[str]:
 
 
 def overrides(args: argparse.Namespace, run: Path, save_every: int) -> list[str]:
-    """nano, as far as its first stage, on the small corpus."""
+    """Arguments that train the first stage of nano on the small corpus."""
     epochs = -(-args.steps * 16 // TRAINED)
     return [
         str(ROOT / "configs" / "nano.yaml"),
@@ -55,7 +57,7 @@ def overrides(args: argparse.Namespace, run: Path, save_every: int) -> list[str]
 
 @contextlib.contextmanager
 def training(args: argparse.Namespace, run: Path, save_every: int) -> Iterator[subprocess.Popen]:
-    """`emoverse train` in a session of its own."""
+    """`emoverse train` in its own session; killed at the end of the block."""
     command = emoverse("train", *overrides(args, run, save_every), "--stage", "stage1")
     with (args.work / "log.txt").open("ab") as log:
         process = subprocess.Popen(
@@ -70,30 +72,26 @@ def training(args: argparse.Namespace, run: Path, save_every: int) -> Iterator[s
 
 
 def records(run: Path, kind: str) -> list[dict[str, Any]]:
-    """Of the stage's metrics; a line that is just being written is left out."""
-    path = run / "stage1" / "metrics.jsonl"
-    found = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return [record for record in found if record["kind"] == kind]
+    """Records of one kind in the metrics of the stage, without an incomplete last line."""
+    lines = read_complete_lines(run / "stage1" / "metrics.jsonl")
+    return [record for record in lines if record["kind"] == kind]
 
 
-def to_the_end(args: argparse.Namespace, run: Path, save_every: int) -> float:
-    """Seconds of a whole run from launch to exit."""
+def train_to_end(args: argparse.Namespace, run: Path, save_every: int) -> float:
+    """Seconds of a whole run, from launch to exit."""
     begin = time.monotonic()
     with training(args, run, save_every) as process:
         code = process.wait(args.limit)
     if code != 0:
-        said = (args.work / "log.txt").read_text(errors="replace")[-2000:]
-        raise SystemExit(f"{said}\nemoverse train ended with {code}")
+        log = (args.work / "log.txt").read_text(errors="replace")[-2000:]
+        raise SystemExit(f"{log}\nemoverse train ended with {code}")
     return time.monotonic() - begin
 
 
 def checkpoint_cost(args: argparse.Namespace) -> dict[str, float]:
     """A run that saves often, for many measurements of a save, and of a step without one."""
     run = args.work / "often"
-    seconds = to_the_end(args, run, 10)
+    seconds = train_to_end(args, run, 10)
     saves = [record["seconds"] for record in records(run, "save")]
     sizes = [record["bytes"] for record in records(run, "save")]
     pure = [
@@ -116,7 +114,7 @@ def checkpoint_cost(args: argparse.Namespace) -> dict[str, float]:
 def restart(args: argparse.Namespace) -> float:
     """Seconds from a launch that resumes to its first finished step."""
     run = args.work / "restart"
-    found = []
+    seconds = []
     for _ in range(3):
         before = len(records(run, "start"))
         begin = time.monotonic()
@@ -126,10 +124,10 @@ def restart(args: argparse.Namespace) -> float:
             first = records(run, "start")[-1]["step"]
             while not any(record["step"] > first for record in records(run, "step")):
                 time.sleep(0.02)
-            found.append(time.monotonic() - begin)
+            seconds.append(time.monotonic() - begin)
             while not any(record["step"] >= first + 5 for record in records(run, "save")):
                 time.sleep(0.05)
-    return median(found[1:])  # the first one was no resume
+    return median(seconds[1:])  # the first launch did not resume
 
 
 def goodput(args: argparse.Namespace, between_s: float, step_s: float) -> dict[str, float]:
@@ -155,8 +153,8 @@ def goodput(args: argparse.Namespace, between_s: float, step_s: float) -> dict[s
     }
 
 
-def tell(name: str, figure: Any) -> None:
-    """A figure as soon as it is known: a call that is cut short has measured something too."""
+def log_figure(name: str, figure: Any) -> None:
+    """Log a figure as soon as it is measured: an interrupted call loses the later ones only."""
     print(f"{time.strftime('%H:%M:%S')} {name}: {json.dumps(figure)}", file=sys.stderr, flush=True)
 
 
@@ -171,15 +169,15 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     )
     load = [os.getloadavg()[0]]
     cost = checkpoint_cost(args)
-    tell("checkpoint", cost)
+    log_figure("checkpoint", cost)
     steps = records(args.work / "often", "save")[-1]["step"]
     restart_s = restart(args)
-    tell("restart_s", restart_s)
+    log_figure("restart_s", restart_s)
     rows = []
     for between_s in args.between:
         load.append(os.getloadavg()[0])
         rows.append(goodput(args, between_s, cost["step_s"]))
-        tell("goodput", rows[-1])
+        log_figure("goodput", rows[-1])
     return {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Linux {platform.release()}",
         # Before anything runs, then by the time the kills begin: more than the processes means

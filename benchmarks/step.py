@@ -42,10 +42,10 @@ from bench_tools import (
 )
 
 from emoverse.kernels import attention
+from emoverse.kernels.adapter_types import Linears
 from emoverse.kernels.backend import configure_kernels, has_triton
 from emoverse.kernels.dropout import Dropout, draw_seed
 from emoverse.kernels.lora import lora_linears
-from emoverse.kernels.types import Linears
 from emoverse.loss import supervised_cross_entropy
 
 # A real sample: 8 frames of 256 tokens and about 150 tokens of text.

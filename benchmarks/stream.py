@@ -61,7 +61,7 @@ def build(folder: Path, clips: list[bytes], records: int) -> None:
 
 
 LEFT = "decoded in two processes and left there"
-RING = "ours, decoded in two workers, straight into the shared ring"
+SHARED = "ours, decoded in two workers, straight into shared memory"
 
 
 class Steps(torch.utils.data.Dataset[Any]):
@@ -103,7 +103,7 @@ def transports(folder: Path, clips: int) -> dict[str, Callable[[], int]]:
 
     def left() -> int:
         def work(first: int) -> None:
-            places = [np.empty(STEP, np.uint8) for _ in range(3)]  # as many as the ring has slots
+            places = [np.empty(STEP, np.uint8) for _ in range(3)]  # as many as the buffer has slots
             for step in range(first, steps, 2):
                 data.into(step, places[step % len(places)])
 
@@ -115,9 +115,9 @@ def transports(folder: Path, clips: int) -> dict[str, Callable[[], int]]:
             worker.join()
         return 4 * steps
 
-    def ring() -> int:
-        def make(step: int, desk: Any) -> np.ndarray:
-            return data.into(step, desk.allocate(STEP))
+    def shared() -> int:
+        def make(step: int, slots: Any) -> np.ndarray:
+            return data.into(step, slots.allocate(STEP))
 
         options = PoolOptions(workers=2, step_bytes=math.prod(STEP))
         return 4 * sum(1 for _ in WorkerPool(make, range(steps), options))
@@ -128,7 +128,7 @@ def transports(folder: Path, clips: int) -> dict[str, Callable[[], int]]:
         )
         return 4 * sum(1 for _ in batches)
 
-    return {LEFT: left, RING: ring, "torch DataLoader, decoded in two workers": loader}
+    return {LEFT: left, SHARED: shared, "torch DataLoader, decoded in two workers": loader}
 
 
 def transport_table(rows: dict[str, Row]) -> str:
@@ -164,8 +164,8 @@ def pipelines(folder: Path, limit: int, problems: dict[str, str]) -> dict[str, C
     def ours(resize: str) -> Callable[[], int]:
         view = ViewOptions(num_frames=COUNT, image_size=SIZE, resize=resize)  # type: ignore[arg-type]
 
-        def make(step: int, desk: Any) -> np.ndarray:
-            pixels = desk.allocate(STEP)
+        def make(step: int, slots: Any) -> np.ndarray:
+            pixels = slots.allocate(STEP)
             for place, n in enumerate(order[4 * step : 4 * step + 4]):
                 record = reader.read(*index.address(n))
                 out = pixels[place * COUNT : (place + 1) * COUNT]
@@ -270,7 +270,7 @@ def goals(
             1.15,
         ),
         goal("indexed, verified / webdataset", ratio(read, verified, "webdataset"), 0.6),
-        goal("worker to trainer, ms per clip", transport_ms(transport, RING), 0.5),
+        goal("worker to trainer, ms per clip", transport_ms(transport, SHARED), 0.5),
         goal("index, bytes per record", sizes["ours (.idx)"], 24),
         goal("shard fetches per shard", fetched, 1.05),
         goal("resume anywhere, CPU ms to the share of a step", resumed, 50),

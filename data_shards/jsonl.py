@@ -1,4 +1,4 @@
-"""Reading JSONL files of one object per line; every refusal names file, line and field."""
+"""Reading JSONL files of users, one object per line; errors name file, line and field."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -21,7 +21,7 @@ class Row:
         return f"{self.path}:{self.line}"
 
     def text(self, name: str) -> str:
-        """A field that must be there and be text with something in it."""
+        """A required field of non-empty text. Raises ValueError."""
         value = self.fields.get(name)
         if not isinstance(value, str) or not value.strip():
             raise ValueError(f"{self.place}: {name}: must be text, found {value!r}")
@@ -37,10 +37,10 @@ def read_utf8(path: Path) -> str:
 
 
 def read_rows(path: Path, what: str) -> Iterator[Row]:
-    """The rows of a file; empty lines are passed over.
+    """The rows of a file; empty lines are skipped.
 
     Args:
-        what: what the file is and how to come by it, for the message when it is missing.
+        what: what the file is and how to get it, for the message when it is missing.
 
     Raises:
         FileNotFoundError: no such file.
@@ -48,16 +48,16 @@ def read_rows(path: Path, what: str) -> Iterator[Row]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give {what}")
-    for number, line in enumerate(read_utf8(path).split("\n"), start=1):
+    for line_number, line in enumerate(read_utf8(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
             fields = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{path}:{number}: must be a JSON object: {error}") from error
+            raise ValueError(f"{path}:{line_number}: must be a JSON object: {error}") from error
         if not isinstance(fields, dict):
-            raise ValueError(f"{path}:{number}: must be a JSON object, found {fields!r:.80}")
-        yield Row(path=path, line=number, fields=fields)
+            raise ValueError(f"{path}:{line_number}: must be a JSON object, found {fields!r:.80}")
+        yield Row(path=path, line=line_number, fields=fields)
 
 
 def read_texts(path: Path, field: str) -> dict[str, str]:
@@ -66,6 +66,6 @@ def read_texts(path: Path, field: str) -> dict[str, str]:
     for row in read_rows(path, f'JSONL of {{"key", "{field}"}}'):
         key = row.text("key")
         if key in texts:
-            raise ValueError(f"{row.place}: key {key}: must come once, found it twice")
+            raise ValueError(f"{row.place}: key {key}: must be unique, found it twice")
         texts[key] = row.text(field)
     return texts

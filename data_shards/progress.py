@@ -1,6 +1,6 @@
-"""How far a long job is: a bar that is redrawn on a terminal, else a line every few seconds.
+"""Progress of a long job: a bar that is redrawn on a terminal, else a line every few seconds.
 
-In: the number done so far. Out: text on stderr with the rate and the time that is left.
+In: the number of finished items. Out: text on stderr with the rate and the remaining time.
 """
 
 import sys
@@ -13,10 +13,9 @@ _BAR_WIDTH: Final = 30
 
 
 class Progress:
-    """Call it with the number done; `total` None = not known beforehand.
+    """Call it with the number of finished items. `total` is None if it is not known.
 
-    A first call with more than 1 says what an earlier start has done: that does not count for the
-    rate.
+    A first call with more than 1 states the items of an earlier start, which the rate leaves out.
     """
 
     def __init__(self, total: int | None, unit: str) -> None:

@@ -1,14 +1,15 @@
-"""The whole way of a rank's samples, composed; every step is a pure function of its number.
+"""From a step of the plan to this rank's samples; every step is a pure function of its index.
 
-(1) plan     `sampler.share(step)`: which (record, task) stand at which positions, this rank's share
-(2) read     `reader.read(shard, slot)`: one record's bytes, checksum verified
-(3) decode   only now, only the frames that the task's view needs, and none that nobody wants
+(1) plan     `sampler.share(step)`: this rank's positions and the (record, task) at each
+(2) read     `reader.read(shard, slot)`: the bytes of one record, checksum verified
+(3) decode   only the frames that the task's view shows
 (4) Sample   record, task and uint8 frames [F, H, W, 3] at the model's size, ready to encode
 
-`stream[step]` does all of it. Who knows only after (2) where frames should lie, a data worker that
-packs samples into shared memory, asks for `read(step)` and has each sample decoded to its place.
-A damaged record stops the run, or its position goes to the plan's next substitute of the same task.
-Nothing is kept between steps: workers hold no state, any order of steps gives the same samples.
+`stream[step]` does all of it. `emoverse/data/pipeline.py` packs samples before their frames are
+decoded; it calls `read(step)`, then `decode` with the memory for each sample's frames.
+A damaged record is a value, `Damage`. `substitute` replaces it by the plan's next record of the
+same task, or raises DamagedSample if the config forbids that.
+Nothing is kept between steps: any order of steps, in any process, gives the same samples.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,13 +31,13 @@ from data_shards.tasks import Task
 View = Literal["clip", "peak"]
 OnDamage = Literal["stop", "replace"]
 
-AHEAD_SAMPLES: Final = 512  # of the plan, for which remote shards are fetched ahead
+AHEAD_SAMPLES: Final = 512  # positions ahead for which remote shards are requested
 MAX_ATTEMPTS: Final = 16  # substitutes tried for one position before the run stops
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ViewOptions:
-    """What decoding needs to know."""
+    """Which frames are decoded, and to what size."""
 
     num_frames: int  # frames of a clip view
     image_size: int  # height and width of a frame in pixels
@@ -60,7 +61,7 @@ class ViewOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Damage:
-    """A record that was passed over: where it stood in the plan and on disk, and why."""
+    """A record that cannot be used: its position in the plan, its place on disk, and the cause."""
 
     position: int
     task: Task
@@ -78,19 +79,19 @@ class Sample:
     task: Task
     record: Record
     view: View
-    frames: NDArray[np.uint8] | None  # F H W 3, of a peak its tiles; None: not wanted, or waiting
-    waiting: int = 0  # F, if frames are wanted and not decoded yet
-    placement: Placement | None = None  # what the plan says, or its substitute
-    quarantine: tuple[Damage, ...] = ()  # damaged records that stood here before
+    frames: NDArray[np.uint8] | None  # F H W 3, tiles of a peak; None: not wanted or not decoded
+    undecoded: int = 0  # F, if frames are wanted and not decoded yet
+    placement: Placement | None = None  # of the plan's record, or of its substitute
+    quarantine: tuple[Damage, ...] = ()  # damaged records that this one replaces, in order
 
     @property
     def replaced(self) -> int:
-        """How many substitutes it took; 0 is the plan's own record."""
+        """How many substitutes were tried; 0 for the plan's own record."""
         return len(self.quarantine)
 
 
 class DamagedSample(ValueError):
-    """A position of the plan that cannot be filled."""
+    """A position of the plan that has no intact record."""
 
     def __init__(self, damage: Damage, advice: str) -> None:
         super().__init__(
@@ -101,12 +102,12 @@ class DamagedSample(ValueError):
         self.advice = advice
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Crosses from data workers by its fields; the default would pass the message only."""
+        """Pickles by its fields; the default would pass the message only."""
         return DamagedSample, (self.damage, self.advice)
 
 
 def view_of(record: Record, task: Task, options: ViewOptions) -> View:
-    """FER looks at the peak frame, the other tasks at the clip; `peak_frame` prefers the peak.
+    """FER shows the peak frame, the other tasks the clip; `visual: peak_frame` prefers the peak.
 
     A record of a single frame is a still image for every task, never a clip of equal frames.
     """
@@ -119,7 +120,7 @@ def view_of(record: Record, task: Task, options: ViewOptions) -> View:
 
 
 def view_frames(view: View, options: ViewOptions) -> int | None:
-    """F of a view, None if only decoding can tell: tiles follow the picture's aspect ratio."""
+    """F of a view; None if it is known only after decoding (tiles depend on the aspect ratio)."""
     if view == "clip":
         return options.num_frames
     return 1 if options.peak_tiles == 1 else None
@@ -151,7 +152,7 @@ def decode_view(
     size = options.image_size
     try:
         if view == "peak" and options.peak_tiles > 1:
-            assert out is None, "nobody knows beforehand how many tiles there will be"
+            assert out is None, "the number of tiles is not known before decoding"
             peak_1HW3 = decode_frames(record.media.mp4, indices, num_frames=record.num_frames)
             return tile_image(peak_1HW3[0], max_tiles=options.peak_tiles, size=size)
         return decode_frames(
@@ -169,19 +170,19 @@ def decode_view(
 def _decode_jpegs(
     jpegs: Sequence[bytes], view: View, size: int, out: NDArray[np.uint8] | None
 ) -> NDArray[np.uint8]:
-    """Stored frames, straight into their places: uint8 [F, size, size, 3]."""
+    """Stored frames, decoded into `out` if it is given: uint8 [F, size, size, 3]."""
     frames = np.empty((len(jpegs), size, size, 3), dtype=np.uint8) if out is None else out
-    for number, jpeg in enumerate(jpegs):
+    for index, jpeg in enumerate(jpegs):
         try:
-            jpeg_decode_into(jpeg, frames[number])
+            jpeg_decode_into(jpeg, frames[index])
         except ValueError as error:
-            member = "peak.jpg" if view == "peak" else f"f{number}.jpg"
+            member = "peak.jpg" if view == "peak" else f"f{index}.jpg"
             raise ValueError(f"{member}: {error}") from error
     return frames
 
 
 def require_view(index: ShardIndex, options: ViewOptions) -> None:
-    """Raise ValueError if the folder stores extracted frames that cannot serve the view."""
+    """Raise ValueError if the folder stores extracted frames that do not fit the view."""
     stored = index.options
     if stored.get("frames") == "extracted" and stored["frames_per_clip"] != options.num_frames:
         raise ValueError(
@@ -197,8 +198,8 @@ def require_view(index: ShardIndex, options: ViewOptions) -> None:
         )
 
 
-def _nobody_watches(record: str) -> None:
-    """Takes the name of the record that is worked on; a data worker has a better use for it."""
+def _no_report(record: str) -> None:
+    """The default of `StepStream.report`: nobody listens."""
 
 
 class StepStream:
@@ -207,6 +208,9 @@ class StepStream:
     Args:
         wants_frames: asked with (key, view) before decoding; False leaves `Sample.frames` None
             (cached features, blank frames).
+
+    Attributes:
+        report: called with the record that is being read or decoded, for error messages.
 
     Raises:
         ValueError: from the constructor if the shard folder cannot serve the view.
@@ -230,90 +234,85 @@ class StepStream:
         self.view = view
         self.on_damage = on_damage
         self.wants_frames = wants_frames
-        self._expected = 0  # positions before this one were looked at for shards to fetch
-        self.watch: Callable[[str], object] = _nobody_watches
+        self.report: Callable[[str], object] = _no_report
+        self._prefetched = 0  # the shards of all positions before this one were requested
 
     def __len__(self) -> int:
         return self.sampler.num_steps
 
     def __getitem__(self, step: int) -> list[Sample]:
-        samples = self.read(step)
-        for number, sample in enumerate(samples):
-            while sample.waiting:
-                sample = self.decode(sample)
-            samples[number] = sample
-        return samples
+        return [self.complete(sample) for sample in self.read(step)]
 
     def read(self, step: int) -> list[Sample]:
-        """The samples of a step with their frames `waiting`: records are read and verified."""
+        """The samples of a step, records read and verified, frames not decoded yet."""
         if not 0 <= step < len(self):
             raise IndexError(f"step must be 0..{len(self) - 1}, found {step}")
         share = self.sampler.share(step)
         if self.reader.index.places is not None:
-            self._expect(step, share)
+            self._prefetch(step, share)
         return [self._sample(slot.position, slot.placement) for slot in share]
 
-    def decode(self, sample: Sample, out: NDArray[np.uint8] | None = None) -> Sample:
-        """A waiting sample with its frames, in `out` if that is given.
+    def decode(
+        self, sample: Sample, out: NDArray[np.uint8] | None = None
+    ) -> NDArray[np.uint8] | Damage:
+        """The frames [F, size, size, 3] of a sample that has none yet, in `out` if it is given.
 
-        If its media are damaged, the substitute for its position, which waits for its own frames
-        and may have other ones; `out` is then rubbish.
+        Returns Damage if the media are damaged; the content of `out` is then undefined.
         """
         placement = sample.placement
-        assert sample.waiting and placement is not None
-        self._say(sample.position, placement)
-        try:
-            frames = self._frames(sample.record, sample.view, placement, out)
-        except DamagedRecord as error:
-            instead = self._pass_over(sample.position, placement, sample.quarantine, error)
-            return self._sample(sample.position, *instead)
-        return replace(sample, frames=frames, waiting=0)
+        assert sample.undecoded and placement is not None
+        self._report(sample.position, placement)
+        return self._decode(sample.record, sample.view, sample.position, placement, out)
 
-    def _expect(self, step: int, share: Sequence[Slot]) -> None:
-        """Have the shards of this step and of the next ones fetched, in the order of the plan.
+    def substitute(self, sample: Sample, damage: Damage) -> Sample:
+        """The next intact record of the plan for the position of a damaged sample.
 
-        The next ones are those of all ranks: they share the cache of their machine. What was
-        looked at already is not looked at again; this only saves time, it changes no sample.
+        Its frames are not decoded yet, and may be more or fewer than those of `sample`.
+
+        Raises:
+            DamagedSample: `on_damage` is "stop", or no substitute is left.
+        """
+        quarantine = (*sample.quarantine, damage)
+        return self._sample(sample.position, self._next_placement(quarantine), quarantine)
+
+    def complete(self, sample: Sample) -> Sample:
+        """The sample with its frames decoded, or its first substitute whose frames decode."""
+        while sample.undecoded:
+            frames = self.decode(sample)
+            if isinstance(frames, Damage):
+                sample = self.substitute(sample, frames)
+            else:
+                sample = replace(sample, frames=frames, undecoded=0)
+        return sample
+
+    def _prefetch(self, step: int, share: Sequence[Slot]) -> None:
+        """Request the shards of this step and of the next ones, in the order of the plan.
+
+        The next ones are those of all ranks, which share the cache of their machine. This saves
+        time and changes no sample.
         """
         plan = self.sampler.stage_plan
         shards = dict.fromkeys(slot.placement.shard for slot in share)
         first = step * self.sampler.global_batch_size
         stop = min(first + max(AHEAD_SAMPLES, 2 * self.sampler.global_batch_size), plan.num_samples)
-        begin = self._expected if first <= self._expected <= stop else first
+        begin = self._prefetched if first <= self._prefetched <= stop else first
         shards.update(dict.fromkeys(plan.at(position).shard for position in range(begin, stop)))
-        self._expected = stop
+        self._prefetched = stop
         self.reader.expect(shards)
 
     def _sample(
         self, position: int, placement: Placement, quarantine: tuple[Damage, ...] = ()
     ) -> Sample:
-        """The sample at a position, or the first substitute with an intact record."""
-        while True:
-            try:
-                return self._read(position, placement, quarantine)
-            except DamagedRecord as error:
-                placement, quarantine = self._pass_over(position, placement, quarantine, error)
+        """The sample at a position, or the first substitute whose record is intact."""
+        sample = self._read(position, placement, quarantine)
+        while isinstance(sample, Damage):
+            quarantine = (*quarantine, sample)
+            sample = self._read(position, self._next_placement(quarantine), quarantine)
+        return sample
 
-    def _pass_over(
-        self,
-        position: int,
-        placement: Placement,
-        quarantine: tuple[Damage, ...],
-        error: DamagedRecord,
-    ) -> tuple[Placement, tuple[Damage, ...]]:
-        """What stands at a position instead of a damaged record, and all that stood there."""
-        damage = Damage(
-            position=position,
-            task=placement.task,
-            shard=error.shard,
-            key=error.key,
-            offset=error.offset,
-            cause=error.cause,
-        )
-        return self._substitute(damage, len(quarantine) + 1), (*quarantine, damage)
-
-    def _substitute(self, damage: Damage, attempt: int) -> Placement:
-        """The plan's attempt-th stand-in at a damaged position; DamagedSample if none may come."""
+    def _next_placement(self, quarantine: tuple[Damage, ...]) -> Placement:
+        """The plan's substitute after all damaged records that stood at a position."""
+        damage, attempt = quarantine[-1], len(quarantine)
         if self.on_damage == "stop":
             raise DamagedSample(
                 damage,
@@ -328,36 +327,61 @@ class StepStream:
         except ValueError as error:  # no record of the task is left
             raise DamagedSample(damage, str(error)) from error
 
-    def _say(self, position: int, placement: Placement) -> None:
-        index = self.reader.index
-        key, tar = index.key(placement.shard, placement.slot), index.shards[placement.shard].name
-        self.watch(f"record {key} in {tar}, position {position}")
-
-    def _read(self, position: int, placement: Placement, quarantine: tuple[Damage, ...]) -> Sample:
-        self._say(position, placement)
-        record = self.reader.read(placement.shard, placement.slot)
+    def _read(
+        self, position: int, placement: Placement, quarantine: tuple[Damage, ...]
+    ) -> Sample | Damage:
+        """The sample of one record. Frames whose number only decoding tells are decoded here."""
+        self._report(position, placement)
+        try:
+            record = self.reader.read(placement.shard, placement.slot)
+        except DamagedRecord as error:
+            return _damage(position, placement, error)
         view = view_of(record, placement.task, self.view)
         wanted = self.wants_frames is None or self.wants_frames(record.key, view)
-        waiting = view_frames(view, self.view) if wanted else 0
+        num_frames = view_frames(view, self.view) if wanted else 0
+        frames = None
+        if num_frames is None:
+            decoded = self._decode(record, view, position, placement)
+            if isinstance(decoded, Damage):
+                return decoded
+            frames = decoded
         return Sample(
             position=position,
             task=placement.task,
             record=record,
             view=view,
-            frames=self._frames(record, view, placement) if waiting is None else None,
-            waiting=waiting or 0,
+            frames=frames,
+            undecoded=num_frames or 0,
             placement=placement,
             quarantine=quarantine,
         )
 
-    def _frames(
+    def _decode(
         self,
         record: Record,
         view: View,
+        position: int,
         placement: Placement,
         out: NDArray[np.uint8] | None = None,
-    ) -> NDArray[np.uint8]:
+    ) -> NDArray[np.uint8] | Damage:
         try:
             return decode_view(record, view, self.view, out=out)
         except ValueError as error:
-            raise self.reader.damaged(placement.shard, placement.slot, str(error)) from error
+            located = self.reader.damaged(placement.shard, placement.slot, str(error))
+            return _damage(position, placement, located)
+
+    def _report(self, position: int, placement: Placement) -> None:
+        index = self.reader.index
+        key, tar = index.key(placement.shard, placement.slot), index.shards[placement.shard].name
+        self.report(f"record {key} in {tar}, position {position}")
+
+
+def _damage(position: int, placement: Placement, error: DamagedRecord) -> Damage:
+    return Damage(
+        position=position,
+        task=placement.task,
+        shard=error.shard,
+        key=error.key,
+        offset=error.offset,
+        cause=error.cause,
+    )

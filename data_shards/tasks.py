@@ -1,8 +1,8 @@
-"""The five tasks: identifier, instruction, query, answer vocabulary and answer format.
+"""The five tasks: identifier, instruction, query, label vocabulary and answer format.
 
-In: the labels of a record. Out: the text that the model reads (query) and writes (answer), and the
-way back from written text to a label: `format_answer` and `parse_answer` are inverse functions.
-Standard library only; every other part of the project takes its task vocabulary from this file.
+In: the labels of a record. Out: the text of a prompt (query) and of the expected answer, and the
+label of a written answer: `format_answer` and `parse_answer` are inverse functions. The rest of the
+project takes its task vocabulary from this file. Standard library only.
 """
 
 import enum
@@ -24,9 +24,9 @@ class Task(enum.StrEnum):
 
 
 TASKS: Final[tuple[Task, ...]] = tuple(Task)
-"""The canonical order: bit i of a task mask is TASKS[i]. It is part of the shard format."""
+"""The canonical order: bit i of a task mask stands for TASKS[i]. Part of the shard format."""
 
-_BIT: Final[dict[Task, int]] = {task: 1 << place for place, task in enumerate(TASKS)}
+_BIT: Final[dict[Task, int]] = {task: 1 << index for index, task in enumerate(TASKS)}
 
 EMOTIONS: Final = ("neutral", "surprise", "fear", "sadness", "joy", "disgust", "anger")
 POLARITIES: Final = ("positive", "negative")
@@ -61,11 +61,11 @@ INSTRUCTION: Final[dict[Task, str]] = {
     ),
     Task.FER: "Detail the facial expressions used in the image.",
     Task.ERI: "What is the emotional state of the person in the video? Please tell me the reason.",
-    # The paper does not publish its wording for this task; this one is ours.
+    # The paper does not give its instruction for this task; this wording is ours.
     Task.ECPE: "Please extract the emotion-cause pairs of the target utterance.",
 }
 
-# The answers of the paper say "Happy." where the label is joy (MELD's and SemEval's name).
+# The paper's answer for the label joy (its name in MELD and SemEval) is "Happy.".
 _MSA_TEXT: Final = {label: f"{label.capitalize()}." for label in POLARITIES}
 _ER_TEXT: Final = {e: "Happy." if e == "joy" else f"{e.capitalize()}." for e in EMOTIONS}
 _MSA_WORDS: Final = {label: label for label in POLARITIES}
@@ -83,7 +83,7 @@ _NEGATION: Final = re.compile(r"(?:\b(?:not|no|never|neither|nor|without)|n't)\s
 
 
 class TurnLike(Protocol):
-    """What a query needs of one turn of a conversation."""
+    """The fields of a turn that a query uses."""
 
     @property
     def speaker(self) -> str: ...
@@ -92,7 +92,7 @@ class TurnLike(Protocol):
 
 
 class QuerySource(Protocol):
-    """What a query needs of a record; `data_shards.shards.record.Record` offers it."""
+    """The fields of a record that a query uses; implemented by `shards.record.Record`."""
 
     @property
     def key(self) -> str: ...
@@ -113,8 +113,8 @@ class Parsed:
     """The outcome of `parse_answer`.
 
     value: the answer, None when unparseable.
-    status: 'parsed' (the exact format), 'repaired' (clear meaning, other form) or 'unparseable'.
-    rule: 'exact', or the repairs that were needed joined by '+', or why the text is unreadable.
+    status: 'parsed' (the exact format), 'repaired' (another form, clear meaning) or 'unparseable'.
+    rule: 'exact', or the applied repairs joined by '+', or why the text is unparseable.
     """
 
     value: Answer | None
@@ -153,12 +153,12 @@ def polarity(sentiment: float) -> str:
 
 
 def format_answer(task: Task, answer: Answer) -> str:
-    """The text that the model shall write for an answer.
+    """The text of an answer, as the model is trained to write it.
 
     MSA 'Positive.'; ER 'Happy.'; FER 'Eyes narrowing; Lips part'; ERI the text itself;
     ECPE '3_surprise,1;3_surprise,3', the empty text for no pair.
 
-    Raises ValueError when the answer is not one of the task (label, phrase or pair out of rule).
+    Raises ValueError for a label, phrase or pair that is not valid for the task.
     """
     match task:
         case Task.MSA | Task.ER:
@@ -180,11 +180,11 @@ def format_answer(task: Task, answer: Answer) -> str:
 
 
 def parse_answer(task: Task, text: str, *, strict: bool = False) -> Parsed:
-    """Read a written answer; the inverse of `format_answer`. Never raises.
+    """Parse a written answer; the inverse of `format_answer`. Never raises.
 
-    The tolerant reading accepts other case, a missing final period, stray spaces, the emotions'
-    other names, 'U3' for utterance 3, repeated items and words around the answer, and says so in
-    `rule`. `strict` accepts the exact format alone (pairs in any order).
+    The tolerant parser accepts other case, a missing final period, extra spaces, synonyms of the
+    emotions, 'U3' for utterance 3, repeated items and words around the answer; `rule` names these
+    repairs. `strict` accepts the exact format only (pairs in any order).
     """
     exact, repair = _READERS[task]
     value = exact(text)
@@ -261,15 +261,15 @@ def _label_reader(
                 "synonym": low != texts[label][:-1].lower(),
             }
             return _repaired(label, seen)
-        hits = list(anywhere.finditer(low))
-        found = {words[hit[1]] for hit in hits}
-        if not found:
+        mentions = list(anywhere.finditer(low))
+        mentioned = {words[mention[1]] for mention in mentions}
+        if not mentioned:
             return _unparseable("no-label" if plain else "empty")
-        if len(found) > 1:
+        if len(mentioned) > 1:
             return _unparseable("ambiguous")
-        if any(_NEGATION.search(low[: hit.start()]) for hit in hits):
+        if any(_NEGATION.search(low[: mention.start()]) for mention in mentions):
             return _unparseable("negated")
-        return _repaired(found.pop(), {"text": True})
+        return _repaired(mentioned.pop(), {"text": True})
 
     return exact, repair
 
@@ -283,8 +283,8 @@ def _exact_phrases(text: str) -> Answer | None:
 def _repair_phrases(text: str) -> Parsed:
     seen = dict.fromkeys(("period", "empty-item", "duplicate"), False)
     phrases: dict[str, str] = {}
-    for part in text.split(";"):
-        phrase = _squeeze(part)
+    for item in text.split(";"):
+        phrase = _squeeze(item)
         bare = phrase.rstrip(" .")
         seen["period"] |= bare != phrase
         seen["empty-item"] |= not bare
@@ -307,13 +307,13 @@ def _exact_pairs(text: str) -> Answer | None:
     if not text:
         return ()
     pairs: set[Pair] = set()
-    parts = text.split(";")
-    for part in parts:
-        found = _PAIR_EXACT.fullmatch(part)
-        if found is None or found[2] not in EMOTIONS:
+    items = text.split(";")
+    for item in items:
+        match = _PAIR_EXACT.fullmatch(item)
+        if match is None or match[2] not in EMOTIONS:
             return None
-        pairs.add(Pair(int(found[1]), found[2], int(found[3])))
-    return tuple(sorted(pairs)) if len(pairs) == len(parts) else None
+        pairs.add(Pair(int(match[1]), match[2], int(match[3])))
+    return tuple(sorted(pairs)) if len(pairs) == len(items) else None
 
 
 def _repair_pairs(text: str) -> Parsed:
@@ -325,18 +325,18 @@ def _repair_pairs(text: str) -> Parsed:
     )
     pairs: set[Pair] = set()
     rest = plain
-    for found in _PAIR_LOOSE.finditer(plain):
-        emotion = _ER_WORDS.get(found["emotion"].lower())
+    for match in _PAIR_LOOSE.finditer(plain):
+        emotion = _ER_WORDS.get(match["emotion"].lower())
         if emotion is None:
             continue
-        pair = Pair(int(found["target"]), emotion, int(found["cause"]))
-        seen["spaces"] |= " " in found[0]
-        seen["utterance-prefix"] |= bool(found["u1"] or found["u2"])
-        seen["case"] |= not found["emotion"].islower()
-        seen["synonym"] |= found["emotion"].lower() != emotion
+        pair = Pair(int(match["target"]), emotion, int(match["cause"]))
+        seen["spaces"] |= " " in match[0]
+        seen["utterance-prefix"] |= bool(match["u1"] or match["u2"])
+        seen["case"] |= not match["emotion"].islower()
+        seen["synonym"] |= match["emotion"].lower() != emotion
         seen["duplicate"] |= pair in pairs
         pairs.add(pair)
-        rest = rest.replace(found[0], "", 1)
+        rest = rest.replace(match[0], "", 1)
     if not pairs:
         return _unparseable("no-pair")
     left = rest.replace(";", "").strip()
@@ -358,15 +358,14 @@ _READERS: Final[dict[Task, tuple[Callable[[str], Answer | None], Callable[[str],
 
 
 def build_query(record: QuerySource, task: Task, *, give_emotion: bool) -> str:
-    """The text part of a prompt, without any tag for images.
+    """The text of a prompt, without image tags.
 
     MSA, ER, FER, ERI: 'The person says: {utterance} {identifier} {instruction}'. ECPE: the whole
-    conversation, one numbered turn per line, then identifier, instruction and the target's number
-    and text; with `give_emotion` also its gold emotion (which makes the task easier, so every
-    metric records it).
+    conversation, one numbered turn per line, then identifier, instruction, and the number and text
+    of the target; with `give_emotion` also its reference emotion (which makes the task easier and
+    is therefore recorded with every metric).
 
-    Raises ValueError when an ECPE query is asked of a record that lacks the conversation, or the
-    emotion to give.
+    Raises ValueError for an ECPE query of a record without conversation, or without the emotion.
     """
     tail = f"{IDENTIFIER[task]} {INSTRUCTION[task]}"
     if task is not Task.ECPE:
@@ -375,8 +374,8 @@ def build_query(record: QuerySource, task: Task, *, give_emotion: bool) -> str:
     turns = record.conversation
     if not 1 <= record.target <= len(turns):
         raise ValueError(
-            f"record {record.key}: target: an ecpe query needs a target within its conversation of "
-            f"{len(turns)} turns, found {record.target}"
+            f"record {record.key}: target: an ecpe query requires a target within its conversation "
+            f"of {len(turns)} turns, found {record.target}"
         )
     lines = [
         f"{n}. {_squeeze(t.speaker)}: {_squeeze(t.text)}" for n, t in enumerate(turns, start=1)
@@ -388,7 +387,7 @@ def build_query(record: QuerySource, task: Task, *, give_emotion: bool) -> str:
     emotion = record.emotion or (record.pairs[0].emotion if record.pairs else None)
     if emotion is None:
         raise ValueError(
-            f"record {record.key}: emotion: give_emotion needs the target's emotion, found none; "
-            "set data.give_emotion=false or build the record with its emotion"
+            f"record {record.key}: emotion: give_emotion requires the target's emotion, found none"
+            "; set data.give_emotion=false or build the record with its emotion"
         )
     return f"{query} Emotion: {emotion}"

@@ -1,8 +1,8 @@
-"""Where this rank stands among all, read from whatever launched it; no torch.
+"""Which rank of which job this process is, read from the environment of its launcher; no torch.
 
-In: the environment that srun, submitit, torchrun or nobody has set. Out: a `Door`, and through
-`export` the five variables that the process group reads. A half set environment is an error here,
-before it becomes a rank that waits for ever.
+In: the environment as srun, submitit or torchrun has set it, or nobody. Out: a `RankContext`, and
+through `export` the five variables that the process group reads. A partly set environment is an
+error here; later it would be a rank that waits for ever.
 """
 
 import re
@@ -24,18 +24,18 @@ FIRST_PORT, NUM_PORTS = 12_000, 20_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Door:
-    """How this rank was started; `address` is None for one process alone."""
+class RankContext:
+    """This rank and its launcher; `address` is None for a single process."""
 
-    launcher: Literal["slurm", "submitit", "variables", "nobody"]
+    launcher: Literal["slurm", "submitit", "variables", "none"]
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
     address: str | None = None
     port: int = 0
-    # As the scheduler names the job, 4711, or 4711_3 in an array; None where nobody can requeue it.
+    # As the scheduler names the job: 4711, or 4711_3 in an array; None where it cannot be requeued.
     job: str | None = None
-    start: int = 0  # how often the scheduler has started this job before
+    num_restarts: int = 0  # how often the scheduler has started this job before
 
     def export(self, environ: MutableMapping[str, str]) -> None:
         """Sets the five variables, unless a launcher has or there is one process only."""
@@ -45,30 +45,29 @@ class Door:
         environ.update(zip(RANK_VARIABLES, map(str, values), strict=True))
 
 
-def find_door(environ: Mapping[str, str]) -> Door:
-    """The launcher of this process.
+def read_context(environ: Mapping[str, str]) -> RankContext:
+    """Which launcher has started this process, and as which rank.
 
     The five variables win over SLURM's, since torchrun may run inside a SLURM step.
 
     Raises:
-        ValueError: the environment is half set; names what is there and what is missing.
+        ValueError: the environment is partly set; names what is set and what is missing.
     """
-    job, start = scheduler_job(environ), int(environ.get("SLURM_RESTART_COUNT") or 0)
     if all(environ.get(name) for name in RANK_VARIABLES):
-        return Door(
+        return RankContext(
             launcher="variables",
-            rank=_number(environ, "RANK"),
-            local_rank=_number(environ, "LOCAL_RANK"),
-            world_size=_number(environ, "WORLD_SIZE"),
+            rank=_integer(environ, "RANK"),
+            local_rank=_integer(environ, "LOCAL_RANK"),
+            world_size=_integer(environ, "WORLD_SIZE"),
             address=environ["MASTER_ADDR"],
-            port=_number(environ, "MASTER_PORT"),
+            port=_integer(environ, "MASTER_PORT"),
         )
     in_step, in_submitit = "SLURM_STEP_ID" in environ, "SUBMITIT_LOCAL_GLOBALID" in environ
-    _refuse_half_set(environ, RANK_VARIABLES[:3] if in_step or in_submitit else RANK_VARIABLES)
+    _refuse_partly_set(environ, RANK_VARIABLES[:3] if in_step or in_submitit else RANK_VARIABLES)
     if in_step:
-        return _slurm_door(environ, job=job, start=start)
+        return _slurm_context(environ)
     if in_submitit:
-        return _submitit_door(environ)
+        return _submitit_context(environ)
     num_tasks = environ.get("SLURM_NTASKS", "1")
     if "SLURM_JOB_ID" in environ and "SLURM_PROCID" in environ and num_tasks != "1":
         raise ValueError(
@@ -76,7 +75,7 @@ def find_door(environ: Mapping[str, str]) -> Door:
             "not set), so it would wait for ranks that never come; put srun before the command, "
             "as slurm/stage1.sh does"
         )
-    return Door(launcher="nobody")
+    return RankContext(launcher="none")
 
 
 def scheduler_job(environ: Mapping[str, str]) -> str | None:
@@ -87,46 +86,46 @@ def scheduler_job(environ: Mapping[str, str]) -> str | None:
     return environ.get("SLURM_JOB_ID")
 
 
-def _slurm_door(environ: Mapping[str, str], *, job: str | None, start: int) -> Door:
+def _slurm_context(environ: Mapping[str, str]) -> RankContext:
     _require(environ, SRUN_VARIABLES, "srun sets them; start the command with srun alone")
-    world_size = _number(environ, "SLURM_STEP_NUM_TASKS")
+    world_size = _integer(environ, "SLURM_STEP_NUM_TASKS")
     step = int(environ["SLURM_STEP_ID"])
     # The raw id differs between the tasks of an array, which may share a node.
     raw = int(environ.get("SLURM_JOB_ID") or 0)
     port = FIRST_PORT + (8 * raw + step) % NUM_PORTS
-    return Door(
+    return RankContext(
         launcher="slurm",
-        rank=_number(environ, "SLURM_PROCID"),
-        local_rank=_number(environ, "SLURM_LOCALID"),
+        rank=_integer(environ, "SLURM_PROCID"),
+        local_rank=_integer(environ, "SLURM_LOCALID"),
         world_size=world_size,
         address=environ.get("MASTER_ADDR") or first_host(environ["SLURM_STEP_NODELIST"]),
-        port=_number(environ, "MASTER_PORT") if environ.get("MASTER_PORT") else port,
-        job=job,
-        start=start,
+        port=_integer(environ, "MASTER_PORT") if environ.get("MASTER_PORT") else port,
+        job=scheduler_job(environ),
+        num_restarts=int(environ.get("SLURM_RESTART_COUNT") or 0),
     )
 
 
-def _submitit_door(environ: Mapping[str, str]) -> Door:
+def _submitit_context(environ: Mapping[str, str]) -> RankContext:
     _require(environ, SUBMITIT_VARIABLES, "submitit's local executor sets them")
     job = environ["SUBMITIT_LOCAL_JOB_ID"]
-    return Door(
+    return RankContext(
         launcher="submitit",
-        rank=_number(environ, "SUBMITIT_LOCAL_GLOBALID"),
-        local_rank=_number(environ, "SUBMITIT_LOCAL_LOCALID"),
-        world_size=_number(environ, "SUBMITIT_LOCAL_NTASKS"),
+        rank=_integer(environ, "SUBMITIT_LOCAL_GLOBALID"),
+        local_rank=_integer(environ, "SUBMITIT_LOCAL_LOCALID"),
+        world_size=_integer(environ, "SUBMITIT_LOCAL_NTASKS"),
         address="127.0.0.1",
         port=FIRST_PORT + int(job) % NUM_PORTS,
         job=job,
     )
 
 
-def _refuse_half_set(environ: Mapping[str, str], names: tuple[str, ...]) -> None:
+def _refuse_partly_set(environ: Mapping[str, str], names: tuple[str, ...]) -> None:
     present = [name for name in names if environ.get(name)]
     if present:
         missing = [name for name in RANK_VARIABLES if not environ.get(name)]
         raise ValueError(
-            f"rank variables are half set: {', '.join(present)} are set, {', '.join(missing)} are "
-            "not; set all five (torchrun does) or unset all of them, and srun or submitit fill "
+            f"rank variables are partly set: {', '.join(present)} are set, {', '.join(missing)} "
+            "are not; set all five (torchrun does) or unset all of them, and srun or submitit fill "
             "them in"
         )
 
@@ -136,12 +135,12 @@ def _require(environ: Mapping[str, str], names: tuple[str, ...], rule: str) -> N
     if missing:
         present = [name for name in names if environ.get(name)]
         raise ValueError(
-            f"the launcher's variables are half set: {', '.join(present) or 'none'} of them are "
+            f"the launcher's variables are partly set: {', '.join(present) or 'none'} of them are "
             f"set, {', '.join(missing)} are not; {rule}"
         )
 
 
-def _number(environ: Mapping[str, str], name: str) -> int:
+def _integer(environ: Mapping[str, str], name: str) -> int:
     try:
         return int(environ[name])
     except ValueError:

@@ -1,12 +1,11 @@
-"""Several ranks on this machine, without a scheduler: the door of `emoverse train`.
+"""Several ranks on this machine, without a scheduler: what `emoverse train` starts.
 
 In: the config and the stages. `run_local` starts `train.processes` workers for each stage, shows
-what rank 0 says, keeps every rank's output under RUN/STAGE/logs/, and ends all of them when one
+the output of rank 0, keeps every rank's output under RUN/STAGE/logs/, and ends all of them when one
 fails. Out: one exit code for all. Importing this file does not import torch.
 """
 
 import contextlib
-import hashlib
 import math
 import os
 import signal
@@ -20,24 +19,24 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from emoverse.config.schema import Config, to_yaml
-from emoverse.training.shutdown import EXIT_STOPPED as STOPPED
+from emoverse.config.schema import Config, freeze_config
 from emoverse.training.shutdown import STOP_SIGNALS
 from emoverse.training.stages import stage_dir
-from launch.progress import Screen, shown
-from launch.worker import DONE, FAULT, WRONG_INPUT, rank_defaults
+from launch.exit_codes import DONE, FAULT, STOPPED, WRONG_INPUT
+from launch.progress import Screen, stage_screen
+from launch.worker import rank_defaults
 
 POLL_S = 0.1
-# A rank that fails tells the others why at the next agreement; after this they are ended.
+# The other ranks learn of a failure at the next consensus; after this they are ended.
 GRACE_AFTER_FAILURE_S = 10.0
 # A stopped rank finishes its step and saves.
 GRACE_AFTER_STOP_S = 300.0
 
 
 def run_local(config: Config, *, stages: Sequence[str], flags: Sequence[str] = ()) -> int:
-    """Trains `stages` in turn on this machine, continuing what an earlier call left.
+    """Trains `stages` in turn on this machine, resuming what an earlier call left unfinished.
 
-    A signal to stop (Ctrl-C, SIGTERM, SIGUSR2) reaches all ranks, which save and leave; no stage
+    A stop signal (Ctrl-C, SIGTERM, SIGUSR2) reaches all ranks, which save and leave; no stage
     begins after it. The time limit is that of all stages together.
     `flags`: of `worker.FLAGS`, for every rank.
 
@@ -45,54 +44,41 @@ def run_local(config: Config, *, stages: Sequence[str], flags: Sequence[str] = (
         0 all done, 75 stopped and resumable, 2 wrong input, 1 a fault.
     """
     begin, limit_s = time.monotonic(), 60 * (config.train.max_minutes or math.inf)
-    with _hearing() as heard:
+    with _stop_signals() as signals:
         for stage in stages:
             spent_s = time.monotonic() - begin
-            if heard.numbers or spent_s >= limit_s:
-                minutes = f"time limit of {limit_s / 60:g} minutes"
-                why = signal.Signals(heard.numbers[0]).name if heard.numbers else minutes
-                print(f"{stage} is not begun; the same command goes on ({why})", flush=True)
+            if signals.received or spent_s >= limit_s:
+                reason = f"time limit of {limit_s / 60:g} minutes"
+                if signals.received:
+                    reason = signal.Signals(signals.received[0]).name
+                print(f"{stage} is not begun; the same command resumes ({reason})", flush=True)
                 return STOPPED
-            code = _run_stage(config, stage, [*flags, f"--spent-s={spent_s:.1f}"], heard)
+            code = _run_stage(config, stage, [*flags, f"--spent-s={spent_s:.1f}"], signals)
             if code != DONE:
                 return code
     return DONE
 
 
-def _run_stage(config: Config, stage: str, flags: Sequence[str], heard: "Heard") -> int:
+def _run_stage(config: Config, stage: str, flags: Sequence[str], signals: "StopSignals") -> int:
     folder = stage_dir(config, stage) / "logs"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        launched = _hand_config(config, folder)
+        # Absolute: a relative path with an equals sign would be taken for an override.
+        frozen = freeze_config(config, folder.absolute())
     except OSError as error:
         raise ValueError(
             f"run.run_dir: {config.run.run_dir} must be a folder that can be written: {error}; "
             "make room, change its permissions, or choose another run.run_dir"
         ) from error
-    command = [sys.executable, "-m", "launch.worker", str(launched), "--stage", stage]
+    command = [sys.executable, "-m", "launch.worker", str(frozen), "--stage", stage]
     command += ["--end-with-input", *flags]
     metrics = stage_dir(config, stage) / "metrics.jsonl"
-    with shown(metrics) as screen:
+    with stage_screen(metrics) as screen:
         code = run_ranks(
-            command, num_ranks=config.train.processes, logs=folder, screen=screen, heard=heard
+            command, num_ranks=config.train.processes, logs=folder, screen=screen, signals=signals
         )
     if code in (FAULT, WRONG_INPUT) and config.train.processes > 1:
-        print(f"{stage} failed; what every rank said: {folder}/rank_*.log", file=sys.stderr)
+        print(f"{stage} failed; logs of all ranks: {folder}/rank_*.log", file=sys.stderr)
     return code
-
-
-def _hand_config(config: Config, folder: Path) -> Path:
-    """A file for the ranks to read, which no other launcher of this run directory writes over.
-
-    The name follows from the content: who else writes it writes the same.
-    """
-    text = to_yaml(config)
-    name = f"config-{hashlib.sha256(text.encode()).hexdigest()[:12]}.yaml"
-    path = folder.absolute() / name  # absolute: a folder may have an equals sign in its name
-    temporary = folder / f".{name}-{os.getpid()}"
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-    return path
 
 
 def run_ranks(
@@ -101,30 +87,30 @@ def run_ranks(
     num_ranks: int,
     logs: Path,
     screen: Screen | None = None,
-    heard: "Heard | None" = None,
+    signals: "StopSignals | None" = None,
 ) -> int:
     """Runs `command` once per rank on this machine and waits; returns one exit code for all.
 
-    Rank 0 speaks on our stdout, by way of `screen` if given; every rank's output is appended to
-    `logs`/rank_N.log. A rank that fails, or a launcher that dies, takes all the others with it.
-    `heard`: of a caller that listens to signals already.
+    The output of rank 0 goes to our stdout, through `screen` if given; every rank's output is
+    appended to `logs`/rank_N.log. If a rank fails or the launcher dies, all others end as well.
+    `signals`: of a caller that handles stop signals already.
     """
     port = free_port()
     screen = screen or Screen(sys.stdout)
     with contextlib.ExitStack() as stack:
-        heard = heard or stack.enter_context(_hearing())
-        heard.ranks.clear()
+        signals = signals or stack.enter_context(_stop_signals())
+        signals.ranks.clear()
         for rank in range(num_ranks):
             log = stack.enter_context((logs / f"rank_{rank}.log").open("ab", buffering=0))
             environ = rank_environment(os.environ, rank=rank, world_size=num_ranks, port=port)
             shown_on = screen if rank == 0 else None
-            heard.ranks.append(_start_rank(command, environ, log, screen=shown_on, stack=stack))
-        if heard.numbers:  # while they were started one after the other
-            heard.pass_on()
-        codes = _wait(heard.ranks)
-    if heard.numbers:
-        # A rank that was starting, or already leaving, has no handler and simply dies; the others
-        # wait for it until we end them. Nothing is lost: the same command resumes.
+            signals.ranks.append(_start_rank(command, environ, log, screen=shown_on, stack=stack))
+        if signals.received:  # while the ranks were started one after the other
+            signals.forward()
+        codes = _wait(signals.ranks)
+    if signals.received:
+        # A rank that is starting or leaving has no handler and dies; the others wait for it until
+        # we end them. Nothing is lost: the same command resumes.
         ended = (-signal.SIGTERM, -signal.SIGKILL)
         codes = [STOPPED if code in ended else code for code in codes]
         if set(codes) == {DONE, STOPPED}:
@@ -186,9 +172,9 @@ def _start_rank(
 
 
 def _copy(source: IO[bytes], log: IO[bytes], screen: Screen) -> None:
-    """Rank 0's lines to the user and to its log.
+    """Copies rank 0's lines to the user and to its log.
 
-    A disk that is full may lose lines here, but nobody stops reading: rank 0 would wait for ever.
+    A full disk may lose lines, but reading goes on; otherwise rank 0 would block in a print.
     """
     with source:
         for line in source:
@@ -199,7 +185,7 @@ def _copy(source: IO[bytes], log: IO[bytes], screen: Screen) -> None:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kills a rank with the data workers of its session, and closes what leads to it."""
+    """Kills a rank with the data workers of its session, and closes the pipe to it."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -207,42 +193,42 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.stdin.close()
 
 
-class Heard:
-    """The signals to stop that have come; each is passed on to the ranks, which decide together."""
+class StopSignals:
+    """The stop signals received so far; each is forwarded to the ranks, which stop together."""
 
     def __init__(self) -> None:
-        self.numbers: list[int] = []
+        self.received: list[int] = []
         self.ranks: list[subprocess.Popen[bytes]] = []
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """The signal handler."""
-        self.numbers.append(number)
-        self.pass_on()
+        self.received.append(number)
+        self.forward()
 
-    def pass_on(self) -> None:
-        """Tells the ranks that live."""
+    def forward(self) -> None:
+        """Sends SIGTERM to the ranks that are running."""
         for process in self.ranks:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def _hearing() -> Iterator[Heard]:
-    """Hears the signals to stop while the block runs."""
-    heard = Heard()
+def _stop_signals() -> Iterator[StopSignals]:
+    """Handles the stop signals while the block runs."""
+    signals = StopSignals()
     if threading.current_thread() is not threading.main_thread():
-        yield heard  # only the main thread may handle signals
+        yield signals  # only the main thread may handle signals
         return
-    before = {number: signal.signal(number, heard.handle) for number in STOP_SIGNALS}
+    before = {number: signal.signal(number, signals.handle) for number in STOP_SIGNALS}
     try:
-        yield heard
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> list[int]:
-    """Exit codes of all ranks; when one has left with an error the others have some seconds."""
+    """Exit codes of all ranks; after the first failure the others have some seconds to leave."""
     deadline: float | None = None
     while True:
         codes = [process.poll() for process in ranks]
@@ -260,6 +246,6 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> list[int]:
 def exit_code(codes: Sequence[int]) -> int:
     """One exit code for all ranks: a fault wins over wrong input, that over stopped and done."""
     for code in (WRONG_INPUT, STOPPED, DONE):
-        if all(found == code for found in codes):
+        if all(of_rank == code for of_rank in codes):
             return code
     return FAULT

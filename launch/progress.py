@@ -1,7 +1,7 @@
-"""A progress bar on a terminal, plain lines in a log.
+"""The progress bar of a running stage: a redrawn line on a terminal, only plain lines in a log.
 
 In: the lines of rank 0, and RUN/STAGE/metrics.jsonl, which grows by a line per step. Out: the lines
-as they come, and below them, on a terminal only, one line that is drawn again and again. No torch.
+as they come, and on a terminal the bar below them. No torch.
 """
 
 import contextlib
@@ -9,30 +9,32 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Final, TextIO
 
-WIDTH = 30  # of the bar, in characters
+from data_shards.progress import format_duration
+
+WIDTH: Final = 30  # of the bar, in characters
 PERIOD_S = 0.5
-_CLEAR = "\r\x1b[K"
+_CLEAR: Final = "\r\x1b[K"
 
 
 class Screen:
-    """What several threads write to: lines for good, and one line that changes."""
+    """A text stream that several threads write to: permanent lines, and a status line below."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream, self._lock, self._status = stream, threading.Lock(), ""
 
     def line(self, text: str) -> None:
-        """A line that stays; `text` ends with a newline."""
+        """Write a permanent line; `text` ends with a newline."""
         with self._lock:
             clear = _CLEAR if self._status else ""
             self._stream.write(f"{clear}{text}{self._status}")
             self._stream.flush()
 
     def status(self, text: str) -> None:
-        """Replaces the line that changes; empty removes it."""
+        """Replace the status line; empty removes it."""
         with self._lock:
             if text != self._status:
                 self._stream.write(_CLEAR + text)
@@ -40,62 +42,58 @@ class Screen:
                 self._status = text
 
 
-class Progress:
-    """Reads how far a stage is, a few new bytes at a time."""
+class StageProgress:
+    """Follows metrics.jsonl of a stage, reading only what was appended since the last call."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._place, self._file = 0, 0  # read so far, of the file with this number
-        self._rest = ""
-        self._facts: dict[str, Any] = {}
+        self._inode, self._offset = 0, 0  # the file that was read, and up to where
+        self._cut_line = ""  # the start of a line whose end is not written yet
+        self._latest: dict[str, Any] = {}
 
     def text(self, columns: int) -> str:
         """The bar; empty before the stage has begun and after it has ended."""
         for record in self._new_records():
             if record["kind"] == "start":
-                self._facts = {"num_steps": record["num_steps"], "name": self._path.parent.name}
+                self._latest = {"num_steps": record["num_steps"], "name": self._path.parent.name}
             elif record["kind"] == "end":
-                self._facts = {}
-            elif self._facts and record["kind"] in ("step", "interval"):
-                self._facts |= {k: record[k] for k in ("step", "loss", "eta_s") if k in record}
-        if "step" not in self._facts:
+                self._latest = {}
+            elif self._latest and record["kind"] in ("step", "interval"):
+                self._latest |= {k: record[k] for k in ("step", "loss", "eta_s") if k in record}
+        if "step" not in self._latest:
             return ""
-        return draw(self._facts)[: columns - 1]
+        return bar_text(self._latest)[: columns - 1]
 
     def _new_records(self) -> Iterator[dict[str, Any]]:
         try:
             with self._path.open(encoding="utf-8") as file:
-                number = os.fstat(file.fileno()).st_ino
-                if number != self._file:  # a launch that resumes writes the file anew
-                    self._place, self._file, self._rest = 0, number, ""
-                file.seek(self._place)
-                text = self._rest + file.read()
-                self._place = file.tell()
+                inode = os.fstat(file.fileno()).st_ino
+                if inode != self._inode:  # a launch that resumes replaces the file
+                    self._inode, self._offset, self._cut_line = inode, 0, ""
+                file.seek(self._offset)
+                text = self._cut_line + file.read()
+                self._offset = file.tell()
         except OSError:
             return
-        *lines, self._rest = text.split("\n")
+        *lines, self._cut_line = text.split("\n")
         for line in lines:
             with contextlib.suppress(ValueError):  # a line that a crash cut off
                 yield json.loads(line)
 
 
-def draw(facts: dict[str, Any]) -> str:
+def bar_text(latest: Mapping[str, Any]) -> str:
     """`stage1 [######----] 120/938 12.8% loss 1.43 eta 3h12m`."""
-    done = facts["step"] / facts["num_steps"]
+    done = latest["step"] / latest["num_steps"]
     bar = "#" * int(WIDTH * done)
     text = (
-        f"{facts['name']} [{bar:-<{WIDTH}}] {facts['step']}/{facts['num_steps']} {done:.1%} "
-        f"loss {facts['loss']:.2f}"
+        f"{latest['name']} [{bar:-<{WIDTH}}] {latest['step']}/{latest['num_steps']} {done:.1%} "
+        f"loss {latest['loss']:.2f}"
     )
-    if "eta_s" in facts:
-        minutes, seconds = divmod(round(facts["eta_s"]), 60)
-        hours, minutes = divmod(minutes, 60)
-        text += f" eta {hours}:{minutes:02d}:{seconds:02d}"
-    return text
+    return f"{text} eta {format_duration(latest['eta_s'])}" if "eta_s" in latest else text
 
 
 @contextlib.contextmanager
-def shown(metrics: Path | None, stream: TextIO | None = None) -> Iterator[Screen]:
+def stage_screen(metrics: Path | None, stream: TextIO | None = None) -> Iterator[Screen]:
     """The screen for a stage; with a bar if `stream` (stdout) is a terminal that can draw it."""
     stream = stream or sys.stdout
     screen = Screen(stream)
@@ -103,7 +101,8 @@ def shown(metrics: Path | None, stream: TextIO | None = None) -> Iterator[Screen
         yield screen
         return
     ended = threading.Event()
-    thread = threading.Thread(target=_redraw, args=(screen, Progress(metrics), ended), daemon=True)
+    progress = StageProgress(metrics)
+    thread = threading.Thread(target=_redraw, args=(screen, progress, ended), daemon=True)
     thread.start()
     try:
         yield screen
@@ -113,7 +112,7 @@ def shown(metrics: Path | None, stream: TextIO | None = None) -> Iterator[Screen
         screen.status("")
 
 
-def _redraw(screen: Screen, progress: Progress, ended: threading.Event) -> None:
+def _redraw(screen: Screen, progress: StageProgress, ended: threading.Event) -> None:
     while not ended.wait(PERIOD_S):
         columns = 80
         with contextlib.suppress(OSError):

@@ -3,8 +3,8 @@
 #
 #   sbatch [FLAGS] slurm/build_shards.sh CORPUS --out=DIR [OPTIONS]
 #
-# The words are those of `emoverse build`; `emoverse build --help` lists corpora and options. A job
-# that begins again, or is submitted again, goes on with what is built.
+# The arguments are those of `emoverse build`; `emoverse build --help` lists corpora and options. A job
+# that begins again, or is submitted again, continues after what is built.
 # FLAGS are sbatch's own and win over the lines below: --cpus-per-task=16, --time=1-0, ...
 #
 # Submit from the top of the repository. EMOVERSE_PYTHON names the interpreter (default:

@@ -7,7 +7,7 @@
 # KEY=VALUE  overrides of the config, such as run.run_dir=/shared/runs/a
 # FLAGS      sbatch's own; they win over the lines below: --nodes=4, --time=2-0, --account=NAME, ...
 #
-# Each rank answers its share. A job that is stopped and requeued goes on with what is unanswered.
+# Each rank answers its share. A job that was requeued answers only what is still unanswered.
 # Submit from the top of the repository. EMOVERSE_PYTHON names the interpreter (default:
 # .venv/bin/python, else python3); EMOVERSE_MAX_REQUEUES how often the job may begin again (20).
 #SBATCH --job-name=emoverse-evaluate

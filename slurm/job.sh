@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# What the scripts of this folder share; they source it with PART set, and use $python,
-# "${words[@]}" and $logs afterwards. Not to be submitted itself.
+# Shared by the scripts of this folder, which source it with PART set and then use $python,
+# "${words[@]}" and $logs. Not to be submitted itself.
 
 usage() { sed -n '2,/^#SBATCH/{/^#SBATCH/d;s/^# \{0,1\}//p}' "$1"; }
 
@@ -15,7 +15,7 @@ if [ -z "${SLURM_JOB_ID:-}" ]; then
     exit 2
 fi
 
-# SLURM runs a copy of the script, so the place to be is where sbatch was called.
+# SLURM runs a copy of the script, so change to the folder where sbatch was called.
 cd "$SLURM_SUBMIT_DIR" || exit
 python=${EMOVERSE_PYTHON:-python3}
 if [ -z "${EMOVERSE_PYTHON:-}" ] && [ -x .venv/bin/python ]; then python=$PWD/.venv/bin/python; fi
@@ -32,10 +32,10 @@ for word in "$@"; do
 done
 if [ -z "$config" ] && [ "$PART" != build ]; then words=(configs/emoverse_4b.yaml "$@"); fi
 
-# Python that dies says where; the pool of threads is set by the worker from --cpus-per-task.
+# A crash of Python prints its stack; the worker sets the number of threads from --cpus-per-task.
 export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
-# NCCL: only what helps to find a fault is set here, and only if you have not. What may have to be
-# set for a cluster, in the shell that calls sbatch (docs/cluster.md says how to find the values):
+# NCCL: only the log level is set here, unless you have set it. Variables that a cluster may
+# require, to be set in the shell that calls sbatch (docs/cluster.md says how to find the values):
 #   NCCL_SOCKET_IFNAME  network device of the first meeting, e.g. ib0, or ^docker0,lo
 #   NCCL_IB_HCA         InfiniBand adapters, e.g. mlx5_0,mlx5_1
 #   GLOO_SOCKET_IFNAME  the same as the first, for runs on CPU

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Trains stage 2 on all ranks of the job, from the result of stage 1, or goes on where it stopped.
+# Trains stage 2 on all ranks of the job, from the result of stage 1, or resumes it.
 #
 #   sbatch [FLAGS] slurm/stage2.sh [CONFIG.yaml ...] [KEY=VALUE ...]
 #
@@ -8,7 +8,7 @@
 # FLAGS      sbatch's own; they win over the lines below: --nodes=4, --time=2-0, --account=NAME, ...
 #
 # One rank per GPU. Before the time limit and on pre-emption the ranks save and the job requeues
-# itself; a lost node does the same. A wrong config or a crash ends it: nothing is repeated in vain.
+# itself; a lost node does the same. After a wrong config or a crash the job ends; a restart would not help.
 # Next: sbatch --dependency=afterok:JOB --kill-on-invalid-dep=yes slurm/evaluate.sh with the same words.
 # Submit from the top of the repository. EMOVERSE_PYTHON names the interpreter (default:
 # .venv/bin/python, else python3); EMOVERSE_MAX_REQUEUES how often the job may begin again (20).

@@ -32,10 +32,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from emoverse.kernels.adapter_types import Linears
 from emoverse.kernels.backend import configure_kernels
 from emoverse.kernels.layer import LayerSettings, Rotary, after_attention, before_attention
 from emoverse.kernels.triton_ops.attention import triton_varlen
-from emoverse.kernels.types import Linears
 
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10}  # bytes a block may have
 NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

@@ -16,9 +16,9 @@ from bench_tools import ALPHA, DEVICE, SIZES, arguments, machine, medians, repor
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
+from emoverse.kernels.adapter_types import Linears
 from emoverse.kernels.dropout import Dropout
 from emoverse.kernels.lora import lora_linears
-from emoverse.kernels.types import Linears
 
 RANK = 8
 PADS = (0, 16, 64)  # elements behind each row of K

@@ -6,7 +6,6 @@ Training verifies checksums too; this check comes before a run, after a build or
 Flow: build -> here; `emoverse lint DIR [--decode] [--quarantine FILE]`.
 """
 
-import argparse
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 
 from data_shards.annotate.action_units import NEUTRAL_PHRASE
 from data_shards.annotate.au_phrases import PHRASE_TABLES
-from data_shards.build.curation import Decision, write_curation
+from data_shards.build.curation import Decision
 from data_shards.media.mp4 import mp4_seconds
 from data_shards.media.pixels import jpeg_decode
 from data_shards.media.video import count_frames, decode_frames
@@ -30,7 +29,6 @@ from data_shards.shards.writer import shard_files
 from data_shards.tasks import Task, build_query, format_answer, parse_answer, tasks_in
 
 _END_OF_TAR: Final = 1024  # two empty blocks
-_SHOWN_WARNINGS: Final = 20  # lines for people; the JSON has all
 _ORIGIN_NOTES: Final = ("season", "episode", "video")  # where in the source a clip is from
 _PHRASES: Final = {NEUTRAL_PHRASE} | {
     phrase for table in PHRASE_TABLES.values() for phrases in table.values() for phrase in phrases
@@ -358,48 +356,3 @@ def _decode_causes(record: Record) -> list[str]:
     except ValueError as error:
         return [str(error)]
     return []
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `emoverse lint`."""
-    parser.add_argument("dir", type=Path, metavar="DIR", help="shard folder")
-    usual, add = ContentLimits(), parser.add_argument
-    add("--decode", action="store_true", help="also decode every clip in full")
-    add("--strict", action="store_true", help="what is odd counts as wrong")
-    add("--quarantine", type=Path, metavar="FILE", help="write bad records for build --curation")
-    add("--min-seconds", type=float, default=usual.min_seconds, help="shorter clips are odd")
-    add("--max-seconds", type=float, default=usual.max_seconds, help="longer clips are odd")
-
-
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """The report as JSON; its `ok` decides the exit code (0 or 1)."""
-    limits = ContentLimits(min_seconds=args.min_seconds, max_seconds=args.max_seconds)
-    report = lint(args.dir, decode=args.decode, limits=limits)
-    if args.quarantine is not None:
-        write_curation(args.quarantine, report.quarantine(strict=args.strict))
-    found = report.to_json()
-    return found | {"ok": report.ok and not (args.strict and report.warnings)}
-
-
-def report_text(report: Mapping[str, Any]) -> str:
-    """The report as lines for people: one per problem, then the count."""
-    lines = [_line(problem) for problem in report["problems"]]
-    odd = report["warnings"]
-    lines += [f"odd: {_line(warning)}" for warning in odd[:_SHOWN_WARNINGS]]
-    if len(odd) > _SHOWN_WARNINGS:
-        lines.append(f"odd: ... and {len(odd) - _SHOWN_WARNINGS} more; --json has all")
-    decoded = f", {report['decoded']} decoded" if report["decoded"] else ""
-    verdict = f"{len(report['problems'])} problem(s)" if report["problems"] else "ok"
-    verdict += f", {len(odd)} odd" if odd else ""
-    lines.append(
-        f"{report['folder']}: {report['shards']} shards, {report['records']} records{decoded}: "
-        f"{verdict}"
-    )
-    return "\n".join(lines)
-
-
-def _line(problem: Mapping[str, Any]) -> str:
-    place = " ".join(part for part in (problem["shard"], problem["key"]) if part)
-    if problem["offset"] is not None:
-        place += f" at byte {problem['offset']}"
-    return f"{place}: {problem['cause']}" if place else str(problem["cause"])

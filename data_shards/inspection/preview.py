@@ -4,8 +4,7 @@ In: a folder or a tar. Out: per record its key, tasks with query and answer, fra
 with `save` also the media as files. Flow: build -> here; `emoverse preview DIR`.
 """
 
-import argparse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from data_shards.media.mp4 import mp4_seconds
 from data_shards.shards.index import INDEX_FILE, ShardIndex
 from data_shards.shards.reader import iter_plain, iter_records
 from data_shards.shards.record import Record, Video, from_members
-from data_shards.tasks import TASKS, Task, build_query, format_answer
+from data_shards.tasks import Task, build_query, format_answer
 
 
 def preview(
@@ -120,64 +119,3 @@ def write_preview_page(
         decisions=read_curation(curation),
     )
     return {"page": str(page), "shown": len(keys)}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `emoverse preview`."""
-    add = parser.add_argument
-    add("dir", type=Path, metavar="DIR", help="shard folder, folder of WebDataset tars, or one tar")
-    add("-n", "--count", type=int, default=5, help="number of records (default: 5)")
-    names = [task.value for task in TASKS]
-    add("--task", choices=names, help="only records and entries of this task")
-    add("--give-emotion", action="store_true", help="state the gold emotion in ECPE queries")
-    add("--save", type=Path, metavar="FOLDER", help="write the records' media there")
-    add("--page", type=Path, metavar="FOLDER", help="write a page to look at and to decide on")
-    add(
-        "--curation",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="decisions with which the page begins (may be given several times)",
-    )
-
-
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """`{"records": [...]}`, each as `describe` gives it; with a page, where it is."""
-    task = None if args.task is None else Task(args.task)
-    if args.page is not None:
-        return write_preview_page(
-            args.dir,
-            args.page,
-            args.count,
-            task=task,
-            give_emotion=args.give_emotion,
-            curation=args.curation,
-        )
-    records = preview(
-        args.dir, args.count, task=task, give_emotion=args.give_emotion, save=args.save
-    )
-    return {"records": records}
-
-
-def report_text(report: Mapping[str, Any]) -> str:
-    """The records as text blocks for people."""
-    if "page" in report:
-        return f"{report['page']}: {report['shown']} records"
-    blocks = []
-    for record in report["records"]:
-        seconds = "" if record["duration_s"] is None else f", {record['duration_s']:.2f} s"
-        peak = "" if record["peak_frame"] is None else f", peak {record['peak_frame']}"
-        lines = [
-            f"{record['key']}  [{record['source']}/{record['split']}]  "
-            f"{record['num_frames']} frames{seconds}{peak}, {record['stored']}, "
-            f"{record['media_bytes']} bytes"
-        ]
-        for task, entry in record["tasks"].items():
-            query = entry["query"].replace("\n", "\n          ")
-            lines += [f"  {task:<5} q: {query}", f"        a: {entry['answer']}"]
-        if record["notes"]:
-            notes = ", ".join(f"{name}={value}" for name, value in record["notes"].items())
-            lines.append(f"  notes {notes}")
-        blocks.append("\n".join(lines))
-    return "\n\n".join(blocks) if blocks else "no such record"

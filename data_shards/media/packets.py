@@ -1,9 +1,8 @@
-"""The packets of a video track, and which of them a few wanted frames need.
+"""Decoding of a few frames of a video track, skipping the packets that they do not depend on.
 
-In: an open mp4 and the time stamps of the wanted frames. Out: these frames as uint8 RGB, and a
-`DamagedVideo` at the first sign that they are not what the video shows. H.264 packets that no
-wanted frame needs are never decoded; what comes out is bit-identical to decoding every packet.
-Flow: video (opens the file) -> here.
+In: an open mp4 and the time stamps of the wanted frames. Out: these frames as uint8 RGB, or
+`DamagedVideo` at the first sign of damage. H.264 packets on which no wanted frame depends are not
+decoded; the result is bit-identical to decoding every packet. Flow: video (opens the file) -> here.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ from data_shards.media.pixels import MAX_PIXELS
 
 Frame = NDArray[np.uint8]
 Keep = Callable[[int, Frame], Frame]
-"""Takes the time stamp and the pixels of a wanted frame, says what to keep of them."""
+"""(time stamp, pixels) of a wanted frame -> the array to keep."""
 
 # PyAV's type stubs make this class generic, at run time it is not.
 Packet: TypeAlias = "av.packet.Packet[av.video.stream.VideoStream]"
 
 MAX_DECODED_PIXELS: Final = 2**33
-"""Most pixels decoded for one clip, about two minutes of one core: a bound that, unlike a time, is
-the same on every machine."""
+"""Most pixels decoded for one clip, about two minutes of one core. Unlike a time limit, this bound
+is the same on every machine."""
 
 _NAL_SLICE = 1
 _NAL_IDR_SLICE = 5
@@ -45,7 +44,7 @@ class DamagedVideo(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Packets:
-    """All packets of the video track in decode order, and the times at which frames are shown."""
+    """All packets of the video track in decode order, and the time stamps of the shown frames."""
 
     context: av.video.codeccontext.VideoCodecContext
     packets: tuple[Packet, ...]
@@ -54,6 +53,7 @@ class Packets:
 
     @classmethod
     def demux(cls, container: av.container.InputContainer) -> Packets:
+        """The packets of the first video track. Raises DamagedVideo if it cannot be decoded."""
         if not container.streams.video:
             raise DamagedVideo("the file has no video track")
         stream = container.streams.video[0]
@@ -69,11 +69,11 @@ class Packets:
             raise DamagedVideo("two frames of the video have the same time stamp")
         context = stream.codec_context
         if context is None:
-            raise DamagedVideo("nothing here knows the codec of the video track")
+            raise DamagedVideo("the codec of the video track is not supported")
         if context.width * context.height > MAX_PIXELS:
             raise DamagedVideo(
                 f"the picture has {context.width}x{context.height} pixels, at most {MAX_PIXELS} "
-                "are read"
+                "are accepted"
             )
         context.options = {"max_pixels": str(MAX_PIXELS)}  # headers inside the stream may differ
         context.thread_type = "NONE"  # decoder threads in data workers can hang
@@ -82,7 +82,7 @@ class Packets:
 
 
 class Decoder:
-    """One single-threaded decoder that keeps the frames with wanted time stamps as RGB."""
+    """A single-threaded decoder that keeps the frames with wanted time stamps as RGB."""
 
     def __init__(
         self,
@@ -91,8 +91,8 @@ class Decoder:
         size: int | None,
         keep: Keep,
     ) -> None:
-        self.found: dict[int, Frame] = {}
-        self.fault = ""  # first sign that the frames are not what the video shows
+        self.frames: dict[int, Frame] = {}  # time stamp -> what `keep` returned
+        self.fault = ""  # first sign of damage
         self._context = context
         self._wanted = wanted
         self._size = size
@@ -103,11 +103,11 @@ class Decoder:
         self._reformatter = av.video.reformatter.VideoReformatter()  # one scaler for all frames
 
     def feed(self, packet: Packet | None) -> None:
-        """Decode one packet; None drains the decoder and makes it ready for a new start."""
+        """Decode one packet; None drains and resets the decoder."""
         for frame in self._context.decode(packet):
             self._check(frame)
             if frame.pts in self._wanted:
-                if (frame.height, frame.width) != self._shape and self.found:
+                if (frame.height, frame.width) != self._shape and self.frames:
                     self.fault = self.fault or "the picture size changes inside the clip"
                 self._shape = frame.height, frame.width
                 rgb = self._reformatter.reformat(
@@ -119,21 +119,20 @@ class Decoder:
                     threads=1,
                 )
                 rgb_HW3 = rgb.to_ndarray().astype(np.uint8, copy=False)  # a view of `rgb`
-                self.found[frame.pts] = self._keep(frame.pts, rgb_HW3)
+                self.frames[frame.pts] = self._keep(frame.pts, rgb_HW3)
         if packet is None:
             self._context.flush_buffers()
 
     def _check(self, frame: av.video.frame.VideoFrame) -> None:
-        """A broken reference spoils the frames after it, so unwanted frames are checked too."""
+        """Check a frame, also an unwanted one: frames after it may be predicted from it."""
         self._pixels_left -= frame.width * frame.height
         if self._pixels_left < 0:
             raise DamagedVideo(
-                f"more than {MAX_DECODED_PIXELS} pixels would have to be decoded, which a clip "
-                "never needs"
+                f"more than {MAX_DECODED_PIXELS} pixels would have to be decoded for one clip"
             )
         if frame.is_corrupt and not self.fault:
             self.fault = f"the frame at time stamp {frame.pts} is corrupt"
-        # Decoders put out pictures in the order in which they are shown.
+        # Decoders return pictures in presentation order.
         if frame.pts is None or (self._last_pts is not None and frame.pts <= self._last_pts):
             self.fault = self.fault or "the time stamps do not follow the order of the pictures"
         self._last_pts = frame.pts
@@ -145,14 +144,14 @@ def decode_linear(
     size: int | None,
     keep: Keep,
 ) -> dict[int, Frame]:
-    """Time stamp -> frame from decoding every packet; the truth that skipping must meet."""
+    """Time stamp -> frame, by decoding every packet: the reference for `decode_skipping`."""
     decoder = Decoder(packets.context, wanted, size, keep)
     for packet in packets.packets:
         decoder.feed(packet)
     decoder.feed(None)
     if decoder.fault:
         raise DamagedVideo(decoder.fault)
-    return decoder.found
+    return decoder.frames
 
 
 def decode_skipping(
@@ -161,11 +160,11 @@ def decode_skipping(
     size: int | None,
     keep: Keep,
 ) -> dict[int, Frame] | None:
-    """Decode only the packets that wanted frames need; None if that cannot be done exactly.
+    """Time stamp -> frame, by decoding the packets on which wanted frames depend.
 
-    Groups of pictures (GOPs) are independent when each starts with an IDR picture and shows nothing
-    before it. Inside one, a picture that no other refers to is dropped unless wanted, and decoding
-    stops behind the last wanted packet.
+    None if that cannot be done exactly. Groups of pictures (GOPs) are independent when each starts
+    with an IDR picture and shows no frame before it. Inside a GOP, a picture that is not a
+    reference is dropped unless wanted, and decoding stops after the last wanted packet.
     """
     length_bytes = avc_length_bytes(packets.context)
     if length_bytes == 0:
@@ -187,7 +186,7 @@ def decode_skipping(
             if kinds[i].is_reference or packets.pts[i] in wanted:
                 decoder.feed(packets.packets[i])
         decoder.feed(None)
-    return decoder.found if len(decoder.found) == len(wanted) and not decoder.fault else None
+    return decoder.frames if len(decoder.frames) == len(wanted) and not decoder.fault else None
 
 
 def avc_length_bytes(context: av.video.codeccontext.VideoCodecContext) -> int:
@@ -200,12 +199,14 @@ def avc_length_bytes(context: av.video.codeccontext.VideoCodecContext) -> int:
 
 @dataclass(frozen=True, slots=True)
 class SliceKinds:
+    """What the H.264 slices of a packet are."""
+
     is_idr: bool
     is_reference: bool
 
 
 def slice_kinds(packet: Packet, length_bytes: int) -> SliceKinds:
-    """What the slices of a packet are; a packet that cannot be walked counts as a reference.
+    """What the slices of a packet are; a packet that cannot be parsed counts as a reference.
 
     libavformat's own `is_disposable` is not set for these files, so bits 5 and 6 (nal_ref_idc) of
     each slice's first byte are read (ISO/IEC 14496-10, 7.3.1).

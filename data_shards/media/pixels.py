@@ -1,7 +1,7 @@
-"""Frames to model-sized pixels: InternVL's resize and tiling, exact, with Pillow and numpy.
+"""Frames resized and tiled to the model's image size, exactly as InternVL does; JPEG coding.
 
-In: uint8 RGB [H, W, 3]. Out: uint8 RGB at the model's image size. Floats are made in the model, so
-a worker ships bytes. Flow: video -> here -> stream.
+In: uint8 RGB [H, W, 3]. Out: uint8 RGB at the model's image size; the model converts to floats, so
+that workers transfer bytes. Pillow and numpy only. Flow: video -> here -> stream.
 Letters: H, W pixels; P tiles.
 """
 
@@ -20,7 +20,7 @@ except ImportError:  # optional: about twice as fast as Pillow
 Pixels = NDArray[np.uint8]
 
 MAX_PIXELS: Final = 2**26
-"""Most pixels of a stored picture: a few bytes can claim more than any memory holds."""
+"""Most pixels of a stored picture; a header of a few bytes can claim any size."""
 
 # The mean colour of ImageNet in 8 bits: close to zero after the model's normalisation.
 BLANK_RGB: Final = (124, 116, 104)
@@ -99,7 +99,7 @@ def _resize(rgb_HW3: Pixels, width: int, height: int) -> Pixels:
 
 
 def jpeg_encode(rgb_HW3: Pixels, quality: int = 90) -> bytes:
-    """Baseline JPEG with 4:2:0 colour; the bytes depend on the library that is installed."""
+    """Baseline JPEG with 4:2:0 chroma; the bytes depend on the installed library."""
     if simplejpeg is not None:
         contiguous = np.ascontiguousarray(rgb_HW3)
         encoded = simplejpeg.encode_jpeg(contiguous, quality, "RGB", "420")
@@ -113,7 +113,7 @@ def jpeg_decode(jpeg: bytes) -> Pixels:
     """uint8 RGB [H, W, 3] of a JPEG.
 
     Raises:
-        ValueError: the bytes are no JPEG, are cut short, or claim more than MAX_PIXELS.
+        ValueError: not a JPEG, cut short, or with a header that claims more than MAX_PIXELS.
     """
     try:
         if simplejpeg is not None:
@@ -127,7 +127,7 @@ def jpeg_decode(jpeg: bytes) -> Pixels:
 
 
 def jpeg_decode_into(jpeg: bytes, out_HW3: Pixels) -> None:
-    """Decode a JPEG into pixels [H, W, 3] that are already there, resized if it has another size.
+    """Decode a JPEG into an array [H, W, 3], resized if it has another size.
 
     Raises:
         ValueError: like `jpeg_decode`.

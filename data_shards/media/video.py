@@ -1,10 +1,10 @@
 """Video bytes to frames and back, by PyAV.
 
-In: the bytes of one mp4 and the wanted frame numbers (0-based rank by presentation time).
+In: the bytes of one mp4 and the wanted frame indices (0-based, in presentation order).
 Out: uint8 RGB frames [F, H, W, 3] at the clip's own size. Decoding uses one thread (decoder threads
-inside data workers can hang) and skips packets that no wanted frame needs; what it returns is
-bit-identical to decoding every packet. A clip is untrusted input: what it may cost is bounded, and
-nothing but an mp4 is opened (playlists name other files). Flow: reader -> here -> pixels (resize).
+inside data workers can hang) and skips packets on which no wanted frame depends; the result is
+bit-identical to decoding every packet. A clip is untrusted input: memory and computation are
+bounded, and only mp4 is opened (playlists refer to other files). Flow: reader -> here -> pixels.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import numpy as np
 
 from data_shards.media.mp4 import require_modest_claims
 
-# The error belongs to this module's interface.
+# The error is part of this module's interface.
 from data_shards.media.packets import DamagedVideo as DamagedVideo
 from data_shards.media.packets import (
     Frame,
@@ -40,7 +40,7 @@ from data_shards.media.packets import (
 
 
 def clip_indices(num_frames: int, count: int) -> tuple[int, ...]:
-    """Frame numbers of a clip: the middles of `count` equal segments, InternVL's rounding.
+    """Frame indices of a clip: the middles of `count` equal segments, with InternVL's rounding.
 
     `int(seg / 2 + round(seg * i))` with `seg = (num_frames - 1) / count`, round half to even. The
     last frame is never reached by a long clip; a short clip repeats frames.
@@ -63,8 +63,8 @@ def encode_mp4(
 ) -> bytes:
     """H.264 yuv420p mp4 from uint8 RGB frames [H, W, 3]; the same frames give the same bytes.
 
-    `frames` may be a lazy iterable, only one frame is held at a time. `gop` is the most frames
-    between two keyframes, `b_frames` the most non-keyframes that are predicted from both sides.
+    `frames` may be a lazy iterable; one frame is in memory at a time. `gop` is the largest distance
+    of keyframes, `b_frames` the most consecutive frames that are predicted from both sides.
 
     Raises:
         ValueError: no frame, an odd or changing size, or another dtype than uint8.
@@ -81,19 +81,19 @@ def encode_mp4(
                 stream = _add_h264_stream(container, shape, fps, crf, gop, b_frames)
             elif rgb_HW3.shape != shape:
                 raise ValueError(
-                    f"encode_mp4: all frames need the shape {shape}, found {rgb_HW3.shape}"
+                    f"encode_mp4: all frames must have the shape {shape}, found {rgb_HW3.shape}"
                 )
             frame = av.video.frame.VideoFrame.from_ndarray(rgb_HW3, format="rgb24")
-            # Converted here, on one thread; left to the encoder it would use all cores.
+            # Converted on one thread; the encoder would convert on all cores.
             container.mux(stream.encode(frame.reformat(format="yuv420p", threads=1)))
         if stream is None:
-            raise ValueError("encode_mp4: a clip needs at least one frame, found none")
+            raise ValueError("encode_mp4: a clip must have at least one frame, found none")
         container.mux(stream.encode(None))
     return buffer.getvalue()
 
 
 def _require_encodable(rgb_HW3: Frame) -> None:
-    """yuv420p halves both colour axes, hence even sizes only."""
+    """yuv420p subsamples chroma by two on both axes, so sizes must be even."""
     shape = rgb_HW3.shape
     is_rgb = rgb_HW3.dtype == np.uint8 and len(shape) == 3 and shape[2] == 3
     if not is_rgb or shape[0] % 2 or shape[1] % 2:
@@ -111,8 +111,8 @@ def _add_h264_stream(
     gop: int,
     b_frames: int,
 ) -> av.video.stream.VideoStream:
-    # Macroblock tree reads memory it has not written and approximates reciprocals: other bytes from
-    # run to run and from processor to processor.
+    # Macroblock tree reads uninitialized memory and approximates reciprocals: its output differs
+    # between runs and between processors.
     options = {"crf": str(crf), "preset": "veryfast", "mbtree": "0"}
     stream = container.add_stream("libx264", rate=Fraction(fps), options=options)
     assert isinstance(stream, av.video.stream.VideoStream)
@@ -131,9 +131,9 @@ def cut_clip(
     """The frames shown in [start_s, end_s) of a longer video as an mp4 without sound.
 
     start_s, end_s: seconds from the first frame; a negative start counts as 0, end None = the rest.
-    copy: copy the packets instead of encoding. The packets from the keyframe before the start come
-        along and an edit list hides them. At the end a few frames too many may be shown: those to
-        which frames inside the span refer.
+    copy: copy the packets instead of encoding. The packets from the keyframe before the start are
+        included and hidden by an edit list. At the end a few frames too many may be shown: those
+        that frames inside the span are predicted from.
 
     Raises:
         DamagedVideo: unreadable, or no frame is shown in the span.
@@ -183,7 +183,7 @@ def _decode_span(
         yield np.ascontiguousarray(rgb_HW3[:even_H, :even_W]).astype(np.uint8, copy=False)
         shown = True
     if not shown:
-        raise DamagedVideo("no frame is shown there")
+        raise DamagedVideo("no frame is shown in the span")
 
 
 def _copy_span(
@@ -210,7 +210,7 @@ def _copy_span(
             packet.stream = target
             output.mux(packet)
     if not shown:
-        raise DamagedVideo("no frame is shown there")
+        raise DamagedVideo("no frame is shown in the span")
     return buffer.getvalue()
 
 
@@ -226,12 +226,13 @@ def count_frames(mp4: bytes) -> int:
 
 @contextlib.contextmanager
 def _open_mp4(
-    mp4: bytes, doing: str, *, probe: bool = True
+    mp4: bytes, verb: str, *, probe: bool = True
 ) -> Iterator[av.container.InputContainer]:
-    """The mp4 demuxer on these bytes, and no other: some formats make libav open further files.
+    """Open these bytes with the mp4 demuxer only: other formats can make libav open further files.
 
-    probe: let libav decode the first pictures to learn what the headers leave out, as it does by
-        default. Without, opening costs a tenth; H.264 from mp4 says what is needed in its headers.
+    verb: what the caller does with the video, for messages.
+    probe: let libav decode the first pictures for parameters that the headers omit, as it does by
+        default. Opening without is ten times as fast; the headers of H.264 in mp4 are complete.
     """
     try:
         require_modest_claims(mp4)
@@ -242,7 +243,7 @@ def _open_mp4(
         with av.open(io.BytesIO(mp4), mode="r", format="mp4", options=options) as container:
             yield container
     except (av.error.FFmpegError, UnicodeDecodeError) as error:  # tags need not be valid text
-        raise DamagedVideo(f"cannot {doing} the video: {error}") from error
+        raise DamagedVideo(f"cannot {verb} the video: {error}") from error
 
 
 def decode_frames(
@@ -260,55 +261,55 @@ def decode_frames(
         num_frames: how many frames the video must have.
         size: scale to [size, size] with libswscale's bicubic filter, on the way from YUV to RGB:
             faster than `pixels.resize_frame` and not the same pixels.
-        scale: called with each wanted frame [H, W, 3] as it leaves the decoder, which saves a copy
-            of all frames at the clip's own size.
-        out: memory [F, H, W, 3] for the result; each frame is written to its place as soon as it is
-            there. After an error it may hold some of them.
+        scale: applied to each wanted frame [H, W, 3] as it is decoded, which saves a copy of all
+            frames at the clip's own size.
+        out: array [F, H, W, 3] for the result; each frame is written to it when it is decoded.
+            After an error it may hold some of them.
 
     Raises:
-        DamagedVideo: unreadable or cut short, fewer frames than asked, or a frame the decoder
-            marks as corrupt.
-        ValueError: an empty list or a negative number.
+        DamagedVideo: unreadable, cut short, too few frames, or a frame that the decoder marks as
+            corrupt.
+        ValueError: an empty list or a negative index.
     """
     if len(indices) == 0 or min(indices) < 0:
-        raise ValueError(f"decode_frames: need frame numbers of 0 or more, found {list(indices)}")
+        raise ValueError(f"decode_frames: indices must be 0 or more, found {list(indices)}")
     wanted = sorted(set(indices))
-    places: dict[int, int] = {}  # time stamp -> where in the result it stands first
+    rows: dict[int, int] = {}  # time stamp -> first index in the result
 
     def keep(pts: int, rgb_HW3: Frame) -> Frame:
         frame = rgb_HW3 if scale is None else scale(rgb_HW3)
         if out is None:
             return frame
-        out[places[pts]] = frame
-        return out  # what it came to is known to be in there
+        out[rows[pts]] = frame
+        return out  # a non-None value: the frame itself is already in `out`
 
     with _open_mp4(mp4, "decode", probe=False) as container:
         packets = Packets.demux(container)
         _require_frames(packets, wanted[-1], num_frames)
-        places = {packets.shown[j]: indices.index(j) for j in wanted}
-        found = decode_skipping(packets, set(places), size, keep)
-    if found is None:
+        rows = {packets.shown[j]: indices.index(j) for j in wanted}
+        frames = decode_skipping(packets, set(rows), size, keep)
+    if frames is None:
         with _open_mp4(mp4, "decode") as container:
-            found = decode_linear(Packets.demux(container), set(places), size, keep)
-    by_rank = {j: found.get(packets.shown[j]) for j in wanted}
-    missing = [j for j, image in by_rank.items() if image is None]
+            frames = decode_linear(Packets.demux(container), set(rows), size, keep)
+    by_index = {j: frames.get(packets.shown[j]) for j in wanted}
+    missing = [j for j, image in by_index.items() if image is None]
     if missing:
         raise DamagedVideo(
-            f"frames {missing} of {len(packets.shown)} did not come out of the decoder"
+            f"the decoder did not return the frames {missing} of {len(packets.shown)}"
         )
     if out is None:
-        return np.stack([image for j in indices if (image := by_rank[j]) is not None])
-    for place, j in enumerate(indices):
-        first = places[packets.shown[j]]
-        if place != first:
-            out[place] = out[first]
+        return np.stack([image for j in indices if (image := by_index[j]) is not None])
+    for row, j in enumerate(indices):
+        first = rows[packets.shown[j]]
+        if row != first:
+            out[row] = out[first]
     return out
 
 
-def _require_frames(packets: Packets, last: int, promised: int | None) -> None:
-    """DamagedVideo if the video has another number of frames than promised, or lacks `last`."""
-    found = len(packets.shown)
-    if promised is not None and promised != found:
-        raise DamagedVideo(f"{promised} frames promised, the video has {found}")
-    if last >= found:
-        raise DamagedVideo(f"frame {last} asked, the video has {found} frames")
+def _require_frames(packets: Packets, last: int, expected: int | None) -> None:
+    """Raise DamagedVideo unless the video has `expected` frames, if given, and the frame `last`."""
+    actual = len(packets.shown)
+    if expected is not None and expected != actual:
+        raise DamagedVideo(f"must have {expected} frames, the video has {actual}")
+    if last >= actual:
+        raise DamagedVideo(f"frame {last} requested, the video has {actual} frames")

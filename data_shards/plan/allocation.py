@@ -1,12 +1,13 @@
-"""How many records of each kind serve which task of which stage: an exact integer transport.
+"""Allocation: how many records of each class serve which task of which stage.
 
-A *class* is the set of records that offer exactly the same tasks (a bit mask, at most 31 of them).
-In: how many records each class holds and how many each (stage, task) asks. Out: whether it can be
-done, by how much it falls short, and how many records each class gives to whom. Stages share no
-record, so for the question "can it be done" only the sum over the stages counts, and the answer is
-P. Hall's condition: for every set of tasks, what is asked of them together must not exceed the
-records that offer at least one of them. With five tasks these are 31 inequalities, for any corpus.
-Integers and fractions only; a pure function of the counts.
+A class is the set of records that offer exactly the same tasks (a bit mask; at most 31 classes).
+In: the records of each class, and how many each (stage, task) requests. Out: whether the requests
+can be met, by how much they fall short, and how many records each class gives to each request.
+Stages share no record, so feasibility depends only on the sum over the stages. It is P. Hall's
+condition (On representatives of subsets, 1935): for every set of tasks, the records requested for
+them must not exceed the records that offer at least one of them. With five tasks these are 31
+inequalities, whatever the size of the corpus. Integers and fractions only; a pure function of the
+counts. docs/rates.md, section 2.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,16 +41,16 @@ class Cut:
 
 def offering(counts: Counts, tasks: int) -> int:
     """Number of records that offer at least one task of the set."""
-    return sum(number for mask, number in counts.items() if mask & tasks)
+    return sum(records for mask, records in counts.items() if mask & tasks)
 
 
 def total(amounts: Amounts, tasks: int) -> int:
-    """What is asked of a set of tasks together."""
+    """Records requested for a set of tasks together."""
     return sum(amount for task, amount in amounts.items() if bit(task) & tasks)
 
 
 def available(counts: Counts, held: Amounts, tasks: int) -> int:
-    """Most records that a set of tasks can have while the `held` amounts are still served."""
+    """Most records that a set of tasks can get while the `held` amounts are still served."""
     return min(
         offering(counts, others) - total(held, others)
         for others in TASK_SETS
@@ -58,37 +59,37 @@ def available(counts: Counts, held: Amounts, tasks: int) -> int:
 
 
 def is_feasible(counts: Counts, held: Amounts, asked: Amounts) -> bool:
-    """Can `asked` be served beside `held`, no record twice?"""
+    """Whether `asked` can be served in addition to `held` without using a record twice."""
     return all(
         total(held, tasks) + total(asked, tasks) <= offering(counts, tasks) for tasks in TASK_SETS
     )
 
 
 def find_cuts(counts: Counts, held: Amounts, asked: Amounts) -> list[Cut]:
-    """Every shortage: each set of tasks that lacks more than the sets inside it; empty if none."""
+    """Every shortage: each set of tasks that lacks more records than all of its subsets do."""
     cuts: list[Cut] = []
-    lacking: dict[int, int] = {}  # set -> most that it or a set inside it lacks
+    lacking: dict[int, int] = {}  # set -> most records that it or a subset lacks
     relevant = mask_of(task for task, amount in asked.items() if amount)
     for tasks in TASK_SETS:
         if tasks & ~relevant:
             continue
-        smaller = (tasks & ~bit(task) for task in tasks_in(tasks))
-        inside = max(lacking.get(part, 0) for part in smaller)
-        there = available(counts, held, tasks)
-        missing = total(asked, tasks) - there
-        lacking[tasks] = max(inside, missing)
-        if missing > inside:
-            cuts.append(Cut(tasks=tasks_in(tasks), asked=total(asked, tasks), available=there))
+        subsets = (tasks & ~bit(task) for task in tasks_in(tasks))
+        subsets_lack = max(lacking.get(subset, 0) for subset in subsets)
+        records = available(counts, held, tasks)
+        missing = total(asked, tasks) - records
+        lacking[tasks] = max(subsets_lack, missing)
+        if missing > subsets_lack:
+            cuts.append(Cut(tasks=tasks_in(tasks), asked=total(asked, tasks), available=records))
     return cuts
 
 
 def fair_shares(counts: Counts, held: Amounts, asked: Amounts) -> dict[Task, int]:
-    """The most even way to serve less than asked, beside `held`.
+    """The most even way to serve less than `asked` in addition to `held`: task -> records.
 
-    All tasks are filled in proportion to what they ask until a set of tasks runs out of records;
-    its tasks stop there and the others fill on, up to what they ask. So the scarcest task is served
-    as well as it can be, then the next one (lexicographic max-min of given / asked). Whole numbers:
-    rounded down, then the left-over records one by one to the task that lost most by rounding.
+    All tasks are filled in proportion to their requests until a set of tasks runs out of records;
+    its tasks stop there, the others are filled further, up to their requests. So the scarcest task
+    is served as well as possible, then the next one (lexicographic max-min of given / asked). The
+    shares are rounded down; the records left over go one by one to the task that lost most.
     """
     limits = [(tasks, available(counts, held, tasks)) for tasks in TASK_SETS]
     goal = {task: Fraction(amount) for task, amount in asked.items() if amount}
@@ -106,41 +107,41 @@ def fair_shares(counts: Counts, held: Amounts, asked: Amounts) -> dict[Task, int
 
 
 def allocate(counts: Counts, demands: Sequence[tuple[Task, int]]) -> list[dict[int, int]]:
-    """Serve every demand (task, amount); element i maps class -> records given to demand i.
+    """Serve every demand (task, amount) exactly; element i maps class -> records of demand i.
 
-    One demand after the other takes its task's classes in proportion to what is left of them, as a
-    random choice would, except where a later demand needs them: no set of tasks is left with fewer
-    records than the demands to come ask of it. So the early stages leave the scarce records alone
-    as far as they have a choice, and every demand is served exactly.
+    One demand after the other takes from its task's classes in proportion to what is left of them,
+    as a random choice would, but never so many that a set of tasks is left with fewer records than
+    the later demands request. So early stages spare scarce records wherever they have a choice.
+    The demands must be feasible (`is_feasible`).
     """
     left = dict(counts)
-    to_come: dict[Task, int] = {}
+    later: dict[Task, int] = {}
     for task, amount in demands:
-        to_come[task] = to_come.get(task, 0) + amount
-    assert is_feasible(counts, {}, to_come), "ask find_cuts first"
-    taken = []
+        later[task] = later.get(task, 0) + amount
+    assert is_feasible(counts, {}, later), "call find_cuts first"
+    allocated = []
     for task, amount in demands:
-        to_come[task] -= amount
-        share = _take(left, to_come, task, amount)
-        left = {mask: number - share.get(mask, 0) for mask, number in left.items()}
-        taken.append(share)
-    return taken
+        later[task] -= amount
+        share = _take(left, later, task, amount)
+        left = {mask: records - share.get(mask, 0) for mask, records in left.items()}
+        allocated.append(share)
+    return allocated
 
 
-def _take(left: Counts, to_come: Amounts, task: Task, amount: int) -> dict[int, int]:
-    """Class -> records for one demand, as evenly over the classes as the demands to come allow."""
-    goal = {mask: number for mask, number in left.items() if mask & bit(task) and number}
+def _take(left: Counts, later: Amounts, task: Task, amount: int) -> dict[int, int]:
+    """Class -> records for one demand, as evenly over the classes as the later demands allow."""
+    goal = {mask: records for mask, records in left.items() if mask & bit(task) and records}
     if not amount:
         return {}
-    limits = [(tasks, offering(left, tasks) - total(to_come, tasks)) for tasks in TASK_SETS]
+    limits = [(tasks, offering(left, tasks) - total(later, tasks)) for tasks in TASK_SETS]
     limits.append((bit(task), amount))  # every class here offers the task: the sum is the amount
-    levels = _fill({mask: Fraction(number) for mask, number in goal.items()}, limits)
+    levels = _fill({mask: Fraction(records) for mask, records in goal.items()}, limits)
     share = {mask: int(level) for mask, level in levels.items()}
     by_loss = sorted(share, key=lambda mask: (share[mask] - levels[mask], mask))
-    # The sets that can be taken form a polymatroid: any filling that is not full can grow by one.
+    # The feasible shares form a polymatroid: any share below the amount can grow by one record.
     while sum(share.values()) < amount:
         share[next(m for m in by_loss if _may_grow(share, m, goal, limits))] += 1
-    return {mask: number for mask, number in share.items() if number}
+    return {mask: records for mask, records in share.items() if records}
 
 
 def _may_grow(share: Counts, mask: int, goal: Counts, limits: Sequence[tuple[int, int]]) -> bool:
@@ -150,49 +151,50 @@ def _may_grow(share: Counts, mask: int, goal: Counts, limits: Sequence[tuple[int
 
 
 def _fill(goal: Mapping[int, Fraction], limits: Sequence[tuple[int, int]]) -> dict[int, Fraction]:
-    """Raise all levels together, as one fraction of their goals, until a limit stops some of them.
+    """Water filling: raise all levels as one fraction of their goals until limits stop them.
 
-    A limit (tasks, most) holds for the sum of the levels whose mask meets `tasks`; what is stopped
-    stays, the others rise on, up to their goals.
+    A limit (tasks, most) bounds the sum of the levels whose mask intersects `tasks`. Levels that
+    are stopped stay, the others rise further, up to their goals.
     """
     levels = dict.fromkeys(goal, Fraction(0))
     rising = {mask for mask in goal if goal[mask] > 0}
     while rising:
         height = Fraction(1)
         for tasks, most in limits:
-            speed = _meeting({mask: goal[mask] for mask in rising}, tasks)
+            speed = _sum_of({mask: goal[mask] for mask in rising}, tasks)
             if speed:
                 stopped = {mask: levels[mask] for mask in goal if mask not in rising}
-                height = min(height, (most - _meeting(stopped, tasks)) / speed)
+                height = min(height, (most - _sum_of(stopped, tasks)) / speed)
         for mask in rising:
             levels[mask] = height * goal[mask]
         if height == 1:
             break
-        full = [tasks for tasks, most in limits if _meeting(levels, tasks) == most]
+        full = [tasks for tasks, most in limits if _sum_of(levels, tasks) == most]
         rising = {mask for mask in rising if not any(mask & tasks for tasks in full)}
     return levels
 
 
-def _meeting(levels: Mapping[int, Fraction], tasks: int) -> Fraction:
+def _sum_of(levels: Mapping[int, Fraction], tasks: int) -> Fraction:
+    """Sum of the levels of the classes that offer a task of the set."""
     return sum((level for mask, level in levels.items() if mask & tasks), Fraction(0))
 
 
 def reassign(shares: Mapping[Task, Counts], wanted: Amounts) -> dict[Task, dict[int, int]] | None:
-    """Other amounts per task from the same records, with as few changes of task as can be.
+    """Other amounts per task from the same records, with as few changes of task as possible.
 
     Args:
         shares: task -> class -> records.
         wanted: task -> records, with the same sum as the shares.
 
     Returns:
-        The new shares; None if the records do not offer the tasks for it.
+        The new shares, task -> class -> records; None if the records do not offer these tasks.
     """
     new = {task: dict(share) for task, share in shares.items()}
     while True:
-        over = {task: sum(share.values()) - wanted[task] for task, share in new.items()}
-        if not any(over.values()):
+        surplus = {task: sum(share.values()) - wanted[task] for task, share in new.items()}
+        if not any(surplus.values()):
             return new
-        path = _shortest_path(new, [task for task, more in over.items() if more > 0], over)
+        path = _shortest_path(new, surplus)
         if path is None:
             return None
         for giver, mask, taker in path:
@@ -201,13 +203,13 @@ def reassign(shares: Mapping[Task, Counts], wanted: Amounts) -> dict[Task, dict[
 
 
 def _shortest_path(
-    shares: Mapping[Task, Counts], starts: Sequence[Task], over: Amounts
+    shares: Mapping[Task, Counts], surplus: Amounts
 ) -> list[tuple[Task, int, Task]] | None:
-    """Steps (giver, class, taker) from a task with too many records to one with too few."""
-    paths: dict[Task, list[tuple[Task, int, Task]]] = {task: [] for task in starts}
-    queue = list(starts)
-    for giver in queue:  # grows while it is walked: breadth first
-        if over[giver] < 0:
+    """Steps (giver, class, taker) from a task with a surplus to one that lacks records."""
+    queue = [task for task, records in surplus.items() if records > 0]
+    paths: dict[Task, list[tuple[Task, int, Task]]] = {task: [] for task in queue}
+    for giver in queue:  # breadth first: the queue grows during the loop
+        if surplus[giver] < 0:
             return paths[giver]
         for mask in sorted(shares[giver]):
             for taker in shares:

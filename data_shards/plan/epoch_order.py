@@ -1,10 +1,11 @@
-"""How the tasks of one stage walk over the blocks, epoch by epoch.
+"""Sampling order of one stage: which record is the n-th sample of a task in an epoch.
 
-In: which cells of which blocks belong to the stage's tasks. Out: the record behind "the n-th sample
-of this task in this epoch", as a rank of a class in a block. In every epoch all tasks go through
-the blocks in the same keyed order, each at its own pace, and all pass the end of a block at nearly
-the same time, so that a shard is fetched about once. Epochs differ in the order of the blocks and
-in the order inside them.
+In: the stage's task sequence and the records that each of its tasks owns in every block of shards.
+Out: a record, as a rank of a class in a block. In every epoch all tasks visit the blocks in the
+same keyed order, each at its own pace, and all reach the end of a block at nearly the same
+position, so that a shard is fetched about once per epoch. Epochs differ in the order of the blocks
+and in the order of the records inside them. Flow: rates (position -> task, n) -> here ->
+shard_blocks (rank -> shard and slot).
 """
 
 from collections import OrderedDict
@@ -17,15 +18,15 @@ from numpy.typing import NDArray
 
 from data_shards.plan.permutation import Permutation, derive_key
 from data_shards.plan.rates import TaskOrder
-from data_shards.plan.shard_blocks import Blocks, Number, remember
+from data_shards.plan.shard_blocks import Blocks, Count, cached
 from data_shards.tasks import Task
 
 _CACHED_EPOCHS: Final = 4
-_CACHED_RINGS: Final = 256
+_CACHED_CYCLES: Final = 256
 
 
-class Spot(NamedTuple):
-    """A record, as the rank of a class in a block."""
+class RecordRank(NamedTuple):
+    """A record, as its rank in the permuted class of a block."""
 
     block: int
     mask: int
@@ -33,38 +34,42 @@ class Spot(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Path:
-    """The order of the blocks in one epoch, and how far each task has come when a block begins."""
+class _BlockOrder:
+    """The order of the blocks in one epoch, and the samples of each task before each of them."""
 
     blocks: NDArray[np.int64]  # [num_blocks]
-    before: Mapping[Task, NDArray[np.int64]]  # [num_blocks + 1] samples of the task
+    before: Mapping[Task, NDArray[np.int64]]  # task -> [num_blocks + 1] samples
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Ring:
-    """A task's own records of a block, and its samples there in one epoch.
+class _Cycle:
+    """The records of a block that a task owns, and the task's samples there in one epoch.
 
-    An epoch goes on round the ring from where the last one stopped, so that all records are used
-    equally often. Every turn has an order of its own: a record comes again when all others have.
+    The records are used cyclically, and an epoch starts where the last one stopped, so all are used
+    equally often. Every pass has its own order: a record comes again when all others have come.
     """
 
-    cells: Sequence[tuple[int, range]]  # (class, ranks)
+    ranges: Sequence[tuple[int, range]]  # (class, ranks)
     size: int  # records
     start: int  # samples before this epoch
     samples: int  # samples of this epoch
-    fixed: Permutation | None  # where records repeat: makes a part of a turn a fair part
-    orders: dict[int, Permutation]  # turn -> order, made when it is needed
+    fixed: Permutation | None  # where records repeat: makes any stretch of a pass a fair sample
+    orders: dict[int, Permutation]  # pass -> order, made when it is needed
 
 
-class Walk:
-    """The records of one stage in the order of training, task by task.
+class EpochOrder:
+    """The records of one stage in sampling order, task by task.
 
     Args:
+        stage: its name, part of every key.
+        order: the task sequence of the stage.
         samples: samples per epoch.
         repeats: whether records come again within an epoch.
-        redraw: whether the tasks of the stage's records are dealt anew in every epoch.
-        varying: per epoch, again from the first after the last: task -> records (class, number in
-            the stage's varying cell) that serve it in this epoch only.
+        redraw: whether tasks are dealt again in every epoch among the stage's records of a class.
+        varying: element e: task -> records (class, index among the varying records of the stage)
+            that serve it only in the epochs e, e + len(varying), ...
+        blocks: the shards, assigned to stages and tasks.
+        seed: of all permutations.
     """
 
     def __init__(
@@ -87,117 +92,123 @@ class Walk:
         self._blocks = blocks
         self._seed = seed
         zero = np.zeros(blocks.num_blocks + 1, dtype=np.int64)
-        # Records that the task owns in the blocks before block b, [num_blocks + 1].
-        self._own = {
+        # task -> [num_blocks + 1] records that it owns in the blocks before block b.
+        self._owned = {
             task: sum((blocks.prefix(mask, (stage, task)) for mask in blocks.offering(task)), zero)
             for task in order.tasks
         }
-        spots = {
-            (mask, number): self._varying_spot(mask, number)
-            for mask, number in {r for epoch in varying for of in epoch.values() for r in of}
+        ranks = {
+            (mask, index): self._varying_record(mask, index)
+            for mask, index in {
+                record for epoch in varying for records in epoch.values() for record in records
+            }
         }
-        self._extras = [
-            {task: [spots[record] for record in records] for task, records in epoch.items()}
+        self._varying = [
+            {task: [ranks[record] for record in records] for task, records in epoch.items()}
             for epoch in varying
         ]
-        self._paths: OrderedDict[int, _Path] = OrderedDict()
-        self._rings: OrderedDict[tuple[int, Task, int], _Ring] = OrderedDict()
+        self._block_orders: OrderedDict[int, _BlockOrder] = OrderedDict()
+        self._cycles: OrderedDict[tuple[int, Task, int], _Cycle] = OrderedDict()
 
-    def spot(self, epoch: int, task: Task, rank: int) -> Spot:
-        """The record of the rank-th sample of a task in an epoch."""
-        block, place = self.block_of(epoch, task, rank)
-        owned = int(self._path(epoch).before[task][-1])
-        if rank < owned:
-            spot = self._own_record(epoch, task, block, place)
+    def record_at(self, epoch: int, task: Task, n: int) -> RecordRank:
+        """The record of the n-th sample (from 0) of a task in an epoch."""
+        block, index = self.block_of(epoch, task, n)
+        owned = int(self._block_order(epoch).before[task][-1])
+        if n < owned:
+            record = self._owned_record(epoch, task, block, index)
         else:
-            spot = self._extras[epoch % len(self._extras)][task][rank - owned]
-        return self._redrawn(epoch, spot) if self._redraw else spot
+            record = self._varying[epoch % len(self._varying)][task][n - owned]
+        return self._redrawn(epoch, record) if self._redraw else record
 
-    def block_of(self, epoch: int, task: Task, rank: int) -> tuple[int, int]:
-        """The block of a sample, and its number among the samples of its task there.
+    def block_of(self, epoch: int, task: Task, n: int) -> tuple[int, int]:
+        """The block of the n-th sample of a task, and its index among the task's samples there.
 
         The few samples by which epochs differ come last, wherever their records lie.
         """
-        path = self._path(epoch)
-        before = path.before[task]
-        if rank >= before[-1]:
-            extra = self._extras[epoch % len(self._extras)][task][rank - int(before[-1])]
-            return extra.block, rank
-        turn = int(np.searchsorted(before, rank, side="right")) - 1
-        return int(path.blocks[turn]), rank - int(before[turn])
+        order = self._block_order(epoch)
+        before = order.before[task]
+        if n >= before[-1]:
+            record = self._varying[epoch % len(self._varying)][task][n - int(before[-1])]
+            return record.block, n
+        turn = int(np.searchsorted(before, n, side="right")) - 1
+        return int(order.blocks[turn]), n - int(before[turn])
 
-    def _varying_spot(self, mask: int, number: int) -> Spot:
-        block, rank = self._blocks.find(mask, (self._stage, None), number)
-        return Spot(block, mask, rank)
+    def _varying_record(self, mask: int, index: int) -> RecordRank:
+        block, rank = self._blocks.find(mask, (self._stage, None), index)
+        return RecordRank(block, mask, rank)
 
-    def _own_record(self, epoch: int, task: Task, block: int, place: int) -> Spot:
-        ring = remember(self._rings, (epoch, task, block), _CACHED_RINGS, self._new_ring)
-        turn, place = divmod(place, ring.size)
-        if turn not in ring.orders:
-            width = min(ring.size, ring.samples - turn * ring.size)
-            ring.orders[turn] = Permutation(width, self._key("order", epoch, block, task, turn))
-        number = (ring.start + turn * ring.size + ring.orders[turn](place)) % ring.size
-        if ring.fixed is not None:
-            number = ring.fixed(number)
-        return Spot(block, *pick(ring.cells, number))
+    def _owned_record(self, epoch: int, task: Task, block: int, index: int) -> RecordRank:
+        """The record of the index-th sample of a task in a block, in one epoch."""
+        cycle = cached(self._cycles, (epoch, task, block), _CACHED_CYCLES, self._new_cycle)
+        turn, index = divmod(index, cycle.size)
+        if turn not in cycle.orders:
+            width = min(cycle.size, cycle.samples - turn * cycle.size)
+            cycle.orders[turn] = Permutation(width, self._key("order", epoch, block, task, turn))
+        index = (cycle.start + turn * cycle.size + cycle.orders[turn](index)) % cycle.size
+        if cycle.fixed is not None:
+            index = cycle.fixed(index)
+        return RecordRank(block, *pick(cycle.ranges, index))
 
-    def _new_ring(self, address: tuple[int, Task, int]) -> _Ring:
+    def _new_cycle(self, address: tuple[int, Task, int]) -> _Cycle:
         epoch, task, block = address
-        opened = self._blocks.open(block)
-        cells = [
-            (mask, opened.cells[mask].get((self._stage, task), range(0)))
+        ranks = self._blocks.open(block).ranks
+        ranges = [
+            (mask, ranks[mask].get((self._stage, task), range(0)))
             for mask in self._blocks.offering(task)
         ]
-        size = sum(len(cell) for _, cell in cells)
-        before, after = (int(self._own[task][block + step]) for step in (0, 1))
+        size = sum(len(records) for _, records in ranges)
+        before, after = (int(self._owned[task][block + step]) for step in (0, 1))
         start, stop = (
             self._drawn(task, epoch + step, after) - self._drawn(task, epoch + step, before)
             for step in (0, 1)
         )
         fixed = Permutation(size, self._key("ring", block, task)) if self._repeats else None
-        return _Ring(
-            cells=cells, size=size, start=start, samples=stop - start, fixed=fixed, orders={}
+        return _Cycle(
+            ranges=ranges, size=size, start=start, samples=stop - start, fixed=fixed, orders={}
         )
 
-    def _redrawn(self, epoch: int, spot: Spot) -> Spot:
-        """The record that stands at a spot in this epoch: the stage's own of a class, permuted."""
-        cells = self._blocks.open(spot.block).cells[spot.mask]
-        ranges = [ranks for (stage, _), ranks in cells.items() if stage == self._stage]
-        start, stop = ranges[0].start, ranges[-1].stop
-        key = self._key("redraw", epoch, spot.block, spot.mask)
-        return spot._replace(rank=start + Permutation(stop - start, key)(spot.rank - start))
+    def _redrawn(self, epoch: int, record: RecordRank) -> RecordRank:
+        """The record that replaces another in this epoch: the stage's records of a class, permuted.
 
-    def _path(self, epoch: int) -> _Path:
-        return remember(self._paths, epoch, _CACHED_EPOCHS, self._new_path)
+        The records of a stage are contiguous ranks (`Blocks.assign`).
+        """
+        ranks = self._blocks.open(record.block).ranks[record.mask]
+        own = [records for (stage, _), records in ranks.items() if stage == self._stage]
+        start, stop = own[0].start, own[-1].stop
+        key = self._key("redraw", epoch, record.block, record.mask)
+        return record._replace(rank=start + Permutation(stop - start, key)(record.rank - start))
 
-    def _new_path(self, epoch: int) -> _Path:
+    def _block_order(self, epoch: int) -> _BlockOrder:
+        return cached(self._block_orders, epoch, _CACHED_EPOCHS, self._new_block_order)
+
+    def _new_block_order(self, epoch: int) -> _BlockOrder:
         blocks = Permutation(self._blocks.num_blocks, self._key("blocks", epoch)).table()
         before = {}
-        for task, own in self._own.items():
-            samples = np.diff(self._drawn(task, epoch + 1, own) - self._drawn(task, epoch, own))
+        for task, owned in self._owned.items():
+            samples = np.diff(self._drawn(task, epoch + 1, owned) - self._drawn(task, epoch, owned))
             before[task] = np.concatenate(([0], np.cumsum(samples[blocks])))
-        return _Path(blocks=blocks, before=before)
+        return _BlockOrder(blocks=blocks, before=before)
 
-    def _drawn(self, task: Task, epoch: int, before: Number) -> Number:
-        """Samples of a task before an epoch from the first `before` of its own records.
+    def _drawn(self, task: Task, epoch: int, records: Count) -> Count:
+        """Samples of a task before an epoch that come from the first `records` records it owns.
 
-        Each record was used in every epoch, or, where records repeat, an equal number of times:
-        the samples so far in proportion, rounded down.
+        Each record was used once in every epoch, or, where records repeat, all equally often: the
+        samples so far in proportion to the records, rounded down.
         """
         if not self._repeats:
-            return before * epoch
-        own = int(self._own[task][-1])
-        times, rest = divmod(self._order.count(task, epoch * self._samples), own)
-        return before * times + before * rest // own
+            return records * epoch
+        owned = int(self._owned[task][-1])
+        uses, rest = divmod(self._order.count(task, epoch * self._samples), owned)
+        return records * uses + records * rest // owned
 
-    def _key(self, *parts: str | int) -> int:
-        return derive_key(self._seed, self._stage, *parts)
+    def _key(self, *purpose: str | int) -> int:
+        return derive_key(self._seed, self._stage, *purpose)
 
 
-def pick(ranges: Sequence[tuple[int, range]], number: int) -> tuple[int, int]:
-    """(class, rank): the number-th rank of some ranges one after the other."""
+def pick(ranges: Sequence[tuple[int, range]], index: int) -> tuple[int, int]:
+    """(class, rank) of the index-th element of some ranges of ranks, one after the other."""
     for mask, ranks in ranges:
-        if number < len(ranks):
-            return mask, ranks[number]
-        number -= len(ranks)
-    raise AssertionError("the number lies beyond all ranges")
+        if index < len(ranks):
+            return mask, ranks[index]
+        index -= len(ranks)
+    raise AssertionError("the index lies beyond all ranges")

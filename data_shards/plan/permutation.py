@@ -1,9 +1,10 @@
-"""Keyed permutations: the shuffle of n things without a list of n things.
+"""Keyed permutations: a shuffle of n items that stores nothing per item.
 
-In: n and a 64-bit key. Out: a bijection of 0..n-1 that is computed point by point in both
-directions: a Feistel network over the smallest power of two that holds n, repeated until the image
-lies below n (cycle walking). All keys of a plan come from its seed through sha256 (`derive_key`),
-all mixing is the 64-bit finaliser below, so the order is the same on every machine, for ever.
+In: n and a 64-bit key. Out: a bijection of 0..n-1, computed point by point in both directions: a
+Feistel network over the smallest power of two that holds n, applied again until the image lies
+below n (cycle walking: Black and Rogaway, Ciphers with arbitrary finite domains, CT-RSA 2002).
+All keys of a plan are derived from its seed by sha256 (`derive_key`), all mixing is the 64-bit
+finalizer below, so the sampling order is the same on every machine and in every version.
 """
 
 import hashlib
@@ -14,9 +15,9 @@ from numpy.typing import NDArray
 
 _MASK_64: Final = (1 << 64) - 1
 _GOLDEN: Final = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, odd
-_ROUNDS: Final = 6  # even, so that halves of unequal width return to their places
+_ROUNDS: Final = 6  # even, so that halves of unequal width are back in their positions
 _MIN_BITS: Final = 6  # with halves below 3 bits small permutations are not equally likely
-_SMALL: Final = 256  # below, numpy's cost per call is more than that of the points
+_SMALL: Final = 256  # below this size, single points are faster than a call of numpy
 
 
 def derive_key(seed: int, *parts: str | int) -> int:
@@ -46,16 +47,17 @@ class Permutation:
     __slots__ = ("_high_bits", "_low_bits", "_round_keys", "size")
 
     def __init__(self, size: int, key: int) -> None:
-        assert 1 <= size < 1 << 62, f"a permutation of {size} things"
+        assert 1 <= size < 1 << 62, f"a permutation of {size} items"
         bits = max(_MIN_BITS, (size - 1).bit_length())
         self.size = size
         self._high_bits = bits // 2
         self._low_bits = bits - bits // 2
         self._round_keys = [
-            mix64((key + turn * _GOLDEN) & _MASK_64) for turn in range(1, 1 + _ROUNDS)
+            mix64((key + round_ * _GOLDEN) & _MASK_64) for round_ in range(1, 1 + _ROUNDS)
         ]
 
     def __call__(self, point: int) -> int:
+        """The image of a point."""
         assert 0 <= point < self.size, f"point {point} of {self.size}"
         point = self._encrypt(point)
         while point >= self.size:
@@ -63,6 +65,7 @@ class Permutation:
         return point
 
     def inverse(self, image: int) -> int:
+        """The point that has this image."""
         assert 0 <= image < self.size, f"image {image} of {self.size}"
         image = self._decrypt(image)
         while image >= self.size:

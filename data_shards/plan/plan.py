@@ -1,15 +1,17 @@
-"""The plan: which record is trained for which task at which position. A page of the paper.
+"""The plan: which record is trained for which task at which position of which stage.
 
-In: a corpus (the class counts of its shards), the stages and a seed. Out: per stage a pure function
-`at(position) -> Placement`, exact in its rates, with no list behind it at any size of corpus:
+The paper trains stage 1 on 15,000 samples of the EMT dataset and stage 2 on the remaining ones, the
+tasks of each mixed by sampling rates (section III-C, Tables I and II). This module makes that
+exact. In: a corpus (the class counts of its shards), the stages and a seed. Out: per stage a pure
+function `at(position) -> Placement`, computed in O(1) without a list of samples:
 
-    position  ->  epoch, task, rank of the sample among those of its task     rates.py
-    rank      ->  block of shards, and a record of it: all tasks walk together    walk.py
-    record    ->  shard and slot, by a keyed permutation of the block           blocks.py
+    position        ->  epoch, task, n (the sample is the n-th of its task)   rates.py
+    epoch, task, n  ->  block of shards, rank of a record in it               epoch_order.py
+    block, rank     ->  shard and slot                                        shard_blocks.py
 
-How many records of which class a (stage, task) owns is settled once, for all stages together
-(pools.py, allocate.py). The order for a given (corpus, stages, seed) never changes: ALGORITHM is
-part of the fingerprint and of every key. docs/rates.md is the long form of this page.
+How many records of each class a (stage, task) owns is decided once, for all stages together
+(stage_pools.py, allocation.py). The order for a given (corpus, stages, seed) never changes:
+ALGORITHM is part of the fingerprint and of every key. docs/rates.md is the long form of this page.
 """
 
 import hashlib
@@ -20,17 +22,17 @@ from fractions import Fraction
 from typing import Final
 
 from data_shards.plan.allocation import allocate
-from data_shards.plan.epoch_order import Spot, Walk, pick
+from data_shards.plan.epoch_order import EpochOrder, RecordRank, pick
 from data_shards.plan.permutation import Permutation, derive_key
 from data_shards.plan.rates import TaskOrder
 from data_shards.plan.shard_blocks import Blocks, ClassTable, check_classes
 from data_shards.plan.stage_pools import (
     Pool,
-    PoolCells,
+    PoolQuotas,
     StageSpec,
     Supply,
     epoch_counts,
-    pool_cells,
+    pool_quotas,
     settle_pools,
     settling_order,
 )
@@ -43,29 +45,29 @@ ALGORITHM: Final = "emoverse-plan-1"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Placement:
-    """A sample: one record, by its address, with exactly one task."""
+    """A planned sample: one record, by its address, with exactly one task."""
 
-    shard: int
-    slot: int
+    shard: int  # index of the shard in the corpus
+    slot: int  # index of the record in the shard
     task: Task
-    epoch: int
+    epoch: int  # from 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskCount:
-    """What one task of a stage asked and got; all but `total` are per epoch (the first one)."""
+    """What one task of a stage requests and gets, in the first epoch; `total` over all epochs."""
 
     task: Task
     rate: Fraction
     asked: int  # samples by the rate, before the shortage policy
-    available: int  # most records it could have beside what the earlier stages hold
+    available: int  # most records it could have beside those of the earlier stages
     given: int  # samples after the shortage policy
-    records: int  # different records behind them
+    records: int  # different records that serve them
     total: int  # samples of all epochs together
 
 
 class StagePlan:
-    """The order of one stage: a pure function of the position. Built by `plan_stages`."""
+    """The sampling order of one stage, a pure function of the position. Built by `plan_stages`."""
 
     def __init__(
         self,
@@ -75,7 +77,7 @@ class StagePlan:
         samples_per_epoch: int,
         repeats: bool,
         counts: tuple[TaskCount, ...],
-        walk: Walk,
+        epoch_order: EpochOrder,
         blocks: Blocks,
         seed: int,
         fingerprint: str,
@@ -89,7 +91,7 @@ class StagePlan:
         self.samples_per_epoch = samples_per_epoch
         self.num_samples = samples_per_epoch * spec.epochs
         self.repeats = repeats  # records come again within an epoch
-        self._walk = walk
+        self._epoch_order = epoch_order
         self._blocks = blocks
         self._seed = seed
 
@@ -103,40 +105,41 @@ class StagePlan:
         Raises:
             IndexError: there is no such position.
         """
-        epoch, task, rank = self._address(position)
-        return self._placement(epoch, task, self._walk.spot(epoch, task, rank))
+        epoch, task, n = self._sample(position)
+        return self._placement(epoch, task, self._epoch_order.record_at(epoch, task, n))
 
     def substitute(self, position: int, attempt: int) -> Placement:
-        """The attempt-th (from 1) stand-in for the record at a position, for the same task.
+        """The attempt-th (from 1) substitute for the record at a position, for the same task.
 
-        First the records of the same block that no stage uses, then the next samples of the task.
+        First come the records of the same block that no stage uses, in keyed order from a start
+        that differs by sample; then the records of the next samples of the task in the epoch.
 
         Raises:
             IndexError: there is no such position.
-            ValueError: the attempt is below 1 or all stand-ins were tried.
+            ValueError: the attempt is below 1, or all substitutes were tried.
         """
-        epoch, task, rank = self._address(position)
+        epoch, task, n = self._sample(position)
         if attempt < 1:
             raise ValueError(f"attempt must be at least 1, found {attempt}")
-        block, place = self._walk.block_of(epoch, task, rank)
+        block, index = self._epoch_order.block_of(epoch, task, n)
         reserve = self._blocks.open(block).reserve
         unused = [(mask, reserve[mask]) for mask in self._blocks.offering(task)]
         size = sum(len(ranks) for _, ranks in unused)
         if attempt <= size:
             key = derive_key(self._seed, self.name, "reserve", epoch, block, task)
-            number = Permutation(size, key)((place + attempt - 1) % size)
-            return self._placement(epoch, task, Spot(block, *pick(unused, number)))
+            chosen = Permutation(size, key)((index + attempt - 1) % size)
+            return self._placement(epoch, task, RecordRank(block, *pick(unused, chosen)))
         samples = self._drawn(task, epoch + 1) - self._drawn(task, epoch)
         if attempt - size >= samples:
             raise ValueError(
-                f"stages.{self.name}: position {position}: all {attempt - 1} samples that could "
-                f"stand in for task {task} were tried; build the shards again"
+                f"stages.{self.name}: position {position}: all {attempt - 1} substitutes for task "
+                f"{task} were tried; build the shards again"
             )
-        following = (rank + attempt - size) % samples
-        return self._placement(epoch, task, self._walk.spot(epoch, task, following))
+        following = (n + attempt - size) % samples
+        return self._placement(epoch, task, self._epoch_order.record_at(epoch, task, following))
 
-    def _address(self, position: int) -> tuple[int, Task, int]:
-        """Epoch, task, and the sample's rank among those of its task in the epoch."""
+    def _sample(self, position: int) -> tuple[int, Task, int]:
+        """(epoch, task, n): the position holds the n-th sample of the task in the epoch."""
         if not 0 <= position < self.num_samples:
             raise IndexError(
                 f"stages.{self.name}: position must be 0..{self.num_samples - 1}, found {position}"
@@ -149,14 +152,14 @@ class StagePlan:
         """Samples of a task before an epoch."""
         return self.order.count(task, epoch * self.samples_per_epoch)
 
-    def _placement(self, epoch: int, task: Task, spot: Spot) -> Placement:
-        shard, slot = self._blocks.locate(*spot)
+    def _placement(self, epoch: int, task: Task, record: RecordRank) -> Placement:
+        shard, slot = self._blocks.locate(*record)
         return Placement(shard=shard, slot=slot, task=task, epoch=epoch)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """All stages of a run, planned together: they share no record."""
+    """All stages of a run, planned together. No record belongs to two stages."""
 
     stages: Mapping[str, StagePlan]
     fingerprint: str  # of the corpus, the stages, the seed, the block size and the algorithm
@@ -169,12 +172,13 @@ def plan_stages(
 
     Args:
         table: the corpus, usually a `ShardIndex`.
-        specs: the stages in the order of training.
+        specs: the stages in training order.
         seed: of all permutations.
-        block_shards: shards per block; larger blocks mix better and need a larger shard cache.
+        block_shards: shards per block; larger blocks mix better and require a larger shard cache.
 
     Raises:
-        ValueError: a knob outside its rule, or records that do not suffice (every short task).
+        ValueError: a knob outside its rule, or too few records: the message names every task of
+            every stage that lacks some.
     """
     if block_shards < 1:
         raise ValueError(f"data.block_shards: must be at least 1, found {block_shards}")
@@ -184,21 +188,21 @@ def plan_stages(
     settled = settle_pools(counts, settling, orders)
     demands = [(name, demand) for name, (_, pool) in settled.items() for demand in pool.demands]
     shares = allocate(counts, [demand for _, demand in demands])
-    cells: dict[str, PoolCells] = {}
+    quotas: dict[str, PoolQuotas] = {}
     for spec in specs:
         _, pool = settled[spec.name]
         own = [share for (name, _), share in zip(demands, shares, strict=True) if name == spec.name]
         epochs = epoch_counts(orders[spec.name], pool.samples, spec.epochs)
-        cells[spec.name] = pool_cells(pool, own, epochs)
+        quotas[spec.name] = pool_quotas(pool, own, epochs)
 
     root = derive_key(seed, ALGORITHM)
     blocks = Blocks(table, seed=root, block_shards=block_shards)
-    blocks.cut(
+    blocks.assign(
         {
             mask: {
-                (name, task): quota
-                for name, of_stage in cells.items()
-                for task, quota in of_stage.quotas.get(mask, {}).items()
+                (name, task): records
+                for name, of_stage in quotas.items()
+                for task, records in of_stage.by_class.get(mask, {}).items()
             }
             for mask in counts
         }
@@ -213,13 +217,13 @@ def plan_stages(
             samples_per_epoch=pool.samples,
             repeats=pool.repeats,
             counts=_count_tasks(spec, orders[spec.name], supply, pool),
-            walk=Walk(
+            epoch_order=EpochOrder(
                 stage=spec.name,
                 order=orders[spec.name],
                 samples=pool.samples,
                 repeats=pool.repeats,
                 redraw=spec.epoch_tasks == "redraw",
-                varying=cells[spec.name].varying,
+                varying=quotas[spec.name].varying,
                 blocks=blocks,
                 seed=root,
             ),
@@ -234,7 +238,7 @@ def _task_order(spec: StageSpec) -> TaskOrder:
     try:
         return TaskOrder(dict(spec.rates))
     except ValueError as error:
-        raise ValueError(f"stages.{spec.name}.{error}") from None
+        raise ValueError(f"stages.{spec.name}.rates: {error}") from None
 
 
 def _count_tasks(
@@ -261,7 +265,7 @@ def _fingerprint(
     seed: int,
     block_shards: int,
 ) -> str:
-    """sha256 over everything that the order depends on, and nothing else."""
+    """sha256 over everything that the sampling order depends on, and nothing else."""
     document = {
         "algorithm": ALGORITHM,
         "corpus": table.fingerprint,

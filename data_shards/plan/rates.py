@@ -1,9 +1,16 @@
-"""The order of the tasks: which task stands at position k, exactly by the rates.
+"""Exact task mixing: which task is trained at position k of a stage.
 
-In: the rates of a stage (fractions that sum to 1). Out: an endless periodic sequence of tasks in
-which, after any k positions, each of m tasks has occurred k * rate times to within 1 - 1/(2m-2),
-the smallest bound that holds for all rates. The rule is the chairman assignment of R. Tijdeman
-(Discrete Mathematics 32, 1980). Integers only; one table of a period makes every question O(1).
+The paper gives every task of a stage a sampling rate (section III-C, Fig. 3) and draws tasks at
+random. Here the rates hold exactly.
+
+In: the rates r(t) of a stage, fractions that sum to 1. Out: an endless periodic sequence of tasks.
+With c(t, k) the occurrences of task t at the first k positions and m tasks with a positive rate,
+
+    |c(t, k) - k r(t)| <= 1 - 1/(2m - 2)        for every t and k,
+
+the smallest bound that can be met for all rates. The rule is the chairman assignment of R. Tijdeman
+(The chairman assignment problem, Discrete Mathematics 32, 1980). Only integers are compared; a
+table of one period answers every query in O(1).
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,11 +24,13 @@ from numpy.typing import NDArray
 from data_shards.tasks import TASKS, Task
 
 MAX_PERIOD: Final = 100_000
-"""Upper limit of the rates' common denominator: entries of the table."""
+"""Upper limit of the rates' common denominator, which is the length of the table."""
 
 
 def check_rates(rates: Mapping[Task, Fraction]) -> dict[Task, Fraction]:
-    """The positive rates in canonical order.
+    """The positive rates in canonical order; a rate of 0 leaves the task out.
+
+    The only check of a stage's rates together; the config calls it as well.
 
     Raises:
         ValueError: a negative rate, a sum that is not exactly 1, or a common denominator above
@@ -29,29 +38,30 @@ def check_rates(rates: Mapping[Task, Fraction]) -> dict[Task, Fraction]:
     """
     for task, rate in rates.items():
         if rate < 0:
-            raise ValueError(f"rates: {task} must not be negative, found {rate}")
+            raise ValueError(f"the rate of {task} must not be negative, found {rate}")
     total = sum(rates.values(), Fraction(0))
     if total != 1:
-        raise ValueError(
-            f"rates: must sum to exactly 1, found {total}; write them as fractions such as 1/3"
-        )
+        terms = " + ".join(str(rate) for rate in rates.values())
+        found = f"but {terms} = {total}" if rates else "but there are none"
+        gap = f"{1 - total} is missing" if total < 1 else f"{total - 1} is too much"
+        raise ValueError(f"the rates of a stage sum to exactly 1, {found}; {gap}")
     positive = {task: rates[task] for task in TASKS if rates.get(task)}
     period = lcm(*(rate.denominator for rate in positive.values()))
     if period > MAX_PERIOD:
         raise ValueError(
-            f"rates: their common denominator must be at most {MAX_PERIOD}, found {period}; write "
-            "simpler fractions, best all with the same denominator"
+            f"the common denominator of a stage's rates is at most {MAX_PERIOD}, here it is "
+            f"{period}; write them over one simpler denominator"
         )
     return positive
 
 
 def prefix_bound(num_tasks: int) -> Fraction:
-    """How far any prefix may be from its rates, in samples: 1 - 1/(2m-2), 0 for one task."""
+    """Most samples by which a count may differ from k r(t): 1 - 1/(2m-2), and 0 for m = 1."""
     return 1 - Fraction(1, 2 * num_tasks - 2) if num_tasks > 1 else Fraction(0)
 
 
 class TaskOrder:
-    """The periodic order of the tasks for given rates.
+    """The periodic sequence of tasks for given rates.
 
     Args:
         rates: task -> rate, summing to exactly 1; tasks with rate 0 never occur.
@@ -65,9 +75,9 @@ class TaskOrder:
         self.tasks: tuple[Task, ...] = tuple(self.rates)
         self.period = lcm(*(rate.denominator for rate in self.rates.values()))
         # Occurrences per period: rate * period, a whole number.
-        self._share = tuple(int(rate * self.period) for rate in self.rates.values())
-        self._place = {task: place for place, task in enumerate(self.tasks)}
-        self._sequence = chairman_sequence(self._share)
+        self._per_period = tuple(int(rate * self.period) for rate in self.rates.values())
+        self._column = {task: column for column, task in enumerate(self.tasks)}
+        self._sequence = chairman_sequence(self._per_period)
         # _before[k, i]: occurrences of task i at the positions 0..k-1 of a period.
         self._before = np.zeros((self.period + 1, len(self.tasks)), dtype=np.int64)
         np.cumsum(
@@ -80,9 +90,9 @@ class TaskOrder:
 
     def count(self, task: Task, length: int) -> int:
         """How often a task occurs at the first `length` positions."""
-        place = self._place[task]
+        column = self._column[task]
         periods, rest = divmod(length, self.period)
-        return periods * self._share[place] + int(self._before[rest, place])
+        return periods * self._per_period[column] + int(self._before[rest, column])
 
     def counts(self, length: int) -> dict[Task, int]:
         """The count of every task at the first `length` positions; they sum to `length`."""
@@ -90,14 +100,21 @@ class TaskOrder:
 
 
 def chairman_sequence(shares: Sequence[int]) -> NDArray[np.int8]:
-    """One period of the order: element k is the place of the task that takes position k.
+    """One period of Tijdeman's assignment, int8 [D]: element k is the index of the task at k.
 
-    With D = sum(shares) a task's rate is share / D. At the k-th position (from 1) its claim is
-    k * rate - count so far. Eligible is who claims at least 1/(2m-2); one always does. Its slack
-    (1 - 1/(2m-2) - claim) / rate tells how many positions it can still wait before it breaks the
-    bound. The eligible task with the least slack takes the position, the first one if several do.
-    After D positions every bound is below 1 and every k * rate whole, so all claims are 0: the
-    order has period D. Everything is scaled by (2m-2) * D, so that only integers are compared.
+    Args:
+        shares: occurrences of each of the m tasks in a period; D is their sum, a task's rate is
+            r = share / D.
+
+    At position k (from 1), with c the occurrences of a task so far:
+
+        claim    = k r - c
+        eligible : claim >= 1/(2m-2)                  at least one task always is
+        slack    = (1 - 1/(2m-2) - claim) / r         positions that the task can still wait
+
+    The eligible task with the least slack takes the position, the first one on a tie. After D
+    positions every k r is whole and every deviation below 1, so all claims are 0: the sequence has
+    period D. Claims are scaled by (2m-2) D, so that all comparisons are between integers.
     """
     period = sum(shares)
     if len(shares) == 1:
@@ -108,18 +125,18 @@ def chairman_sequence(shares: Sequence[int]) -> NDArray[np.int8]:
     sequence = np.empty(period, dtype=np.int8)
     for position in range(period):
         winner = -1
-        for place, share in enumerate(shares):
-            claims[place] += scale * share
-            if claims[place] < period:
+        for task, share in enumerate(shares):
+            claims[task] += scale * share
+            if claims[task] < period:  # not eligible
                 continue
-            # slack < best slack, multiplied out: both shares are positive.
+            # slack < least slack so far, multiplied out: both shares are positive.
             if (
                 winner < 0
-                or (limit - claims[place]) * shares[winner] < (limit - claims[winner]) * share
+                or (limit - claims[task]) * shares[winner] < (limit - claims[winner]) * share
             ):
-                winner = place
+                winner = task
         assert winner >= 0, "the claims sum to 1, so one of them is at least 1/m"
         claims[winner] -= scale * period
         sequence[position] = winner
-    assert not any(claims), "the order is not periodic"
+    assert not any(claims), "the sequence is not periodic"
     return sequence

@@ -1,9 +1,10 @@
-"""Which samples of a step belong to which rank; where a stage stands.
+"""Which samples of a step belong to which rank, and the state from which a stage resumes.
 
-In: the plan of a stage, the global batch size, (rank, world size). Out: this rank's share of any
-step, as a pure function of the step's number. Step k holds the positions k*G .. (k+1)*G - 1 for
-any world size; the ranks share it by length, so that none waits long for another. The state is one
-number and the plan's fingerprint: resuming costs nothing and may change the world size.
+In: the plan of a stage, the global batch size G, (rank, world size). Out: this rank's share of any
+step, as a pure function of the step. Step k holds the positions k*G .. (k+1)*G - 1 for any world
+size; the ranks share it by estimated length, so that none waits long for another. The state is the
+number of consumed samples and the plan's fingerprint: resuming reads nothing, and the world size
+may change.
 """
 
 import hashlib
@@ -24,7 +25,7 @@ _MASK_64: Final = (1 << 64) - 1
 
 
 class LengthTable(Protocol):
-    """What a sampler needs to know of a corpus; `data_shards.shards.index.ShardIndex` offers it."""
+    """What a sampler reads of a corpus; `data_shards.shards.index.ShardIndex` implements it."""
 
     def entries(self, shard: int) -> NDArray[np.void]:
         """[records] with the field `text_chars`."""
@@ -32,25 +33,25 @@ class LengthTable(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Slot:
-    """One sample of a step: its position in the plan, and what the plan says stands there."""
+    """One sample of a step: its position in the stage, and the plan's sample at this position."""
 
     position: int
     placement: Placement
 
 
 class WeightedTaskSampler:
-    """A rank's way through a stage; the weights of the tasks are the plan's exact rates.
+    """A rank's samples of every step of a stage; tasks are mixed by the plan's exact rates.
 
     Args:
-        stage_plan: the order of the stage.
+        stage_plan: the sampling order of the stage.
         index: text lengths of the records.
         global_batch_size: samples per step, over all ranks.
-        rank, world_size: this rank, of how many.
+        rank, world_size: this rank, and the number of ranks.
         frames_per_clip, frames_per_peak, tokens_per_frame: size of a clip and of a peak view in the
             model, to estimate lengths; the same on all ranks.
 
     Raises:
-        ValueError: a number outside its rule.
+        ValueError: a batch size, world size or rank outside its range.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class WeightedTaskSampler:
         self.rank = rank
         self.world_size = world_size
         self.num_steps = stage_plan.num_steps(global_batch_size)
-        self.quarantine: list[Any] = []  # damaged records met so far, as JSON values
+        self.quarantine: list[Any] = []  # damaged records so far, as JSON values
         self._index = index
         self._clip_tokens = frames_per_clip * tokens_per_frame
         self._peak_tokens = frames_per_peak * tokens_per_frame
@@ -99,7 +100,7 @@ class WeightedTaskSampler:
         return range(first, min(first + self.global_batch_size, self.stage_plan.num_samples))
 
     def share(self, step: int) -> list[Slot]:
-        """This rank's samples of a step, by position; the ranks' shares are the step, disjointly.
+        """This rank's samples of a step, by position. The shares of all ranks partition the step.
 
         Raises:
             IndexError: there is no such step.
@@ -108,10 +109,10 @@ class WeightedTaskSampler:
         slots = [Slot(position=p, placement=self.stage_plan.at(p)) for p in positions]
         lengths = [self._length(slot.placement) for slot in slots]
         mine = balanced_shares(lengths, self.world_size, first=step)[self.rank]
-        return [slots[place] for place in mine]
+        return [slots[index] for index in mine]
 
     def state(self, step: int) -> dict[str, Any]:
-        """What must be kept to go on at `step`: JSON values, the same on every rank."""
+        """What a checkpoint keeps to resume at `step`: JSON values, the same on every rank."""
         if not 0 <= step <= self.num_steps:
             raise IndexError(f"step must be 0..{self.num_steps}, found {step}")
         return {
@@ -121,17 +122,17 @@ class WeightedTaskSampler:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> int:
-        """Take over a state, perhaps of another world size; returns the step to go on at.
+        """Resume from a state, perhaps of another world size; returns the step to continue at.
 
         Raises:
-            ValueError: the state is of another plan, or does not end with a step.
+            ValueError: the state is of another plan, or does not end at the end of a step.
         """
         if state["fingerprint"] != self.stage_plan.fingerprint:
             raise ValueError(
                 f"stages.{self.stage_plan.name}: the checkpoint belongs to another plan: its "
                 f"fingerprint is {state['fingerprint']}, this one is "
                 f"{self.stage_plan.fingerprint}; shards, stages, rates, seed and block_shards must "
-                "be those of the first start, or start anew in another run_dir"
+                "be those of the first start, or start again in another run_dir"
             )
         consumed, total = state["consumed"], self.stage_plan.num_samples
         step, rest = divmod(consumed, self.global_batch_size)
@@ -145,7 +146,7 @@ class WeightedTaskSampler:
         return step if consumed < total else self.num_steps
 
     def _length(self, placement: Placement) -> int:
-        """Estimated tokens of a sample: the same on every machine, right enough to balance."""
+        """Estimated tokens of a sample: equal on every machine, and exact enough to balance."""
         chars = int(self._index.entries(placement.shard)["text_chars"][placement.slot])
         is_image = placement.task is Task.FER  # it sees the peak frame only
         visual = self._peak_tokens if is_image else self._clip_tokens
@@ -153,32 +154,32 @@ class WeightedTaskSampler:
 
 
 def balanced_shares(lengths: Sequence[int], world_size: int, *, first: int = 0) -> list[list[int]]:
-    """Deal samples to ranks: per rank the places of its samples, ascending.
+    """Distribute samples over ranks: per rank the indices into `lengths`, ascending.
 
     Longest first, each to the rank with the least load that has room; counts differ by at most one.
-    Among equals the ranks take turns, starting with rank `first` modulo the world size.
+    Ties are broken in rank order, starting with rank `first` modulo the world size.
     """
     smallest, larger = divmod(len(lengths), world_size)
     shares: list[list[int]] = [[] for _ in range(world_size)]
     queue = [(0, turn) for turn in range(world_size)]  # (load, turn): a heap already
-    for place in sorted(range(len(lengths)), key=lambda place: (-lengths[place], place)):
-        while True:  # whoever has no room now will have none later
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        while True:  # a rank that is full now stays full
             load, turn = heappop(queue)
             share = shares[(first + turn) % world_size]
             if len(share) < smallest + (larger > 0):
                 break
         if len(share) == smallest:
             larger -= 1
-        share.append(place)
-        heappush(queue, (load + lengths[place], turn))
+        share.append(index)
+        heappush(queue, (load + lengths[index], turn))
     return [sorted(share) for share in shares]
 
 
 def audit_hash(position: int, key: str, task: Task) -> int:
-    """64-bit hash of one trained sample; sums of it modulo 2**64 do not depend on the order.
+    """64-bit hash of one trained sample; the sum modulo 2**64 does not depend on the order.
 
     Args:
-        key: of the record that was really read.
+        key: of the record that was read, which may be a substitute.
     """
     record = int.from_bytes(hashlib.sha256(key.encode("utf-8")).digest()[:8], "little")
     return mix64(mix64(record) ^ mix64((position * len(TASKS) + TASKS.index(task)) & _MASK_64))

@@ -1,10 +1,11 @@
-"""Where the records of a class lie: blocks of shards, cut into the cells of stages and tasks.
+"""Blocks of shards, and which of their records belong to which stage and task.
 
-In: how many records of each class a shard holds, and the quota of each (stage, task) in each class.
-Out: for a block, a class and a cell the i-th record, as (shard, slot). Stored are prefix sums per
-block and class, never anything per record. The order inside a block and class is a keyed
-permutation; its image is cut into one interval per cell and the reserve that nobody uses, so no
-record can belong to two stages or two tasks.
+A class is the set of records that offer exactly the same tasks, named by their bit mask.
+In: how many records of each class a shard holds, and the quota of each owner, a (stage, task), in
+each class. Out: the record at a rank of a class in a block, as (shard, slot). Inside a block the
+records of a class are ordered by a keyed permutation, and the ranks are divided into one interval
+per owner and a reserve that no stage uses, so no record belongs to two stages or two tasks.
+Memory: prefix sums per block and class, nothing per record.
 """
 
 from bisect import bisect_right
@@ -24,16 +25,16 @@ MAX_RECORDS: Final = 1 << 31
 """Records of a corpus: products of two such counts still fit 64 bits."""
 _CACHED_BLOCKS: Final = 64
 
-Cell = tuple[str, Task | None]
-"""Stage and task of a cell; None: the stage's records whose task varies from epoch to epoch."""
+Owner = tuple[str, Task | None]
+"""Stage and task; None: the stage's records whose task varies from epoch to epoch."""
 
-Number = TypeVar("Number", int, NDArray[np.int64])
+Count = TypeVar("Count", int, NDArray[np.int64])
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
 
 class ClassTable(Protocol):
-    """What a plan needs to know of a corpus; `data_shards.shards.index.ShardIndex` offers it."""
+    """What a plan reads of a corpus; `data_shards.shards.index.ShardIndex` implements it."""
 
     @property
     def fingerprint(self) -> str:
@@ -51,24 +52,22 @@ class ClassTable(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OpenBlock:
-    """One block, ready to be read."""
+    """One block with its ranks divided among the owners."""
 
     shards: tuple[int, ...]
-    first: Mapping[
-        int, tuple[int, ...]
-    ]  # class -> records of it before each of the shards, and all
-    cells: Mapping[int, Mapping[Cell, range]]  # class -> cell -> its ranks in the permuted class
+    before: Mapping[int, tuple[int, ...]]  # class -> [shards + 1] records before each shard
+    ranks: Mapping[int, Mapping[Owner, range]]  # class -> owner -> its ranks
     reserve: Mapping[int, range]  # class -> ranks that no stage uses
-    orders: Mapping[int, Permutation]  # class -> rank -> number of the record in shard order
+    orders: Mapping[int, Permutation]  # class -> rank -> index of the record in shard order
 
 
 class Blocks:
-    """The shards of a corpus in keyed order, in blocks of about `block_shards`, with their cells.
+    """The shards of a corpus in keyed order, in blocks of about `block_shards` shards.
 
-    Shards are numbered in packing order, so neighbours often hold the same source. Therefore the
-    shard list is cut into `block_shards` runs of equal length and every block takes one shard of
-    each run, by a keyed permutation per run: all blocks have nearly the mix of the whole corpus,
-    and the cursors of all tasks stay together (docs/rates.md).
+    Shards are numbered in packing order, so neighbors often hold the same source. Therefore the
+    shard list is divided into `block_shards` runs of equal length and every block takes one shard
+    of each run, by a keyed permutation per run: every block has nearly the mix of the whole corpus,
+    and all tasks are in the same block at nearly the same time (docs/rates.md, section 4).
     """
 
     def __init__(self, table: ClassTable, *, seed: int, block_shards: int) -> None:
@@ -78,97 +77,98 @@ class Blocks:
         self.num_blocks = -(-table.num_shards // block_shards)
         self._shards = _shard_order(table.num_shards, self.num_blocks, block_shards, seed)
         self._prefix = self._count()
-        self._quotas: dict[int, dict[Cell, int]] = {mask: {} for mask in self.classes}
+        self._quotas: dict[int, dict[Owner, int]] = {mask: {} for mask in self.classes}
         self._open: OrderedDict[int, OpenBlock] = OrderedDict()
 
     def _count(self) -> dict[int, NDArray[np.int64]]:
-        """Class -> records of it in the blocks before block b, [num_blocks + 1]."""
+        """Class -> [num_blocks + 1] records of it in the blocks before block b."""
         counts = np.zeros((self.table.num_shards, len(self.classes)), dtype=np.int64)
-        place = {mask: column for column, mask in enumerate(self.classes)}
+        columns = {mask: column for column, mask in enumerate(self.classes)}
         for shard in range(self.table.num_shards):
-            for mask, number in self.table.class_counts(shard).items():
-                if number:
-                    counts[shard, place[mask]] = number
+            for mask, count in self.table.class_counts(shard).items():
+                if count:
+                    counts[shard, columns[mask]] = count
         in_block = np.zeros((self.num_blocks, len(self.classes)), dtype=np.int64)
         for run in self._shards.T:
-            here = run >= 0
-            in_block[here] += counts[run[here]]
+            has_shard = run >= 0
+            in_block[has_shard] += counts[run[has_shard]]
         return {
             mask: np.concatenate(([0], np.cumsum(in_block[:, column])))
-            for mask, column in place.items()
+            for mask, column in columns.items()
         }
 
-    def cut(self, quotas: Mapping[int, Mapping[Cell, int]]) -> None:
-        """Cut the classes into cells.
+    def assign(self, quotas: Mapping[int, Mapping[Owner, int]]) -> None:
+        """Divide the records of every class among the owners.
 
         Args:
-            quotas: class -> cell -> number of records, together at most the class's records. The
-                cells of a stage stand side by side.
+            quotas: class -> owner -> number of records, in all at most the class's records. The
+                owners of one stage must be adjacent, so that its ranks are contiguous.
         """
-        for mask, cells in quotas.items():
-            assert sum(cells.values()) <= self._prefix[mask][-1], f"class {mask} is overdrawn"
-            self._quotas[mask] = {cell: quota for cell, quota in cells.items() if quota}
+        for mask, owners in quotas.items():
+            assert sum(owners.values()) <= self._prefix[mask][-1], f"class {mask} is overdrawn"
+            self._quotas[mask] = {owner: quota for owner, quota in owners.items() if quota}
         self._open.clear()
 
-    def prefix(self, mask: int, cell: Cell) -> NDArray[np.int64]:
-        """Records of a cell of a class in the blocks before block b, [num_blocks + 1]."""
-        return self._split(mask, self._prefix[mask]).get(cell, np.zeros_like(self._prefix[mask]))
+    def prefix(self, mask: int, owner: Owner) -> NDArray[np.int64]:
+        """[num_blocks + 1] records of a class that an owner has in the blocks before block b."""
+        return self._split(mask, self._prefix[mask]).get(owner, np.zeros_like(self._prefix[mask]))
 
-    def _split(self, mask: int, before: Number) -> dict[Cell, Number]:
-        """Cell -> how many of the first `before` records of a class belong to it.
+    def _split(self, mask: int, before: Count) -> dict[Owner, Count]:
+        """Owner -> how many of the first `before` records of a class belong to it.
 
-        One cell after the other gets its share of what the cells before it left, rounded down.
-        Each count grows by 0 or 1 with `before`, so no block gets a negative number, and is the
-        quota when `before` is the whole class.
+        One owner after the other gets its proportion of what the owners before it left, rounded
+        down. Each count grows by 0 or 1 with `before`, so no block gets a negative count, and
+        equals the quota when `before` is the whole class.
         """
-        shares: dict[Cell, Number] = {}
+        shares: dict[Owner, Count] = {}
         left = int(self._prefix[mask][-1])
-        for cell, quota in self._quotas[mask].items():
-            shares[cell] = before * quota // left
-            before = before - shares[cell]
+        for owner, quota in self._quotas[mask].items():
+            shares[owner] = before * quota // left
+            before = before - shares[owner]
             left -= quota
         return shares
 
     def open(self, block: int) -> OpenBlock:
-        """The shards and cells of a block; the last ones opened are kept."""
-        return remember(self._open, block, _CACHED_BLOCKS, self._open_block)
+        """The shards and the divided ranks of a block; the last ones used are kept."""
+        return cached(self._open, block, _CACHED_BLOCKS, self._open_block)
 
     def _open_block(self, block: int) -> OpenBlock:
         shards = tuple(int(shard) for shard in self._shards[block] if shard >= 0)
         counts = [self.table.class_counts(shard) for shard in shards]
-        first: dict[int, tuple[int, ...]] = {}
-        cells: dict[int, dict[Cell, range]] = {}
+        before: dict[int, tuple[int, ...]] = {}
+        ranks: dict[int, dict[Owner, range]] = {}
         reserve: dict[int, range] = {}
         for mask in self.classes:
-            first[mask] = (0, *accumulate(count.get(mask, 0) for count in counts))
+            before[mask] = (0, *accumulate(count.get(mask, 0) for count in counts))
             start, stop = (int(self._prefix[mask][block + step]) for step in (0, 1))
-            before, after = self._split(mask, start), self._split(mask, stop)
+            at_start, at_stop = self._split(mask, start), self._split(mask, stop)
             rank = 0
-            cells[mask] = {}
-            for cell in before:
-                cells[mask][cell] = range(rank, rank + after[cell] - before[cell])
-                rank = cells[mask][cell].stop
+            ranks[mask] = {}
+            for owner in at_start:
+                ranks[mask][owner] = range(rank, rank + at_stop[owner] - at_start[owner])
+                rank = ranks[mask][owner].stop
             reserve[mask] = range(rank, stop - start)
         orders = {
-            mask: Permutation(first[mask][-1], derive_key(self.seed, "class", block, mask))
+            mask: Permutation(before[mask][-1], derive_key(self.seed, "class", block, mask))
             for mask in self.classes
-            if first[mask][-1]
+            if before[mask][-1]
         }
-        return OpenBlock(shards=shards, first=first, cells=cells, reserve=reserve, orders=orders)
+        return OpenBlock(shards=shards, before=before, ranks=ranks, reserve=reserve, orders=orders)
 
     def locate(self, block: int, mask: int, rank: int) -> tuple[int, int]:
         """(shard, slot) of the record at a rank of a class in a block."""
         opened = self.open(block)
-        number = opened.orders[mask](rank)
-        place = bisect_right(opened.first[mask], number) - 1
-        shard = opened.shards[place]
-        return shard, int(self.table.slots(shard, mask)[number - opened.first[mask][place]])
+        index = opened.orders[mask](rank)
+        before = opened.before[mask]
+        column = bisect_right(before, index) - 1
+        shard = opened.shards[column]
+        return shard, int(self.table.slots(shard, mask)[index - before[column]])
 
-    def find(self, mask: int, cell: Cell, number: int) -> tuple[int, int]:
-        """(block, rank in the class) of the number-th record of a cell, over all blocks."""
-        prefix = self.prefix(mask, cell)
-        block = int(np.searchsorted(prefix, number, side="right")) - 1
-        return block, self.open(block).cells[mask][cell][number - int(prefix[block])]
+    def find(self, mask: int, owner: Owner, index: int) -> tuple[int, int]:
+        """(block, rank in the class) of the index-th record of an owner, over all blocks."""
+        prefix = self.prefix(mask, owner)
+        block = int(np.searchsorted(prefix, index, side="right")) - 1
+        return block, self.open(block).ranks[mask][owner][index - int(prefix[block])]
 
     def offering(self, task: Task) -> list[int]:
         """The classes that offer a task."""
@@ -194,11 +194,11 @@ def check_classes(counts: Mapping[int, int]) -> dict[int, int]:
     Raises:
         ValueError: no record at all, a record without a task, or more than MAX_RECORDS.
     """
-    for mask, number in counts.items():
-        if not 0 < mask < 1 << len(TASKS) or number < 0:
+    for mask, count in counts.items():
+        if not 0 < mask < 1 << len(TASKS) or count < 0:
             raise ValueError(
                 f"task mask: must be 1..{(1 << len(TASKS)) - 1} with 0 or more records, found mask "
-                f"{mask} with {number}; build the shards again"
+                f"{mask} with {count}; build the shards again"
             )
     if not 0 < sum(counts.values()) <= MAX_RECORDS:
         raise ValueError(
@@ -208,8 +208,8 @@ def check_classes(counts: Mapping[int, int]) -> dict[int, int]:
     return {mask: counts[mask] for mask in sorted(counts) if counts[mask]}
 
 
-def remember(cache: "OrderedDict[K, V]", key: K, limit: int, make: Callable[[K], V]) -> V:
-    """cache[key], made when it is missing; the entry unused for longest goes above the limit."""
+def cached(cache: "OrderedDict[K, V]", key: K, limit: int, make: Callable[[K], V]) -> V:
+    """cache[key], made when it is missing; above `limit` the least recently used entry goes."""
     if key not in cache:
         cache[key] = make(key)
         if len(cache) > limit:

@@ -1,16 +1,18 @@
-"""What each stage gets of the corpus: its number of samples, and the records of each task.
+"""Pools: how many samples and records every stage gets of the corpus.
 
-In: the stages, and how many records each class of the corpus holds. Out: per stage the samples of
-an epoch, the records that each task owns, and who serves the few samples by which epochs differ;
-or one ValueError that names every shortage of every stage. Earlier stages are served first, but
-only in numbers: which records they take is decided for all stages together (allocate.py).
+The paper's stage 1 takes 15,000 samples at random, its stage 2 the remaining ones (section III-C);
+a spec states this as `take` and `rest_of`. In: the stages, and the records of each class. Out: per
+stage the samples of an epoch, the records that each task owns, and the records of the few samples
+by which epochs differ; or one ValueError that names every shortage of every stage. Earlier stages
+are served first, but only in counts: which records they take is decided for all stages together
+(allocation.py). docs/rates.md, sections 1 to 3.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from math import ceil, gcd
-from typing import Literal, get_args
+from typing import Literal
 
 from data_shards.plan.allocation import (
     allocate,
@@ -27,12 +29,12 @@ from data_shards.tasks import TASKS, Task, bit
 Shortage = Literal["error", "repeat", "shrink"]
 EpochTasks = Literal["keep", "redraw"]
 Shares = Mapping[Task, Mapping[int, int]]
-"""Task -> class -> number of records."""
+"""Task -> class (bit mask of tasks) -> number of records."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageSpec:
-    """One stage as the config states it; its pool is either `take` or `rest_of`."""
+    """One stage as the config states it; its pool is given by either `take` or `rest_of`."""
 
     name: str
     rates: tuple[tuple[Task, Fraction], ...]  # share of the samples per task; sum exactly 1
@@ -45,27 +47,27 @@ class StageSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pool:
-    """What one stage gets."""
+    """The samples and records of one stage."""
 
     asked: int  # samples per epoch before the shortage policy
     samples: int  # samples per epoch
     own: Mapping[Task, int]  # records that serve the task in every epoch
-    spare: Mapping[Task, int] = field(default_factory=dict)  # ... only where an epoch needs more
+    spare: Mapping[Task, int] = field(default_factory=dict)  # ... only in epochs with more samples
     shifts: tuple[Shares, ...] = ()  # per epoch who serves what, where records must change task
     repeats: bool = False  # records come again within an epoch
 
     @property
     def demands(self) -> list[tuple[Task, int]]:
-        """What it asks of the corpus, in records: own, then spare."""
+        """(task, records) that it requests of the corpus: own, then spare."""
         return [*self.own.items(), *self.spare.items()]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Supply:
-    """The corpus as a stage finds it."""
+    """The corpus from which a stage is served."""
 
     counts: Mapping[int, int]  # class -> records
-    earlier: tuple[tuple[Task, int], ...] = ()  # demands of the stages settled before
+    earlier: tuple[tuple[Task, int], ...] = ()  # demands of the stages served before
 
     @property
     def held(self) -> dict[Task, int]:
@@ -81,20 +83,22 @@ class Supply:
         return sum(self.counts.values()) - sum(amount for _, amount in self.earlier)
 
     def available(self, task: Task) -> int:
-        """Most records that a task can have beside the earlier stages."""
+        """Most records that a task can have in addition to those of the earlier stages."""
         return available(self.counts, self.held, bit(task))
 
 
 def settle_pools(
     counts: Mapping[int, int], specs: Sequence[StageSpec], orders: Mapping[str, TaskOrder]
 ) -> dict[str, tuple[Supply, Pool]]:
-    """What every stage found and got, one after the other.
+    """Stage name -> what was available to the stage, and its pool.
 
     Args:
+        counts: class -> records of the corpus.
         specs: in `settling_order`.
+        orders: stage name -> task sequence.
 
     Raises:
-        ValueError: all shortages of all stages, one after the other.
+        ValueError: all shortages of all stages, one line per stage.
     """
     settled: dict[str, tuple[Supply, Pool]] = {}
     problems: list[str] = []
@@ -111,17 +115,18 @@ def settle_pools(
 
 
 def _settle(supply: Supply, spec: StageSpec, order: TaskOrder) -> tuple[Pool, str]:
-    """The pool of a stage; with a problem it is only there to find the next stages' problems."""
+    """The pool of a stage and its problem, if any. A pool with a problem only serves to find the
+    problems of the stages after it."""
     asked = supply.left if spec.take is None else spec.take
     empty = Pool(asked=asked, samples=0, own={})
     if not supply.left:
         return empty, "its pool is empty: the other stages take every record; let them take fewer"
     missing = [task for task in order.tasks if not supply.available(task)]
     if missing:
-        found = ", ".join(f"{task} {offering(supply.counts, bit(task)):,}" for task in TASKS)
+        offers = ", ".join(f"{task} {offering(supply.counts, bit(task)):,}" for task in TASKS)
         return empty, (
-            f"no record is left that offers {', '.join(missing)} (records in the shards: {found}); "
-            "set such a rate to 0, add records, or let the other stages take fewer"
+            f"no record is left that offers {', '.join(missing)} (records in the shards: {offers})"
+            "; set such a rate to 0, add records, or let the other stages take fewer"
         )
     if pool := exact_pool(supply, spec, order, asked):
         return pool, ""
@@ -130,17 +135,17 @@ def _settle(supply: Supply, spec: StageSpec, order: TaskOrder) -> tuple[Pool, st
             return pool, ""
         return empty, "at these rates not one sample can be drawn; change the rates"
     pool = repeating_pool(supply, spec, order, asked)
-    bare = [task for task in order.tasks if not pool.own[task]]
-    if spec.shortage == "repeat" and bare:
-        return empty, f"too few records are left to give {', '.join(bare)} even one; take fewer"
+    unserved = [task for task in order.tasks if not pool.own[task]]
+    if spec.shortage == "repeat" and unserved:
+        return empty, f"too few records are left to give {', '.join(unserved)} even one; take fewer"
     return pool, "" if spec.shortage == "repeat" else _shortage(supply, spec, order, asked)
 
 
 def epoch_counts(order: TaskOrder, samples: int, epochs: int) -> list[dict[Task, int]]:
-    """Samples per task of each epoch, up to the epoch from which they repeat.
+    """Samples per task of each epoch, up to the epoch from which the counts recur.
 
-    The order of the tasks runs on over the whole stage, so the count of a task moves by one, seldom
-    more, from epoch to epoch, unless an epoch is a whole number of periods.
+    The task sequence continues from epoch to epoch, so the count of a task changes by one, seldom
+    more, between epochs, unless an epoch is a whole number of periods.
     """
     cycle = order.period // gcd(samples, order.period)
     before = [order.counts(epoch * samples) for epoch in range(min(epochs, cycle) + 1)]
@@ -153,9 +158,9 @@ def epoch_counts(order: TaskOrder, samples: int, epochs: int) -> list[dict[Task,
 def exact_pool(supply: Supply, spec: StageSpec, order: TaskOrder, samples: int) -> Pool | None:
     """A pool in which no record is used twice in an epoch, or None.
 
-    A task owns as many records as its smallest epoch needs, and has spare ones for the larger
-    epochs, which sit out the others. A stage that takes every record left has none to spare: there
-    some records change their task from epoch to epoch, as few as can be.
+    A task owns as many records as its smallest epoch has samples, and spare ones that are used only
+    in larger epochs. A stage that takes every remaining record has no spare ones: there some
+    records change their task from epoch to epoch, as few as possible.
     """
     epochs = epoch_counts(order, samples, spec.epochs)
     own = {task: min(epoch[task] for epoch in epochs) for task in order.tasks}
@@ -179,7 +184,7 @@ def largest_exact_pool(
     bound = prefix_bound(len(order.tasks))
 
     def may_be_exact(samples: int) -> bool:
-        """Necessary, and true for every smaller number too: the least that an epoch can need."""
+        """Necessary, and monotone in `samples`: serves the fewest samples an epoch may have."""
         least = {t: max(0, ceil(samples * rate - bound)) for t, rate in order.rates.items()}
         return is_feasible(supply.counts, supply.held, least)
 
@@ -194,7 +199,7 @@ def largest_exact_pool(
 
 
 def repeating_pool(supply: Supply, spec: StageSpec, order: TaskOrder, samples: int) -> Pool:
-    """A pool in which scarce records come again, as evenly as can be over tasks and records.
+    """A pool in which scarce records repeat, as evenly as possible over tasks and records.
 
     No task owns more records than its smallest epoch has samples, so every epoch uses them all.
     """
@@ -205,7 +210,7 @@ def repeating_pool(supply: Supply, spec: StageSpec, order: TaskOrder, samples: i
 
 
 def _shortage(supply: Supply, spec: StageSpec, order: TaskOrder, samples: int) -> str:
-    """Every short task and set of tasks, and what can be done."""
+    """The message: every task and set of tasks that lacks records, and the remedies."""
     epochs = epoch_counts(order, samples, spec.epochs)
     most = {task: max(epoch[task] for epoch in epochs) for task in order.tasks}
     cuts = find_cuts(supply.counts, supply.held, epochs[0])
@@ -223,18 +228,18 @@ def _shortage(supply: Supply, spec: StageSpec, order: TaskOrder, samples: int) -
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PoolCells:
-    """A pool in terms of classes: who owns how many records of each, and which ones vary."""
+class PoolQuotas:
+    """A pool by class: how many records of each class a task owns, and which records vary."""
 
-    quotas: Mapping[int, Mapping[Task | None, int]]  # class -> task, or None: it varies -> records
-    # Per epoch (they repeat): task -> the varying records that serve it, as (class, number).
+    by_class: Mapping[int, Mapping[Task | None, int]]  # class -> task (None: it varies) -> records
+    # Element e: task -> records (class, index) that serve it in the epochs e, e + len, ...
     varying: tuple[Mapping[Task, Sequence[tuple[int, int]]], ...]
 
 
-def pool_cells(
+def pool_quotas(
     pool: Pool, shares: Sequence[Mapping[int, int]], epochs: Sequence[Mapping[Task, int]]
-) -> PoolCells:
-    """Turn what the corpus gave to a pool's demands into cells.
+) -> PoolQuotas:
+    """Turn the records that were allocated to a pool's demands into quotas of its tasks.
 
     Args:
         shares: element i: class -> records given to `pool.demands[i]`.
@@ -249,43 +254,45 @@ def pool_cells(
         extra = [
             {t: {m: s[t].get(m, 0) - fixed[t][m] for m in masks} for t in own} for s in pool.shifts
         ]
-        free = extra[0]  # another one has the same number of records in each class
+        free = extra[0]  # all epochs have the same number of varying records in each class
         varying = [_numbered(shift) for shift in extra]
     else:
-        numbers = _numbered(spare)
+        records = _numbered(spare)
         varying = [
-            {task: numbers[task][: epoch[task] - pool.own[task]] for task in numbers}
+            {task: records[task][: epoch[task] - pool.own[task]] for task in records}
             for epoch in epochs
         ]
-    quotas: dict[int, dict[Task | None, int]] = {}
+    by_class: dict[int, dict[Task | None, int]] = {}
     for task, share in fixed.items():
-        for mask, number in share.items():
-            quotas.setdefault(mask, {})[task] = number
+        for mask, count in share.items():
+            by_class.setdefault(mask, {})[task] = count
     for share in free.values():
-        for mask, number in share.items():
-            cells = quotas.setdefault(mask, {})
-            cells[None] = cells.get(None, 0) + number
-    return PoolCells(quotas=quotas, varying=tuple(varying))
+        for mask, count in share.items():
+            quotas = by_class.setdefault(mask, {})
+            quotas[None] = quotas.get(None, 0) + count
+    return PoolQuotas(by_class=by_class, varying=tuple(varying))
 
 
 def _numbered(shares: Shares) -> dict[Task, list[tuple[int, int]]]:
-    """Task -> (class, number) of its records, numbered from 0 in each class."""
+    """Task -> its records as (class, index), counted from 0 in each class."""
     following: dict[int, int] = {}
-    numbers: dict[Task, list[tuple[int, int]]] = {}
+    records: dict[Task, list[tuple[int, int]]] = {}
     for task, share in shares.items():
-        numbers[task] = []
+        records[task] = []
         for mask in sorted(share):
             start = following.get(mask, 0)
             following[mask] = start + share[mask]
-            numbers[task] += [(mask, number) for number in range(start, following[mask])]
-    return numbers
+            records[task] += [(mask, index) for index in range(start, following[mask])]
+    return records
 
 
 def settling_order(specs: Sequence[StageSpec]) -> list[StageSpec]:
-    """Takes in the order of training, then rests; checks the specs.
+    """The order in which stages are served: those with `take`, then those with `rest_of`.
+
+    Both in training order. Also checks the specs.
 
     Raises:
-        ValueError: a stage that is not well defined: its knob, the rule, the value found.
+        ValueError: a stage that is not well defined: its knob, the rule, the value.
     """
     names = [spec.name for spec in specs]
     if not names or len(set(names)) < len(names):
@@ -310,25 +317,9 @@ def settling_order(specs: Sequence[StageSpec]) -> list[StageSpec]:
 
 
 def _check(spec: StageSpec) -> None:
-    where = f"stages.{spec.name}"
-    if spec.take is not None and spec.rest_of:
-        raise ValueError(
-            f"{where}.pool: must have either take or rest_of, found take {spec.take} and rest_of "
-            f"{', '.join(spec.rest_of)}; remove one of them"
-        )
-    if spec.take is not None and spec.take < 1:
-        raise ValueError(f"{where}.pool.take: must be at least 1, found {spec.take}")
-    if spec.epochs < 1:
-        raise ValueError(f"{where}.epochs: must be at least 1, found {spec.epochs}")
-    if spec.shortage not in get_args(Shortage):
-        raise ValueError(
-            f"{where}.shortage: must be one of {get_args(Shortage)}, found {spec.shortage!r}"
-        )
-    if spec.epoch_tasks not in get_args(EpochTasks):
-        raise ValueError(
-            f"{where}.epoch_tasks: must be one of {get_args(EpochTasks)}, found "
-            f"{spec.epoch_tasks!r}"
-        )
+    """What the config cannot get wrong, its rates being a mapping; it checks everything else."""
     tasks = [task for task, _ in spec.rates]
     if len(set(tasks)) < len(tasks):
-        raise ValueError(f"{where}.rates: must name a task only once, found {', '.join(tasks)}")
+        raise ValueError(
+            f"stages.{spec.name}.rates: must name a task only once, found {', '.join(tasks)}"
+        )

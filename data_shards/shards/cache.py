@@ -1,9 +1,9 @@
-"""A bounded folder on this machine's disk for the files of a remote shard folder.
+"""A bounded cache on the local disk for the files of a remote shard folder.
 
-All ranks and data workers of a node share it: each file is fetched once, by whoever needs it first
-or by a prefetch thread, while the others wait at a lock. What was unused for longest goes when room
-is needed. A file appears under its name only when it is whole. Nothing but files that were fetched
-is ever removed. Flow: fetch (bytes) -> here -> index (side files), reader (tars).
+All ranks and data workers of a node share it. Each file is fetched once, by the first process that
+reads it or by a prefetch thread, while the others wait for a lock. When the cache is full, the
+least recently used files are removed; no other files are. A file appears under its name only when
+it is complete. Flow: fetch (bytes) -> here -> index (side files), reader (tars).
 """
 
 import contextlib
@@ -18,13 +18,13 @@ from typing import Any, BinaryIO, Final
 
 from data_shards.shards.fetch import download
 
-_PREFETCHERS: Final = 4  # threads; they wait for the network
-_QUEUED: Final = 256  # files; more are forgotten, reading fetches them when it comes to them
-_ROOM_LOOK_S: Final = 0.05
+_PREFETCH_THREADS: Final = 4  # they wait for the network
+_MAX_QUEUED: Final = 256  # files; any more are dropped and fetched when they are read
+_POLL_S: Final = 0.05
 
 
 class CacheTooSmall(ValueError):
-    """The cache cannot hold what is needed at the same time."""
+    """The cache cannot hold the files that are read at the same time."""
 
 
 class ShardCache:
@@ -32,8 +32,8 @@ class ShardCache:
 
     Args:
         url: address of the shard folder.
-        folder: where to keep them; shared by the processes of this machine, one per dataset.
-        max_bytes: most bytes of files in the folder, transfers under way included.
+        folder: the cache, shared by the processes of this machine; one per dataset.
+        max_bytes: most bytes of files in the folder, including those of running transfers.
     """
 
     def __init__(self, url: str, folder: Path, max_bytes: int) -> None:
@@ -47,10 +47,10 @@ class ShardCache:
         (folder / ".locks").mkdir(exist_ok=True)
 
     def path(self, name: str, size: int | None) -> Path:
-        """The file of that name, fetched if it is not there; it may be removed again at any time.
+        """A file by name, fetched if it is not cached; it may be removed again at any time.
 
         Args:
-            size: what it must be; None for a file whose size nothing tells.
+            size: its exact size in bytes; None if it is not known.
 
         Raises:
             CacheTooSmall: it is larger than the cache.
@@ -62,28 +62,28 @@ class ShardCache:
         if size is not None and size > self.max_bytes:
             raise CacheTooSmall(
                 f"data.cache_gib: {self.url}/{name} has {size} bytes, the cache may have "
-                f"{self.max_bytes} in all; raise it to hold two blocks of shards"
+                f"{self.max_bytes} in total; raise it to hold two blocks of shards"
             )
         with self._locked(name):
             if self._touch(path, size):  # another process was faster
                 return path
-            part = self.folder / f".part-{size or 0}-{name}"
+            partial = self.folder / f".part-{size or 0}-{name}"
             try:
-                # The mark is made under the lock that guards the room, so that it counts at once.
-                self._make_room(part, size or 0)
-                download(f"{self.url}/{name}", part, size)
-                with self._locked(".room"):  # whoever counts files sees it under one of its names
-                    part.replace(path)
+                # Reserved under the lock of the room, so that other processes count it at once.
+                self._make_room(partial, size or 0)
+                download(f"{self.url}/{name}", partial, size)
+                with self._locked(".room"):  # so that the file is counted under exactly one name
+                    partial.replace(path)
             except BaseException:
-                part.unlink(missing_ok=True)
+                partial.unlink(missing_ok=True)
                 raise
             self.fetches += 1
         return path
 
     def open(self, name: str, size: int | None) -> BinaryIO:
-        """The file of that name, like `path`; what is open can be read though it is removed.
+        """The file, opened; like `path`, but it can still be read after it was removed.
 
-        Do not keep it open: it would keep its place on the disk when the cache removes it.
+        Close it soon: an open file occupies the disk after the cache has removed it.
         """
         while True:
             path = self.path(name, size)
@@ -96,15 +96,15 @@ class ShardCache:
             return file.read()
 
     def drop(self, name: str) -> None:
-        """Forget a file whose content turned out to be wrong: the next `path` fetches it again."""
+        """Remove a file whose content is wrong; the next `path` fetches it again."""
         (self.folder / name).unlink(missing_ok=True)
 
     def prefetch(self, files: Iterable[tuple[str, int | None]]) -> None:
-        """Fetch (name, size) in this order, in the background; errors wait for `path`."""
+        """Fetch files (name, size) in this order, in the background; `path` reports errors."""
         if self._pid != os.getpid():  # threads do not survive a fork
             self._pid = os.getpid()
-            self._waiting = queue.Queue(_QUEUED)
-            for _ in range(_PREFETCHERS):
+            self._waiting = queue.Queue(_MAX_QUEUED)
+            for _ in range(_PREFETCH_THREADS):
                 threading.Thread(target=self._fetch_waiting, daemon=True).start()
         assert self._waiting is not None
         for name, size in files:
@@ -116,12 +116,12 @@ class ShardCache:
         assert self._waiting is not None
         while True:
             name, size = self._waiting.get()
-            with contextlib.suppress(OSError, ValueError):  # whoever reads it gets the error
+            with contextlib.suppress(OSError, ValueError):  # the caller of `path` gets the error
                 self.path(name, size)
 
     @staticmethod
     def _touch(path: Path, size: int | None) -> bool:
-        """Is the whole file there? Then it counts as just used."""
+        """Whether the complete file is cached; if so, it becomes the most recently used."""
         try:
             if size is not None and path.stat().st_size != size:
                 return False
@@ -132,30 +132,30 @@ class ShardCache:
 
     @contextlib.contextmanager
     def _locked(self, name: str) -> Iterator[None]:
-        """One process, and one thread of it, at a time."""
+        """Hold a lock of the cache, exclusively among processes and threads."""
         with (self.folder / ".locks" / name).open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
-    def _make_room(self, part: Path, size: int) -> None:
-        """Make place for `size` bytes, and hold it by an empty `part` whose name says the size."""
+    def _make_room(self, partial: Path, size: int) -> None:
+        """Free `size` bytes, and reserve them by an empty `partial` with the size in its name."""
         while True:
             with self._locked(".room"):
-                kept, held = self._survey(part)
-                used = held + sum(there for _, there, _ in kept)
-                for _, there, path in sorted(kept):
+                cached, reserved = self._survey(partial)
+                used = reserved + sum(file_size for _, file_size, _ in cached)
+                for _, file_size, path in sorted(cached):
                     if used + size <= self.max_bytes:
                         break
                     path.unlink(missing_ok=True)
-                    used -= there
+                    used -= file_size
                 if used + size <= self.max_bytes:
-                    part.touch()
+                    partial.touch()
                     return
-            time.sleep(_ROOM_LOOK_S)  # transfers of others hold the rest; they end or fail
+            time.sleep(_POLL_S)  # the rest is reserved by other transfers, which end or fail
 
     def _survey(self, own: Path) -> tuple[list[tuple[int, int, Path]], int]:
-        """(last use, bytes, path) of the whole files, and the bytes that transfers will have."""
-        kept, held = [], 0
+        """(last use, bytes, path) of the complete files, and the bytes reserved by transfers."""
+        cached, reserved = [], 0
         for path in self.folder.iterdir():
             if path == own or not path.is_file():
                 continue
@@ -164,15 +164,15 @@ class ShardCache:
                 if self._is_left_behind(name):
                     path.unlink(missing_ok=True)
                 else:
-                    held += int(size)
+                    reserved += int(size)
                 continue
             with contextlib.suppress(FileNotFoundError):
                 status = path.stat()
-                kept.append((status.st_mtime_ns, status.st_size, path))
-        return kept, held
+                cached.append((status.st_mtime_ns, status.st_size, path))
+        return cached, reserved
 
     def _is_left_behind(self, name: str) -> bool:
-        """Nobody holds the lock of a transfer any more: its process was killed."""
+        """Whether the process of a transfer was killed: its lock is free."""
         with (self.folder / ".locks" / name).open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

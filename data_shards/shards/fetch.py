@@ -1,9 +1,9 @@
-"""Bytes from elsewhere: one file over http(s), or over anything that fsspec opens (s3, gs, ...).
+"""Download of one file over http(s), or over any scheme that fsspec opens (s3, gs, ...).
 
-In: an address and the size that the index promises. Out: the whole file under its local name's
-place, or an error; a transfer that breaks or stops short goes on from where it was. http needs the
-standard library only; other schemes import fsspec and what belongs to them when they are first
-used. Bounded: one chunk of memory, a timeout for every answer, a number of attempts.
+In: an address, and the size that the index states. Out: the complete file, or an error. A transfer
+that fails or ends early resumes at its last byte. http uses the standard library only; fsspec and
+the driver of another scheme are imported on first use. Bounded: one chunk of memory, a timeout for
+every response, a number of attempts.
 """
 
 import http.client
@@ -18,26 +18,26 @@ from typing import Any, Final
 
 CHUNK: Final = 2**20
 ATTEMPTS: Final = 5  # in a row without a single new byte
-TIMEOUT_S: Final = 30.0  # for one answer
+TIMEOUT_S: Final = 30.0  # for one response
 _PAUSE_S: Final = 0.2  # before the second attempt, doubled before each further one
 
 _RETRIED_CODES: Final = (408, 425, 429, 500, 502, 503, 504)
 
 
-def is_remote(place: str | Path) -> bool:
-    """Is it an address rather than a folder?"""
-    return isinstance(place, str) and "://" in place
+def is_remote(source: str | Path) -> bool:
+    """Whether this is an address rather than a folder."""
+    return isinstance(source, str) and "://" in source
 
 
 def download(url: str, target: Path, size: int | None) -> int:
     """Fetch a file to `target`, which is created; returns its size in bytes.
 
     Args:
-        size: what it must be; None takes the size that the server states.
+        size: its exact size in bytes; None accepts the size that the server states.
 
     Raises:
         FileNotFoundError: the server has no such file.
-        ValueError: the file there has another size than the index says.
+        ValueError: the file on the server has another size.
         OSError: the transfer failed ATTEMPTS times in a row; the last reason is in the message.
     """
     failures = most = 0
@@ -54,11 +54,11 @@ def download(url: str, target: Path, size: int | None) -> int:
                     file.write(chunk)
                 if size is None or file.tell() == size:
                     return file.tell()
-                cause: object = f"the answer ended after {file.tell()} of {size} bytes"
+                cause: object = f"the response ended after {file.tell()} of {size} bytes"
             except _NoRange:
                 file.seek(0)
                 file.truncate()
-                cause = "the server does not send parts of a file"
+                cause = "the server does not support byte ranges"
             except (OSError, http.client.HTTPException) as error:
                 if isinstance(error, FileNotFoundError):
                     raise
@@ -68,17 +68,17 @@ def download(url: str, target: Path, size: int | None) -> int:
             if failures >= ATTEMPTS:
                 raise OSError(
                     f"{url}: {ATTEMPTS} attempts in a row failed, the last one because: {cause}; "
-                    "look at the server and the network, then start again: what is cached stays"
+                    "check the server and the network, then start again: cached files are kept"
                 )
             time.sleep(_PAUSE_S * 2 ** (failures - 1))
 
 
 class _NoRange(Exception):
-    """The server sends the whole file although a part was asked for."""
+    """The server sends the whole file although a byte range was requested."""
 
 
 def _open(url: str, start: int, size: int | None) -> Iterator[bytes]:
-    """The bytes of a file from `start` on, in chunks, as far as one answer gives them."""
+    """The bytes of a file from `start` on, in chunks, as far as one response contains them."""
     if size is not None and start >= size:
         return
     scheme = url.partition("://")[0].lower()
@@ -89,25 +89,25 @@ def _http(url: str, start: int, size: int | None) -> Iterator[bytes]:
     headers = {"Range": f"bytes={start}-"} if start else {}
     request = urllib.request.Request(url, headers={**headers, "Accept-Encoding": "identity"})
     try:
-        answer = urllib.request.urlopen(request, timeout=TIMEOUT_S)
+        response = urllib.request.urlopen(request, timeout=TIMEOUT_S)
     except urllib.error.HTTPError as error:
         with error:
             if error.code in _RETRIED_CODES:
-                raise OSError(f"the server answers {error.code} {error.reason}") from error
+                raise OSError(f"the server responds {error.code} {error.reason}") from error
             raise FileNotFoundError(
-                f"{url}: the server answers {error.code} {error.reason}; check the address and "
+                f"{url}: the server responds {error.code} {error.reason}; check the address and "
                 "the right to read it"
             ) from error
-    with closing(answer):
-        if start and answer.status != http.client.PARTIAL_CONTENT:
+    with closing(response):
+        if start and response.status != http.client.PARTIAL_CONTENT:
             raise _NoRange
-        stated = answer.headers.get("Content-Length")
+        stated = response.headers.get("Content-Length")
         received = 0
-        while chunk := answer.read(CHUNK):
+        while chunk := response.read(CHUNK):
             received += len(chunk)
             yield chunk
         if size is None and stated is not None and received != int(stated):
-            raise OSError(f"the answer ended after {received} of {stated} bytes")
+            raise OSError(f"the response ended after {received} of {stated} bytes")
 
 
 def _fsspec(url: str, start: int, size: int | None) -> Iterator[bytes]:
@@ -124,7 +124,7 @@ def _fsspec(url: str, start: int, size: int | None) -> Iterator[bytes]:
     except OSError:
         raise
     except Exception as error:
-        # Drivers have errors of their own for a network that fails or keys that are missing.
+        # Drivers define their own errors for a failing network or missing credentials.
         raise OSError(f"{type(error).__name__}: {error}") from error
 
 
@@ -132,8 +132,8 @@ _systems: dict[tuple[int, str], Any] = {}
 
 
 def _file_system(url: str) -> tuple[Any, str]:
-    """fsspec's file system of this process: asynchronous ones do not survive a fork."""
-    # Here and not above: fsspec and its drivers are not needed for local shards.
+    """fsspec's file system of this process; asynchronous ones do not survive a fork."""
+    # Imported here because local shards do not use fsspec and its drivers.
     import fsspec
     from fsspec.core import split_protocol
 
@@ -145,7 +145,7 @@ def _file_system(url: str) -> tuple[Any, str]:
             _systems[key] = fsspec.filesystem(protocol, skip_instance_cache=True)
     except (ImportError, ValueError) as error:
         raise ValueError(
-            f"{url}: nothing here opens {protocol}:// ({error}); install fsspec's driver for it, "
+            f"{url}: no driver opens {protocol}:// ({error}); install fsspec's driver for it, "
             "for s3: pip install -e .[s3]"
         ) from error
     return _systems[key], str(_systems[key]._strip_protocol(url))

@@ -1,9 +1,10 @@
 """The index of a shard folder: load, verify, select; numpy only.
 
-A folder holds `NAME.tar`, `NAME.idx` (one fixed-size entry per record), `NAME.keys` (one key per
-line) per shard and one `index.json`. In: the folder. Out: where each record's bytes are, what tasks
-it serves and how long it is, without opening a tar. A record's address is (shard, slot).
-Flow: build -> here -> plan, sampler, reader.
+A folder holds `NAME.tar`, `NAME.idx` (one fixed-size entry per record) and `NAME.keys` (one key per
+line) per shard, and one `index.json`. In: the folder. Out: the byte range, tasks and length
+estimates of each record, without opening a tar. A record's address is (shard, slot): the index of
+its shard in the folder, and its own index in the shard. Flow: build -> here -> plan, sampler,
+reader.
 """
 
 import hashlib
@@ -26,7 +27,7 @@ from data_shards.tasks import TASKS
 INDEX_FILE: Final = "index.json"
 
 # 21 bytes per record. [offset, offset + size) are all tar blocks of the record, crc32 covers them.
-# `frames` and `text_chars` are length estimates and stay at their greatest value when larger.
+# `frames` and `text_chars` are length estimates; larger values are stored as LENGTH_MAX.
 ENTRY_DTYPE: Final = np.dtype(
     [
         ("offset", "<u8"),
@@ -38,7 +39,7 @@ ENTRY_DTYPE: Final = np.dtype(
     ]
 )
 LENGTH_MAX: Final = 2**16 - 1
-# Bounds of what a reader takes into memory; the builder refuses more.
+# Upper limits of what a reader loads into memory; the builder refuses more.
 MAX_RECORD_BYTES: Final = 2**28
 MAX_JSON_BYTES: Final = 2**20
 
@@ -46,13 +47,13 @@ T = TypeVar("T", bound=Sized)
 
 _SHARD_NAME: Final = re.compile(r"[A-Za-z0-9_-]+\.tar")
 _ALL_TASKS: Final = 2 ** len(TASKS) - 1
-# Sidecars kept in memory, by their records; a plan walks a few blocks of shards at a time.
+# Records whose side files are kept in memory; a plan reads a few blocks of shards at a time.
 _CACHED_RECORDS: Final = 2**21
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardInfo:
-    """What index.json says about one shard."""
+    """The entry of one shard in index.json."""
 
     name: str  # file name of the tar
     bytes: int  # size of the tar
@@ -74,7 +75,7 @@ class ShardInfo:
 
     @classmethod
     def from_json(cls, document: Any) -> Self:
-        """Raises ValueError with the field, the rule and the value found."""
+        """The inverse of `to_json`. Raises ValueError with the field, the rule and the value."""
         fields = ("name", "bytes", "records", "classes", "idx_sha256", "keys_sha256")
         if not isinstance(document, dict) or set(document) != set(fields):
             raise ValueError(f"a shard must have the fields {', '.join(fields)}, found {document}")
@@ -113,19 +114,19 @@ def _classes_from_json(document: Any) -> dict[int, int]:
 
 
 class Places(Protocol):
-    """Files of a dataset that do not all lie beside index.json."""
+    """Access to the files of a dataset that are not in the folder of index.json."""
 
     def path(self, name: str, size: int | None) -> Path:
-        """A file by its name in index.json; `size` is what it must have, None if nothing tells."""
+        """A file by its name in index.json; `size` is its exact size, None if it is not known."""
 
     def read(self, name: str, size: int | None) -> bytes:
-        """The content of a file, also where `path` may be gone again at once."""
+        """The content of a file, even if a concurrent process may remove it."""
 
     def drop(self, name: str) -> None:
-        """The content of a file is wrong: fetch it again, if it was fetched."""
+        """The content of a file is wrong: forget a local copy, so that it is fetched again."""
 
     def prefetch(self, files: Iterable[tuple[str, int | None]]) -> None:
-        """These (name, size) will be needed soon, in this order."""
+        """These files (name, size) will be read soon, in this order."""
 
 
 class ShardIndex:
@@ -142,8 +143,8 @@ class ShardIndex:
         source: str = "",
     ) -> None:
         self.folder = folder
-        self.places = places  # None: all files lie in the folder
-        self.source = source or str(folder)  # what the user calls it
+        self.places = places  # None: all files are in the folder
+        self.source = source or str(folder)  # as the user wrote it, for messages
         self.shards = shards
         self.options = options
         self.provenance = provenance
@@ -156,11 +157,11 @@ class ShardIndex:
     def load(cls, folder: Path | str, *, places: Places | None = None, source: str = "") -> Self:
         """Read and check index.json, and that every file it names is there with its exact size.
 
-        With `places` the other files are somewhere else and are checked when they are fetched.
+        With `places` the other files are elsewhere and are checked when they are fetched.
 
         Raises:
             FileNotFoundError: the folder or a file is missing.
-            ValueError: another schema version, or files and index.json do not fit together.
+            ValueError: another schema version, or files that do not match index.json.
         """
         folder = Path(folder)
         path = folder / INDEX_FILE
@@ -176,11 +177,11 @@ class ShardIndex:
             )
         document = _read_document(path)
         shards = []
-        for number, item in enumerate(document["shards"]):
+        for position, item in enumerate(document["shards"]):
             try:
                 shards.append(ShardInfo.from_json(item))
             except ValueError as error:
-                raise ValueError(f"{path}: shards[{number}]: {error}; {_REBUILD}") from error
+                raise ValueError(f"{path}: shards[{position}]: {error}; {_REBUILD}") from error
         names = {shard.name for shard in shards}
         if not shards or len(names) < len(shards):
             raise ValueError(
@@ -242,27 +243,27 @@ class ShardIndex:
         return np.flatnonzero(self.entries(shard)["tasks"] == mask)
 
     def ordinal(self, shard: int, slot: int) -> int:
-        """Number of a record in the whole dataset, 0-based."""
+        """Index of a record in the whole dataset, from 0."""
         return self._first[shard] + slot
 
     def address(self, ordinal: int) -> tuple[int, int]:
-        """(shard, slot) of a record's number: the inverse of `ordinal`."""
+        """(shard, slot) of a record by its index in the dataset: the inverse of `ordinal`."""
         if not 0 <= ordinal < self.num_records:
             raise ValueError(f"record number must be 0..{self.num_records - 1}, found {ordinal}")
         shard = bisect_right(self._first, ordinal) - 1
         return shard, ordinal - self._first[shard]
 
     def _side_file(self, name: str, size: int | None, sha256: str) -> bytes | None:
-        """Content of a side file, None if it is not the one that index.json seals."""
+        """Content of a side file; None if its checksum differs from index.json."""
         for _ in range(1 if self.places is None else 2):
-            # Read, not mapped: a mapped file that is cut short ends the process without a word.
+            # Read, not mapped: truncating a mapped file kills the process without a message.
             if self.places is None:
                 content = (self.folder / name).read_bytes()
             else:
                 content = self.places.read(name, size)
             if hashlib.sha256(content).hexdigest() == sha256:
                 return content
-            if self.places is not None:  # a copy may be wrong where the original is right
+            if self.places is not None:  # a cached copy may be damaged while the original is not
                 self.places.drop(name)
         return None
 
@@ -277,13 +278,14 @@ class ShardIndex:
             raise ValueError(_changed(path, "records"))
         entries: NDArray[np.void] = np.frombuffer(content, dtype=ENTRY_DTYPE)
         masks, counts = np.unique(entries["tasks"], return_counts=True)
-        found = dict(zip(masks.tolist(), counts.tolist(), strict=True))
+        classes = dict(zip(masks.tolist(), counts.tolist(), strict=True))
         ends = entries["offset"] + entries["size"]  # wraps around only if offset > ends
         ordered = bool(
             np.all(entries["offset"] < ends) and np.all(entries["offset"][1:] >= ends[:-1])
         )
         ordered = ordered and int(ends[-1]) <= info.bytes
-        if found != {mask: count for mask, count in info.classes.items() if count} or not ordered:
+        stated = {mask: count for mask, count in info.classes.items() if count}
+        if classes != stated or not ordered:
             raise ValueError(_changed(path, "classes and bytes"))
         return entries
 
@@ -299,7 +301,7 @@ class ShardIndex:
         return keys
 
     def __getstate__(self) -> dict[str, Any]:
-        """What was read stays behind: a data worker reads what it needs."""
+        """Pickled without its caches: a data worker reads the entries of its own shards."""
         return {**self.__dict__, "_entries": OrderedDict(), "_keys": OrderedDict()}
 
 
@@ -307,7 +309,7 @@ _REBUILD: Final = "build the folder again with 'emoverse build'"
 
 
 def sidecar(tar: Path, suffix: str) -> Path:
-    """The side file of a tar: `.idx` (entries) or `.keys`."""
+    """Path of the side file of a tar: `.idx` (entries) or `.keys`."""
     return tar.with_suffix(suffix)
 
 
@@ -361,20 +363,20 @@ def _read_document(path: Path) -> dict[str, Any]:
 
 def _require_files(folder: Path, shard: ShardInfo) -> None:
     tar = folder / shard.name
-    wanted = {tar: shard.bytes, sidecar(tar, ".idx"): shard.records * ENTRY_DTYPE.itemsize}
-    for path in (*wanted, sidecar(tar, ".keys")):
+    sizes = {tar: shard.bytes, sidecar(tar, ".idx"): shard.records * ENTRY_DTYPE.itemsize}
+    for path in (*sizes, sidecar(tar, ".keys")):
         if not path.is_file():
             raise FileNotFoundError(
                 f"{path}: missing, but {INDEX_FILE} lists shard {shard.name}; copy the shard "
                 "folder again or build it again"
             )
-    for path, size in wanted.items():
-        found = path.stat().st_size
-        if found != size:
+    for path, size in sizes.items():
+        actual = path.stat().st_size
+        if actual != size:
             raise ValueError(
-                f"{path}: must have {size} bytes according to {INDEX_FILE}, found {found}: the "
-                "file is cut short or is not of this build; copy the shard folder again or build "
-                "it again"
+                f"{path}: must have {size} bytes according to {INDEX_FILE}, found {actual}: the "
+                "file is cut short or belongs to another build; copy the shard folder again or "
+                "build it again"
             )
 
 
@@ -387,5 +389,5 @@ def _changed(path: str, field: str) -> str:
 
 def _keep(cache: OrderedDict[int, T], shard: int, value: T) -> None:
     cache[shard] = value
-    while len(cache) > 1 and sum(len(kept) for kept in cache.values()) > _CACHED_RECORDS:
+    while len(cache) > 1 and sum(len(cached) for cached in cache.values()) > _CACHED_RECORDS:
         cache.popitem(last=False)

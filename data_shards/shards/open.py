@@ -1,7 +1,7 @@
-"""One door to every shard folder: local, remote, or tars without an index.
+"""Entry point to every shard folder: local, remote, or tars without an index.
 
-In: what `data.shards` says, and the cache for what is not here. Out: a ShardIndex; reading through
-it (`ShardReader`) needs to know no more. Flow: config -> here -> index, plan, reader.
+In: the value of `data.shards`, and a cache for remote files. Out: a ShardIndex, from which
+`ShardReader` reads records the same way in all cases. Flow: config -> here -> index, plan, reader.
 """
 
 import hashlib
@@ -22,23 +22,24 @@ _GIB: Final = 2**30
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheOptions:
-    """Where and how much: a folder on a local disk, shared by a user's processes on the machine."""
+    """A folder on a local disk, shared by a user's processes on the machine, and its size."""
 
     folder: Path
     max_bytes: int = 64 * _GIB
 
 
 def default_cache_folder() -> Path:
-    """Below the machine's folder for temporary files, one per user: nobody may write into that of
-    another one who has a job on the same machine."""
+    """A folder per user below the system's folder for temporary files, because users on the same
+    machine cannot write into each other's folders."""
     return Path(tempfile.gettempdir()) / f"emoverse-cache-{os.getuid()}"
 
 
-def open_index(place: str | Path, cache: CacheOptions | None = None) -> ShardIndex:
-    """The index of a shard folder, wherever it is.
+def open_index(source: str | Path, cache: CacheOptions | None = None) -> ShardIndex:
+    """The index of a shard folder, local or remote, with or without an index.json.
 
     Args:
-        place: a folder, or an address such as https://host/folder or s3://bucket/folder.
+        source: a folder, or an address such as https://host/folder or s3://bucket/folder.
+        cache: for remote files and for indexes of scanned tars.
 
     Raises:
         FileNotFoundError, ValueError: see `ShardIndex.load`.
@@ -46,16 +47,16 @@ def open_index(place: str | Path, cache: CacheOptions | None = None) -> ShardInd
         OSError: the server cannot be reached.
     """
     cache = cache or CacheOptions(folder=default_cache_folder())
-    if is_remote(place):
-        return _open_remote(str(place), cache)
-    folder = Path(place)
+    if is_remote(source):
+        return _open_remote(str(source), cache)
+    folder = Path(source)
     if folder.is_dir() and not (folder / INDEX_FILE).exists():
         return scan_folder(folder, cache.folder)
     return ShardIndex.load(folder)
 
 
 def _open_remote(url: str, cache: CacheOptions) -> ShardIndex:
-    """Always asks for index.json, so that a dataset built anew is noticed; the rest when needed."""
+    """Always fetches index.json, so that a rebuilt dataset is noticed; other files on first use."""
     url = url.rstrip("/")
     cache.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache.folder, prefix=".index-") as work:
@@ -64,7 +65,7 @@ def _open_remote(url: str, cache: CacheOptions) -> ShardIndex:
         index_bytes = path.read_bytes()
     name = hashlib.sha256(url.encode() + b"\n" + index_bytes).hexdigest()[:16]
     files = ShardCache(url, cache.folder / f"shards-{name}", cache.max_bytes)
-    # The small file lies outside of what the cache may remove.
+    # index.json is stored outside the folder from which the cache removes files.
     folder = cache.folder / f"index-{name}"
     write_atomically(folder / INDEX_FILE, index_bytes)
     index = ShardIndex.load(folder, places=files, source=url)

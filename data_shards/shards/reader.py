@@ -1,8 +1,9 @@
-"""Bytes of one record from a local shard, every read verified.
+"""Records by address, every read verified.
 
-In: an address (shard, slot) and the index. Out: the Record, or DamagedRecord that says where and
-why. A few `pread`s per record, crc32 and the tar headers; nothing is decoded here.
-`iter_plain` streams any WebDataset tars without an index. Flow: index -> here -> video, stream.
+In: an address (shard, slot) and the index. Out: the Record, or a DamagedRecord with shard, key,
+offset and cause. A record takes a few `pread`s; its crc32 and tar headers are checked, its media
+are not decoded. `iter_records` yields a whole folder, `iter_plain` any WebDataset tars without an
+index. Flow: index -> here -> video, stream.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ _FILE_TYPES: Final = (tarfile.REGTYPE, tarfile.AREGTYPE)
 _EXTENSION: Final = re.compile(r"json|mp4|f[0-9]{1,4}\.jpg|peak\.jpg")
 _HARMLESS: Final = (b"mtime", b"atime", b"ctime", b"uid", b"gid", b"uname", b"gname")
 _OCTAL: Final = re.compile(rb"[0-7]+")
-_CAUSE_CHARS: Final = 500  # a cause may quote what it found, and that may be anything
+_CAUSE_CHARS: Final = 500  # a cause may quote damaged content of any length
 
 
 class DamagedRecord(ValueError):
@@ -41,7 +42,7 @@ class DamagedRecord(ValueError):
         self.cause = cause
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Crosses from data workers by its fields; the default would pass the message only."""
+        """Pickled by its fields, for data workers; the default would pickle the message only."""
         return _damaged_record, (self.shard, self.key, self.offset, self.cause)
 
 
@@ -52,8 +53,8 @@ def _damaged_record(shard: str, key: str, offset: int, cause: str) -> DamagedRec
 class ShardReader:
     """Random access to the records of a shard folder.
 
-    Holds at most `max_open` open tars. Safe to fork (reads never move a file position) and to
-    pickle (open files stay behind); one reader serves one thread.
+    Keeps at most `max_open` tars open. Safe to fork (reads never move a file position) and to
+    pickle (without its open files); not thread-safe.
     """
 
     def __init__(self, folder: Path | str, index: ShardIndex, *, max_open: int = 64) -> None:
@@ -69,7 +70,7 @@ class ShardReader:
 
         Raises:
             DamagedRecord: cut short, wrong checksum, or not the members of one record.
-            FileNotFoundError: the shard's tar is gone.
+            FileNotFoundError: the tar of the shard is gone.
         """
         members = self.members(shard, slot)
         key = self.index.key(shard, slot)
@@ -80,7 +81,7 @@ class ShardReader:
             raise self.damaged(shard, slot, cause) from error
 
     def members(self, shard: int, slot: int) -> dict[str, bytes]:
-        """The members of a record, extension -> content, verified but not looked into.
+        """The members of a record, extension -> content, verified but not parsed.
 
         Raises:
             DamagedRecord, FileNotFoundError: like `read`.
@@ -97,7 +98,7 @@ class ShardReader:
             blocks = self.blocks(shard, offset, size)
             checksum = crc32(blocks)
             if checksum != entry["crc32"] and self.index.places is not None:
-                # A copy may be wrong where the original is right: once more, from there.
+                # A cached copy may be damaged while the original is not: fetch it again, once.
                 self.index.places.drop(self.index.shards[shard].name)
                 blocks = self.blocks(shard, offset, size)
                 checksum = crc32(blocks)
@@ -106,18 +107,18 @@ class ShardReader:
             return untar(key, blocks)
         except ValueError as error:
             raise self.damaged(shard, slot, str(error)) from error
-        except OSError as error:  # the storage fails, not the record: never a reason to replace it
+        except OSError as error:  # the storage fails; the record itself is not damaged
             error.add_note(f"while reading record {key} in shard {shard} at byte {offset}")
             raise
 
     def _clip(
         self, shard: int, key: str, offset: int, size: int, expected: int
     ) -> dict[str, bytes] | None:
-        """The members of a record that is a json and a video, as most are, verified.
+        """The verified members of a record that is a json and a video, as most records are.
 
-        None if it is anything else or damaged: read in one piece, it is judged then. The video is
-        read into a place of its own, because to cut it out of the record is to copy it into memory
-        that is fresh each time, which takes longer than to read it.
+        None for any other or damaged record, which the caller then reads as a whole. The video is
+        read into its own buffer: slicing it from the record would copy it into newly allocated
+        memory, which takes longer than reading it.
         """
         if isinstance(self.index.places, ShardCache):
             return None
@@ -165,7 +166,7 @@ class ShardReader:
                 yield shard, slot, result
 
     def blocks(self, shard: int, offset: int, size: int) -> bytes:
-        """Bytes of a tar, not verified.
+        """`size` bytes of a tar from `offset` on, not verified.
 
         Raises:
             ValueError: the tar is cut short.
@@ -178,13 +179,13 @@ class ShardReader:
             return _read_exactly(file.fileno(), size, offset)
 
     def expect(self, shards: Iterable[int]) -> None:
-        """These shards will be read soon, in this order: fetch them if they are not here."""
+        """These shards will be read soon, in this order: prefetch those that are remote."""
         if self.index.places is not None:
             infos = [self.index.shards[shard] for shard in shards]
             self.index.places.prefetch((info.name, info.bytes) for info in infos)
 
     def damaged(self, shard: int, slot: int, cause: str) -> DamagedRecord:
-        """The error for a record whose bytes turn out to be damaged, here or in decoding."""
+        """The error for a record that is damaged, found on reading or on decoding it."""
         return DamagedRecord(
             shard=self.index.shards[shard].name,
             key=self.index.key(shard, slot),
@@ -193,7 +194,7 @@ class ShardReader:
         )
 
     def close(self) -> None:
-        """Close all open tars; the reader opens them again when needed."""
+        """Close all open tars; later reads open them again."""
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 
@@ -206,7 +207,7 @@ class ShardReader:
                 descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError as error:
                 raise FileNotFoundError(
-                    f"{path}: the shard was there when the index was loaded and is gone; put it "
+                    f"{path}: the shard existed when the index was loaded and is gone; put it "
                     "back or copy the shard folder again"
                 ) from error
             if len(self._descriptors) >= self._max_open:
@@ -237,18 +238,17 @@ def iter_records(index: ShardIndex) -> Iterator[Record]:
 
 def _read_exactly(descriptor: int, size: int, offset: int) -> bytes:
     blocks = os.pread(descriptor, size, offset)
-    while (
-        len(blocks) < size
-    ):  # one call returns at most 2 GiB, or less on some network file systems
+    # One call returns at most 2 GiB, or less on some network file systems.
+    while len(blocks) < size:
         more = os.pread(descriptor, size - len(blocks), offset + len(blocks))
         if not more:
-            raise ValueError(f"the tar is cut short: {size} bytes wanted, found {len(blocks)}")
+            raise ValueError(f"the tar is cut short: must have {size} bytes, found {len(blocks)}")
         blocks += more
     return blocks
 
 
 def _padded(size: int) -> int:
-    """Bytes that a member's content takes up in a tar."""
+    """Bytes that a member's content occupies in a tar."""
     return size + -size % _BLOCK
 
 
@@ -294,7 +294,7 @@ def untar(key: str, blocks: bytes) -> dict[str, bytes]:
 
 
 class Header(NamedTuple):
-    """What matters of a tar header."""
+    """The fields of a tar header that a reader uses."""
 
     name: str
     size: int  # bytes of the content
@@ -302,13 +302,13 @@ class Header(NamedTuple):
 
 
 def read_header(block: bytes) -> Header:
-    """One tar header. Raises ValueError if it is none."""
-    # The plain form, which nearly all have, in a quarter of tarfile's time; it judges the others.
+    """Parse one tar header. Raises ValueError if it is not one."""
+    # The plain form, which nearly all have, in a quarter of tarfile's time; tarfile parses others.
     size, stated = block[124:135], block[148:156].rstrip(b" \0")
     if (
         len(block) == _BLOCK
         and block[257:263] == b"ustar\0"
-        and not block[345]  # no further part of the name
+        and not block[345]  # no prefix of the name
         and _OCTAL.fullmatch(size)
         and block[135] in b" \0"
         and _OCTAL.fullmatch(stated)
@@ -325,8 +325,8 @@ def read_header(block: bytes) -> Header:
 
 
 def _require_harmless(extended: bytes) -> None:
-    """Extended headers (pax) may state times and owners, as webdataset's writer does; they may not
-    give a member another name, size or target."""
+    """Refuse extended headers (pax) that give a member another name, size or target; times and
+    owners, which webdataset's writer adds, are accepted."""
     while extended:
         length, _, rest = extended.partition(b" ")
         size = int(length) if length.isdigit() and len(length) < 10 else 0
@@ -337,14 +337,14 @@ def _require_harmless(extended: bytes) -> None:
 
 
 def iter_plain(source: Path | str | Iterable[Path | str]) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """(key, members) of every sample of a folder's tars, or of some tars, as webdataset reads them.
+    """(key, members) of every sample of some tars or of all in a folder, as webdataset reads them.
 
-    For tars without an index; webdataset verifies nothing, so damage may pass or end the stream.
+    For tars without an index. webdataset verifies nothing: damage may pass, or end the iteration.
 
     Raises:
         FileNotFoundError: no tar there.
     """
-    # Here and not above: importing webdataset takes seconds, and reading by index never needs it.
+    # Imported here because it takes seconds, and reading by index does not use it.
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
     if isinstance(source, (str, Path)):

@@ -1,8 +1,8 @@
-"""A record: one clip with the labels it can serve, and its form on disk.
+"""A record: one clip with its labels and the tasks that it offers, and its format on disk.
 
 In: labels and media of a clip (from `data_shards.sources`). Out: the members of one WebDataset
-sample, `json` plus `mp4` or the clip's frames as JPEG, and the way back. This is the versioned
-on-disk contract (docs/data_format.md); a Record is valid by construction: no reader checks again.
+sample, `json` plus `mp4` or the clip's frames as JPEG, and the inverse. The format is versioned
+(docs/data_format.md). A Record is valid by construction, so readers need not check it again.
 """
 
 import json
@@ -54,29 +54,27 @@ class Frames:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
-    """One clip: an utterance, or an ECPE target with its conversation, and the tasks it can serve.
+    """One clip: an utterance, or an ECPE target with its conversation, and the tasks it offers.
 
-    Constructing one checks it; raises ValueError with the key, the field, the rule and the value.
+    The constructor raises ValueError with the key, the field, the rule and the value.
     """
 
     key: str  # WebDataset key, unique in the dataset: letters, digits, '_' and '-'
     source: str  # corpus, e.g. 'synthetic'
     split: str  # 'train', 'dev', 'test', ...
-    utterance: str  # what the person says; may be empty
-    speaker: str  # who says it; may be empty
+    utterance: str  # transcript; may be empty
+    speaker: str  # name of the speaker; may be empty
     conversation: tuple[Turn, ...] = ()  # all turns in order of time; empty without conversation
-    target: int = 0  # 1-based number of this utterance in the conversation, 0 = no conversation
+    target: int = 0  # 1-based index of this utterance in the conversation, 0 = no conversation
     sentiment: float | None = None  # -3 (very negative) .. 3 (very positive)
     emotion: str | None = None  # one of tasks.EMOTIONS
-    expressions: tuple[str, ...] | None = None  # phrases of the face at the peak frame
-    reason: str | None = None  # why the person feels so, one line
+    expressions: tuple[str, ...] | None = None  # phrases that describe the face at the peak frame
+    reason: str | None = None  # cause of the emotion, one line of text
     pairs: tuple[Pair, ...] | None = None  # the target's emotion-cause pairs, sorted; may be empty
-    tasks: tuple[Task, ...]  # which of the labels serve as task entries, in canonical order
+    tasks: tuple[Task, ...]  # the tasks that it offers, in canonical order
     num_frames: int  # frames of the whole clip, also when only some are stored
-    peak_frame: int | None = None  # 0-based rank by presentation time
-    notes: dict[str, Note] = field(
-        default_factory=dict
-    )  # truth of the source, never used in training
+    peak_frame: int | None = None  # 0-based, in presentation order
+    notes: dict[str, Note] = field(default_factory=dict)  # of the source; never used in training
     media: Video | Frames
 
     def __post_init__(self) -> None:
@@ -88,7 +86,7 @@ class Record:
         return mask_of(self.tasks)
 
     def answer(self, task: Task) -> Answer:
-        """The true answer of one task. Raises ValueError if the record does not serve that task."""
+        """The label of one task. Raises ValueError if the record does not offer the task."""
         if task not in self.tasks:
             offered = ", ".join(self.tasks)
             raise ValueError(f"record {self.key}: task {task} is not offered; it offers {offered}")
@@ -192,7 +190,7 @@ def _check_tasks(r: Record) -> None:
 def _check_notes(r: Record) -> None:
     for name, value in r.notes.items():
         if not isinstance(name, str) or not isinstance(value, (str, int, float, bool)):
-            _fail(r.key, f"notes.{name}", "must be text, a number or a truth value", value)
+            _fail(r.key, f"notes.{name}", "must be text, a number or true/false", value)
         if isinstance(value, float) and not math.isfinite(value):
             _fail(r.key, f"notes.{name}", "must be a finite number", value)
 
@@ -307,7 +305,7 @@ _FIELDS: Final = frozenset({f.name for f in fields(Record)} | {"version"})
 
 
 class _FieldReader:
-    """Typed access to the fields of one record's json; every refusal names key and field."""
+    """Typed access to the fields of one record's json; errors name key and field."""
 
     def __init__(self, key: str, fields: object) -> None:
         if not isinstance(fields, dict):
@@ -326,7 +324,7 @@ class _FieldReader:
         value = self._fields[name]
         if value is None and optional:
             return None
-        # bool is a subclass of int; a JSON true is no number
+        # bool is a subclass of int, but a JSON true is not a number
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             _fail(self._key, name, f"must be of type {kind.__name__}", value)
         return value
@@ -365,7 +363,7 @@ class _FieldReader:
         if values is None:
             return None
         for value in values:
-            if not (isinstance(value, list) and [type(part) for part in value] == [int, str, int]):
+            if not (isinstance(value, list) and [type(item) for item in value] == [int, str, int]):
                 _fail(self._key, "pairs", "must be a list of [target, emotion, cause]", value)
         return tuple(Pair(*value) for value in values)
 

@@ -1,9 +1,9 @@
-"""An index for tars that have none: one pass over each, on the fly.
+"""An index for tars that have none, made by one pass over each of them.
 
-In: WebDataset tars of our records, untouched, from whatever wrote them. Out: a folder with the side
-files and the index.json that `ShardIndex.load` reads, while the tars stay where they are. Several
-processes may ask for the same tars at once: one makes the index, the others wait. Memory: one
-record, and one shard's entries. Flow: tars -> here -> index.
+In: WebDataset tars of our records, whichever program wrote them; they are not changed. Out: a
+folder with the side files and the index.json that `ShardIndex.load` reads. If several processes
+scan the same tars at once, one makes the index and the others wait. Memory: one record, and the
+entries of one shard. Flow: tars -> here -> index.
 """
 
 import fcntl
@@ -38,7 +38,7 @@ _BLOCK: Final = tarfile.BLOCKSIZE
 
 
 class TarPlaces:
-    """Where a scanned dataset's files are: side files in one folder, tars wherever they are."""
+    """Files of a scanned dataset: side files in one folder, tars in their own."""
 
     def __init__(self, folder: Path, tars: dict[str, Path]) -> None:
         self._folder = folder
@@ -51,21 +51,21 @@ class TarPlaces:
         return self.path(name, size).read_bytes()
 
     def drop(self, name: str) -> None:
-        """Nothing was copied, so nothing can be forgotten."""
+        """No file is a copy, so none can be fetched again."""
 
     def prefetch(self, files: Iterable[tuple[str, int | None]]) -> None:
-        """All files are here."""
+        """All files are local."""
 
 
 def scan_folder(folder: Path, index_root: Path) -> ShardIndex:
-    """The index of a folder's tars, made now unless it was made before.
+    """The index of a folder's tars, made unless it exists.
 
     Args:
-        index_root: where indexes are kept, one folder per state of the tars (names, sizes, times).
+        index_root: folder of indexes, one subfolder per state of the tars (names, sizes, times).
 
     Raises:
         FileNotFoundError: there is no tar.
-        ValueError: a tar that is damaged or holds something else: tar, key and offset.
+        ValueError: a tar is damaged or holds something else; names tar, key and offset.
     """
     tars = sorted(folder.glob("*.tar"))
     if not tars:
@@ -127,7 +127,7 @@ def _write_index_of(tars: Sequence[Path], out: Path) -> None:
                     )
                 )
                 keys.append(record.key)
-        if not entries:  # an empty tar is no shard: nothing can be planned of it
+        if not entries:  # an empty tar is not a shard: it has no record to plan
             continue
         idx = np.array(entries, dtype=ENTRY_DTYPE)
         lines = "".join(f"{key}\n" for key in keys).encode("ascii")
@@ -150,22 +150,22 @@ def _write_index_of(tars: Sequence[Path], out: Path) -> None:
 
 
 def _options(record: Record) -> dict[str, str | int]:
-    """What index.json says of a built folder, as far as a record shows it."""
+    """The build options that index.json states, as far as a record shows them."""
     if isinstance(record.media, Frames):
         return {"frames": "extracted", "frames_per_clip": len(record.media.jpegs)}
     return {"frames": "video"}
 
 
 def _records(stream: BinaryIO, tar: Path) -> Iterator[tuple[Record, int, bytes]]:
-    """(record, offset, its tar blocks) one after the other: members with equal keys in a row."""
+    """(record, offset, tar blocks) of each record: successive members with equal keys."""
     key, offset, blocks = "", 0, b""
     for name, start, member in _members(stream, tar):
-        found = name.rpartition("/")[2].partition(".")[0] if name else ""
-        if found != key and key:
+        member_key = name.rpartition("/")[2].partition(".")[0] if name else ""
+        if member_key != key and key:
             yield _record(tar, key, offset, blocks), offset, blocks
             blocks = b""
         if not blocks:
-            key, offset = found, start
+            key, offset = member_key, start
         blocks += member
         if len(blocks) > MAX_RECORD_BYTES:
             raise ValueError(
@@ -184,7 +184,7 @@ def _record(tar: Path, key: str, offset: int, blocks: bytes) -> Record:
 
 
 def _members(stream: BinaryIO, tar: Path) -> Iterator[tuple[str, int, bytes]]:
-    """(name, offset, blocks) of each member with its extended header; ends at the empty blocks."""
+    """(name, offset, blocks) of each member with its extended header, up to the end mark."""
     start, size = 0, os.fstat(stream.fileno()).st_size
     while True:
         blocks = b""
@@ -192,7 +192,7 @@ def _members(stream: BinaryIO, tar: Path) -> Iterator[tuple[str, int, bytes]]:
             header = stream.read(_BLOCK)
             if len(header) < _BLOCK:
                 raise ValueError(
-                    f"{tar}: it ends at byte {start} without a tar's end mark: cut short"
+                    f"{tar}: ends at byte {start} without the end mark of a tar: it is cut short"
                 )
             if not blocks and not any(header):
                 return

@@ -1,7 +1,7 @@
 """One shard: a record as tar blocks, and the tar with its side files, durable when finished.
 
-In: records in their stored form, one after the other. Out: `NAME.tar`, `NAME.idx`, `NAME.keys` and
-the ShardInfo that index.json will hold. Nothing in the bytes varies between runs.
+In: records in their stored form, one after the other. Out: `NAME.tar`, `NAME.idx`, `NAME.keys`, and
+the ShardInfo for index.json. Equal records give equal bytes.
 Flow: build -> here -> index.
 """
 
@@ -32,7 +32,7 @@ _NAME_MAX: Final = 100  # longer names would need tar extensions that not every 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Packed:
-    """A record as it goes into a tar, and what its index entry says."""
+    """A record as tar blocks, with the values of its index entry."""
 
     key: str
     mask: int
@@ -47,7 +47,7 @@ def pack_record(record: Record) -> Packed:
     Raises:
         ValueError: the key is too long for a tar, or the record too large.
     """
-    parts = []
+    pieces = []
     for extension, content in to_members(record).items():
         info = tarfile.TarInfo(f"{record.key}.{extension}")
         if len(info.name) > _NAME_MAX:
@@ -61,8 +61,8 @@ def pack_record(record: Record) -> Packed:
                 f"{len(content)}; shorten the conversation"
             )
         info.size = len(content)  # mtime, uid and gid are 0, the mode is 0644
-        parts += [info.tobuf(tarfile.USTAR_FORMAT), content, bytes(-len(content) % _BLOCK)]
-    blocks = b"".join(parts)
+        pieces += [info.tobuf(tarfile.USTAR_FORMAT), content, bytes(-len(content) % _BLOCK)]
+    blocks = b"".join(pieces)
     if len(blocks) > MAX_RECORD_BYTES:
         raise ValueError(
             f"record {record.key}: may have {MAX_RECORD_BYTES} bytes, found {len(blocks)}; cut the "
@@ -78,7 +78,7 @@ def pack_record(record: Record) -> Packed:
 
 
 def text_chars(record: Record) -> int:
-    """The index's estimate of a record's length in text."""
+    """Length of a record's text in characters, for the index."""
     return len(record.utterance) + sum(
         len(turn.speaker) + len(turn.text) for turn in record.conversation
     )
@@ -94,10 +94,11 @@ class ShardWriter:
         self._keys: list[str] = []
 
     def is_full(self, num_bytes: int, max_records: int, max_bytes: int) -> bool:
-        """Whether `num_bytes` more would pass a limit."""
+        """Whether `num_bytes` more would exceed a limit."""
         return len(self._keys) >= max_records or self._file.tell() + num_bytes > max_bytes
 
     def add(self, packed: Packed) -> None:
+        """Append a record."""
         self._entries.append(
             (
                 self._file.tell(),
@@ -112,8 +113,8 @@ class ShardWriter:
         self._file.write(packed.blocks)
 
     def finish(self) -> ShardInfo:
-        """End the tar, write `.idx` and `.keys`; all three are on the disk when this returns."""
-        # Two empty blocks end a tar; the whole is a multiple of 20 blocks, as tar itself writes.
+        """End the tar and write `.idx` and `.keys`; all three are flushed to disk on return."""
+        # Two empty blocks end a tar; the size is a multiple of 20 blocks, as from the tar command.
         end = self._file.tell() + 2 * _BLOCK
         self._file.write(bytes(2 * _BLOCK + -end % tarfile.RECORDSIZE))
         num_bytes = self._file.tell()

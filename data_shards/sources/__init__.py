@@ -1,27 +1,4 @@
-"""Raw corpora: each corpus module turns one corpus into items of a build.
+"""Raw corpora: each module turns one corpus into the items of a build.
 
-A corpus module has `add_arguments(parser)` and `open_source(args) -> Source`; `SOURCES` lists it.
-Where making a record takes time, the item is a function that the build calls in its workers.
+Entry point: `registry.SOURCES`.
 """
-
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Final
-
-from data_shards.build.source_item import SourceItem
-
-# Name on the command line -> module
-SOURCES: Final[Mapping[str, str]] = {
-    "synthetic": "data_shards.sources.synthetic",
-    **dict.fromkeys(("meld", "mosei", "ecf", "emt"), "data_shards.sources.emt"),
-    "swift": "data_shards.sources.swift",
-}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Source:
-    """A corpus that is ready to be built: the same items in the same order every time."""
-
-    items: Iterable[SourceItem]
-    total: int | None  # number of items, for the progress bar; None = not known
-    provenance: Mapping[str, Any]  # JSON values: the corpus, its options, hashes of its files

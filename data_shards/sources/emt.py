@@ -17,7 +17,6 @@ from typing import Any, Final, get_args
 from data_shards.build.clip_record import Clip, MediaOptions, PendingRecord, hash_file, make_record
 from data_shards.build.source_item import FileItem
 from data_shards.jsonl import read_rows
-from data_shards.sources import Source
 from data_shards.sources.ecf import (
     SPLITS_OF,
     EcfClips,
@@ -46,6 +45,7 @@ from data_shards.sources.overlap import (
     kept,
     require_map,
 )
+from data_shards.sources.registry import Source
 from data_shards.tasks import TASKS, Task
 
 CORPORA: Final = ("meld", "mosei", "ecf")

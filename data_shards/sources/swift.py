@@ -24,7 +24,7 @@ from data_shards.build.source_item import FileItem, Skipped, SourceItem
 from data_shards.jsonl import read_rows, read_utf8
 from data_shards.media.video import count_frames
 from data_shards.shards.record import Record, Turn, Video
-from data_shards.sources import Source
+from data_shards.sources.registry import Source
 from data_shards.tasks import IDENTIFIER, TASKS, Task, parse_answer
 
 _MEDIA_TAG: Final = re.compile(r"\s*(<video>(</video>)?|<image>(</image>)?|<img>|</img>)\s*")

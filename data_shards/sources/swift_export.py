@@ -5,16 +5,14 @@ names, in the format of the paper's stage files. The source `swift` reads it bac
 place for the strength of a sentiment, speaker, split and notes, so these are lost.
 """
 
-import argparse
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal
 
 from data_shards.media.pixels import jpeg_encode
 from data_shards.media.video import decode_frames
-from data_shards.progress import Progress
 from data_shards.shards.index import ShardIndex
 from data_shards.shards.reader import iter_records
 from data_shards.shards.record import Frames, Record
@@ -105,35 +103,3 @@ def _peak(record: Record) -> bytes:
         return record.media.peak_jpeg
     assert record.peak_frame is not None, "asked for records with a peak only"
     return jpeg_encode(decode_frames(record.media.mp4, [record.peak_frame])[0], _PEAK_QUALITY)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `emoverse convert export`."""
-    add = parser.add_argument
-    add("dir", type=Path, metavar="DIR", help="shard folder")
-    add("--out", type=Path, required=True, help="folder to make; must be new or empty")
-    add("--form", choices=get_args(Form), default="jsonl", help="lines, or one JSON list")
-    add("--visual", choices=get_args(Visual), default="video", help="what tasks but FER look at")
-    names = [task.value for task in TASKS]
-    add("--task", choices=names, action="append", help="only this task (may be given again)")
-    add("--give-emotion", action="store_true", help="state the gold emotion in ECPE queries")
-
-
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Export and say how many rows of which task there are."""
-    records = ShardIndex.load(args.dir).num_records
-    return export_swift(
-        args.dir,
-        args.out,
-        form=args.form,
-        visual=args.visual,
-        tasks=tuple(Task(name) for name in args.task) if args.task else TASKS,
-        give_emotion=args.give_emotion,
-        progress=Progress(records, "records"),
-    )
-
-
-def report_text(report: Mapping[str, Any]) -> str:
-    """The report as a line for people."""
-    tasks = ", ".join(f"{task} {count}" for task, count in report["tasks"].items())
-    return f"{report['out']}: {report['rows']} rows of {report['records']} records ({tasks})"

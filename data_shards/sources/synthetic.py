@@ -17,7 +17,7 @@ from data_shards.annotate.openface import format_openface, read_openface
 from data_shards.build.source_item import RecordFactory
 from data_shards.media.video import encode_mp4
 from data_shards.shards.record import Record, Video
-from data_shards.sources import Source
+from data_shards.sources.registry import Source
 from data_shards.tasks import TASKS, Task
 from data_shards.world import scene as world
 from data_shards.world.expression import measure

@@ -1,8 +1,8 @@
-"""What anyone can see in the synthetic world, in plain words: the language of the generic pairs.
+"""Descriptions of visible facts of the synthetic world: the language of the generic pairs.
 
-In: who it is, how the head is held, AU intensities. Out: words. Only visible facts (hair, skin,
-shirt, glasses, head, what brows, eyes and mouth do); no emotion, no sentiment, no cause, none of
-the five tasks' formats. The nano base is aligned on these words.
+In: a person, the pose of the head, AU intensities. Out: text about hair, skin, shirt, glasses, head
+pose, and the visible signs of brows, eyes and mouth; never an emotion, a sentiment, a cause, or a
+format of the five tasks. The nano base is aligned on these texts.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from data_shards.world.face import Person, Pose
 # An AU of at least this intensity (0..5) moves its part by about three pixels at 112 px.
 VISIBLE_FROM = 1.6
 
-# One plain sign per AU, top of the face to the bottom.
+# One sign per AU, from the top of the face to the bottom.
 SIGNS: dict[str, str] = {
     "AU01": "brows up inside", "AU02": "brows up outside", "AU04": "brows pulled down",
     "AU05": "eyes wide", "AU07": "lids tight", "AU45": "eyes closed", "AU06": "cheeks lifted",
@@ -31,12 +31,12 @@ def person_words(person: Person) -> str:
 
 
 def head_words(pose: Pose) -> str:
-    """Which way the head leans (roll over 0.07 rad), as the viewer sees it."""
+    """The side to which the head leans (roll over 0.07 rad), from the viewer's side."""
     if abs(pose.roll) <= 0.07:
         return "upright"
     return "leaning right" if pose.roll > 0 else "leaning left"
 
 
 def visible_signs(au: Mapping[str, float]) -> tuple[str, ...]:
-    """The signs of all AUs that are strong enough to be seen, top to bottom."""
+    """The signs of all AUs with a visible intensity, from top to bottom."""
     return tuple(sign for unit, sign in SIGNS.items() if au.get(unit, 0.0) >= VISIBLE_FROM)

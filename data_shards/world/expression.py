@@ -1,7 +1,7 @@
-"""How a face acts over time: action-unit (AU) tracks with onset, apex and offset.
+"""Expressions over time: action-unit (AU) tracks with onset, apex and offset.
 
-In: which AUs, how strong, whose face. Out: [frames, AUs] intensities (0..5) in the order of
-ACTION_UNITS, and what OpenFace would measure of them.
+In: the AUs, their strength, the person's gain. Out: intensities (0..5) [frames, AUs] in the order
+of ACTION_UNITS, and simulated OpenFace measurements of them.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from data_shards.world.face import ACTION_UNITS, MAX_INTENSITY
 
 COLUMN = {unit: i for i, unit in enumerate(ACTION_UNITS)}
 _EMOTION_AUS = EMOTION_TABLES["mer_factory"]
-# The AUs without which an expression could be taken for another one: they are always shown.
+# The AUs that distinguish an expression from the others: they are always shown.
 _SIGNATURE: dict[str, tuple[str, ...]] = {
     "joy": ("AU12",), "sadness": ("AU01", "AU15"), "surprise": ("AU02", "AU26"),
     "fear": ("AU01", "AU20"), "anger": ("AU04", "AU23"), "disgust": ("AU09",),
@@ -23,7 +23,7 @@ _SHOWN = 0.65  # probability that each further AU of the emotion's set takes par
 
 
 def choose_units(rng: np.random.Generator, emotion: str) -> tuple[str, ...]:
-    """The AUs by which one person shows `emotion` this time: its signature, a share of the rest."""
+    """Random AUs of an emotion: its signature, and each other AU of it with probability _SHOWN."""
     signature = _SIGNATURE.get(emotion, ())
     return tuple(
         unit for unit in _EMOTION_AUS.get(emotion, ()) if unit in signature or rng.random() < _SHOWN
@@ -75,7 +75,7 @@ def act(
 
 
 def measure(rng: np.random.Generator, tracks: Sequence[np.ndarray], *, fps: int) -> Faces:
-    """What OpenFace would report of a clip: one row per frame and face, faces numbered as `tracks`.
+    """Simulated OpenFace output of a clip: one row per frame and face, faces numbered as `tracks`.
 
     Each track is [frames, 18]. Measurement noise has a standard deviation of 0.15; presence means
     an intensity of 1 or more; one row in thirty fails and carries small values, as in real files.

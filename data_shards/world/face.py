@@ -1,12 +1,12 @@
-"""A parametric face, drawn anti-aliased from action units (AUs).
+"""A parametric face, rendered with anti-aliasing from action units (AUs).
 
-In: who it is (Person), where the head is (Pose), how strong each AU is (0..5, OpenFace's scale).
-Out: one uint8 rgb frame. Every AU moves a visible part by several pixels at 112 px, well above the
-pose jitter, so the AUs can be read back from pixels. Used by the synthetic corpus and by the
-generic pairs of the nano base; nothing here knows about emotions.
+In: a person's features (Person), the head pose (Pose), the intensity of each AU (0..5, OpenFace's
+scale). Out: one uint8 RGB frame. At 112 pixels every AU moves a feature by several pixels, well
+above the pose jitter, so that AUs can be recognized from pixels. Used by the synthetic corpus and
+by the generic pairs of the nano base. Emotions are not modeled here.
 
 Coordinates: the face's own frame has its origin between the eyes and the mouth, x to the viewer's
-right, y down, and unit = half the head's width.
+right, y down, and half the width of the head as its unit.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-# OpenFace 2.x: 17 intensities plus AU28, which has presence only (its wiki, Output-Format).
+# OpenFace 2.x: 17 intensities, and AU28 with presence only (OpenFace wiki, Output-Format).
 ACTION_UNITS = (
     "AU01", "AU02", "AU04", "AU05", "AU06", "AU07", "AU09", "AU10", "AU12",
     "AU14", "AU15", "AU17", "AU20", "AU23", "AU25", "AU26", "AU28", "AU45",
@@ -39,7 +39,7 @@ _SUPERSAMPLE = 2  # polygons are filled at twice the size and averaged down: ant
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Person:
-    """What stays the same of one identity. Shape factors are relative to 1."""
+    """The constant features of an identity. Shape factors are relative to 1."""
 
     woman: bool
     skin: str
@@ -59,7 +59,7 @@ class Person:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pose:
-    """Where the head is: centre and half head width in frame widths, roll in radians."""
+    """Pose of the head: center and half head width in frame widths, roll in radians."""
 
     x: float = 0.5
     y: float = 0.47
@@ -69,7 +69,7 @@ class Pose:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Light:
-    """Background colour, overall gain and a left-right gradient (-1..1 of +-15 %)."""
+    """Background color, overall gain and a left-right gradient (-1..1 of +-15 %)."""
 
     background: tuple[int, int, int]
     gain: float
@@ -114,27 +114,27 @@ class _Canvas:
     def __init__(self, draw: ImageDraw.ImageDraw, pose: Pose, pixels: int) -> None:
         self._draw = draw
         self._unit = pose.size * pixels
-        self._centre = np.array([pose.x * pixels, pose.y * pixels])
+        self._center = np.array([pose.x * pixels, pose.y * pixels])
         cos, sin = np.cos(pose.roll), np.sin(pose.roll)
         self._rotation = np.array([[cos, -sin], [sin, cos]]) * self._unit
 
     def _to_pixels(self, points: np.ndarray) -> list[tuple[float, float]]:
-        return [(float(x), float(y)) for x, y in points @ self._rotation.T + self._centre]
+        return [(float(x), float(y)) for x, y in points @ self._rotation.T + self._center]
 
-    def fill(self, points: np.ndarray, colour: tuple[int, int, int]) -> None:
-        self._draw.polygon(self._to_pixels(points), fill=colour)
+    def fill(self, points: np.ndarray, color: tuple[int, int, int]) -> None:
+        self._draw.polygon(self._to_pixels(points), fill=color)
 
-    def line(self, points: np.ndarray, width: float, colour: tuple[int, int, int]) -> None:
+    def line(self, points: np.ndarray, width: float, color: tuple[int, int, int]) -> None:
         pixels = self._to_pixels(points)
         width_px = max(1, round(width * self._unit))
-        self._draw.line(pixels, fill=colour, width=width_px, joint="curve")
+        self._draw.line(pixels, fill=color, width=width_px, joint="curve")
         radius = width_px / 2 - 0.5
         for x, y in (pixels[0], pixels[-1]):
-            self._draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
+            self._draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=color)
 
-    def disc(self, x: float, y: float, radius: float, colour: tuple[int, int, int]) -> None:
+    def disc(self, x: float, y: float, radius: float, color: tuple[int, int, int]) -> None:
         (px, py), r = self._to_pixels(np.array([[x, y]]))[0], radius * self._unit
-        self._draw.ellipse((px - r, py - r, px + r, py + r), fill=colour)
+        self._draw.ellipse((px - r, py - r, px + r, py + r), fill=color)
 
 
 _ANGLE = np.linspace(0, 2 * np.pi, 28, endpoint=False)
@@ -156,8 +156,8 @@ def _curve(
     return points
 
 
-def _shade(colour: tuple[int, int, int], factor: float) -> tuple[int, int, int]:
-    red, green, blue = (int(min(255, max(0, v * factor))) for v in colour)
+def _shade(color: tuple[int, int, int], factor: float) -> tuple[int, int, int]:
+    red, green, blue = (int(min(255, max(0, v * factor))) for v in color)
     return red, green, blue
 
 
@@ -223,7 +223,7 @@ def _draw_eyes(canvas: _Canvas, person: Person, au: Mapping[str, float]) -> None
 
 
 def _draw_brows(canvas: _Canvas, person: Person, au: Mapping[str, float]) -> None:
-    colour = _shade(HAIR[person.hair if person.hair_style != "bald" else "brown"], 0.7)
+    color = _shade(HAIR[person.hair if person.hair_style != "bald" else "brown"], 0.7)
     x = 0.44 * person.eye_gap
     inner = -0.52 - 0.2 * au["AU01"] + 0.16 * au["AU04"]
     outer = -0.5 - 0.22 * au["AU02"] + 0.06 * au["AU04"]
@@ -233,7 +233,7 @@ def _draw_brows(canvas: _Canvas, person: Person, au: Mapping[str, float]) -> Non
         brow = _curve(
             (side * (x - 0.27 - pinch), inner), (side * x, middle), (side * (x + 0.3), outer)
         )
-        canvas.line(brow, 0.085 * person.brow_weight, colour)
+        canvas.line(brow, 0.085 * person.brow_weight, color)
         if au["AU04"] > 0.3:
             furrow = np.array([[side * 0.06, -0.62], [side * 0.06, -0.42]])
             canvas.line(furrow, 0.035, _shade(SKIN[person.skin], 0.6))
@@ -264,15 +264,15 @@ def _draw_mouth(canvas: _Canvas, person: Person, au: Mapping[str, float], jaw: f
         if person.woman
         else _shade((skin[0], int(skin[1] * 0.82), int(skin[2] * 0.82)), 0.82)
     )
-    centre = 0.66
+    center = 0.66
     half = person.mouth_width * (
         0.34 + 0.11 * au["AU12"] + 0.2 * au["AU20"] - 0.11 * au["AU23"] - 0.06 * au["AU26"]
     )
-    corner = centre - 0.2 * au["AU12"] + 0.2 * au["AU15"] + 0.05 * au["AU20"]
+    corner = center - 0.2 * au["AU12"] + 0.2 * au["AU15"] + 0.05 * au["AU20"]
     gap = 0.06 * au["AU25"] + 0.34 * au["AU26"]
     weight = 0.085 * person.lip_weight * (1 - 0.7 * au["AU23"]) * (1 - 0.9 * au["AU28"])
-    upper = centre - 0.13 * au["AU10"] - 0.02
-    lower = centre + gap - 0.1 * au["AU17"] + 0.02
+    upper = center - 0.13 * au["AU10"] - 0.02
+    lower = center + gap - 0.1 * au["AU17"] + 0.02
     left, right = (-half, corner), (half, corner)
     if gap > 0.02:
         opening = np.concatenate(
@@ -286,7 +286,7 @@ def _draw_mouth(canvas: _Canvas, person: Person, au: Mapping[str, float], jaw: f
             canvas.fill(_ellipse(0, upper + 0.06, half * 0.6, 0.04), (246, 246, 240))
     if au["AU10"] > 0.2:  # raised upper lip: teeth and the fold beside the nose
         canvas.fill(
-            _ellipse(0, centre - 0.03 - 0.05 * au["AU10"], half * 0.62, 0.05 + 0.03 * au["AU10"]),
+            _ellipse(0, center - 0.03 - 0.05 * au["AU10"], half * 0.62, 0.05 + 0.03 * au["AU10"]),
             (246, 246, 240),
         )
         for side in (-1, 1):
@@ -296,7 +296,7 @@ def _draw_mouth(canvas: _Canvas, person: Person, au: Mapping[str, float], jaw: f
         canvas.line(_curve(left, (0, 2 * upper - corner), right), weight, lip)
         canvas.line(_curve(left, (0, 2 * lower - corner), right), weight * 1.15, _shade(lip, 1.12))
     else:
-        canvas.line(_curve(left, (0, 2 * centre - corner), right), 0.025, _shade(skin, 0.6))
+        canvas.line(_curve(left, (0, 2 * center - corner), right), 0.025, _shade(skin, 0.6))
     for side in (-1, 1):
         if au["AU14"] > 0.2:  # dimples beside the corners
             x = side * (half + 0.16)

@@ -1,8 +1,7 @@
-"""What people say: utterances that carry a feeling, hide it or leave it open, and dialogues.
+"""Utterances with clear, vague or no emotional content, and dialogues that mention events.
 
-In: a seeded generator. Out: texts, and for a dialogue which event each turn names. The banks are
-combinatorial (tens of thousands of distinct utterances), so a model cannot win by remembering
-sentences.
+In: a seeded generator. Out: texts, and for a dialogue the event that each turn mentions. Utterances
+are combinations (tens of thousands of distinct ones), so a model cannot memorize them.
 """
 
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ NAMES = (
     "Kim", "Leo", "Mia", "Ned", "Olga", "Paul", "Rosa", "Sam", "Tina", "Will",
 )  # fmt: skip
 
-# Named events and the feeling they cause. ECPE asks which of the named events is the cause.
+# Events and the emotion they cause. ECPE asks which of the mentioned events is the cause.
 EVENTS: dict[str, tuple[str, ...]] = {
     "joy": (
         "the wedding", "the first prize", "the holiday", "the birthday cake", "the new job",
@@ -95,7 +94,7 @@ _CLEAR: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 _TAILS = ("", " today", " my friend", " really", " right now", " again")
-# How the words sound, for composed reasons.
+# Tone of the words, for composed reasons.
 TONE: dict[str, str] = {
     "joy": "happy", "sadness": "sad", "anger": "angry", "fear": "frightened",
     "surprise": "surprised", "disgust": "disgusted", "neutral": "calm",
@@ -111,17 +110,17 @@ def _sentence(text: str) -> str:
 
 
 def vague_utterance(rng: np.random.Generator) -> str:
-    """Words that fit every feeling: only the face tells."""
+    """An utterance that fits every emotion, so that only the face shows it."""
     return _sentence(_pick(rng, _OPENERS) + _pick(rng, _VAGUE))
 
 
 def plain_utterance(rng: np.random.Generator) -> str:
-    """A statement without feeling."""
+    """A neutral statement."""
     return _sentence(_pick(rng, _OPENERS) + _pick(rng, _PLAIN))
 
 
 def clear_utterance(rng: np.random.Generator, emotion: str, event: str | None) -> str:
-    """Words of one emotion, with the event that caused it when one is given."""
+    """An utterance of one emotion, with the event that causes it if one is given."""
     about = f" about {event}" if event else ""
     return _sentence(
         f"{_pick(rng, _OPENERS)}{_pick(rng, _CLEAR[emotion])}{_pick(rng, _TAILS)}{about}."
@@ -129,18 +128,18 @@ def clear_utterance(rng: np.random.Generator, emotion: str, event: str | None) -
 
 
 def draw_event(rng: np.random.Generator, emotion: str) -> str:
-    """One named event of an emotion."""
+    """A random event that causes an emotion."""
     return _pick(rng, EVENTS[emotion])
 
 
 def mention(rng: np.random.Generator, event: str) -> str:
-    """A turn that names an event without judging it."""
+    """A turn that mentions an event without emotion."""
     return _pick(rng, _MENTIONS).format(event=event)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Dialogue:
-    """A conversation: `named[i]` is the event that turn i+1 names, or None."""
+    """A conversation: `named[i]` is the event that turn i+1 mentions, or None."""
 
     turns: tuple[Turn, ...]
     named: tuple[str | None, ...]
@@ -154,30 +153,30 @@ def draw_dialogue(
     target: int,
     target_event: str | None,
 ) -> Dialogue:
-    """A dialogue of `num_turns` turns; each of `events` is named once, never in the target turn.
+    """A dialogue of `num_turns` turns; each of `events` is mentioned once, not by the target turn.
 
-    `target` is the 1-based turn of interest: its words are vague, or name `target_event`.
+    `target` is the 1-based turn of interest: its text is vague, or mentions `target_event`.
     """
-    assert len(events) < num_turns, "every event needs a turn of its own beside the target"
+    assert len(events) < num_turns, "every event requires a turn other than the target"
     others = [i for i in range(num_turns) if i != target - 1]
-    places = sorted(int(i) for i in rng.choice(others, size=len(events), replace=False))
+    positions = sorted(int(i) for i in rng.choice(others, size=len(events), replace=False))
     order = [events[int(i)] for i in rng.permutation(len(events))]
     named: list[str | None] = [None] * num_turns
-    for place, event in zip(places, order, strict=True):
-        named[place] = event
+    for position, event in zip(positions, order, strict=True):
+        named[position] = event
     named[target - 1] = target_event
     speakers = [
         NAMES[int(i)] for i in rng.choice(len(NAMES), size=int(rng.integers(2, 4)), replace=False)
     ]
     turns = []
     last = -1
-    for place in range(num_turns):
+    for position in range(num_turns):
         choices = [i for i in range(len(speakers)) if i != last]
         last = choices[int(rng.integers(len(choices)))]
-        spoken_of = named[place]
-        if spoken_of is not None:
-            text = mention(rng, spoken_of)
-        elif place == target - 1:
+        mentioned = named[position]
+        if mentioned is not None:
+            text = mention(rng, mentioned)
+        elif position == target - 1:
             text = vague_utterance(rng)
         else:
             text = _pick(rng, _FILLERS)

@@ -1,8 +1,8 @@
 """Generic question-answer pairs of the synthetic world, on which the nano base is aligned.
 
-Image-text, video-text and text-only pairs about what is visible or was said: face, hair, head, who
+Image-text, video-text and text-only pairs about visible facts and utterances: face, hair, head, who
 speaks, which turn names an event. Never an emotion, a sentiment, a cause, or a format of the five
-tasks; the people come from a stream of identities that the corpus does not use.
+tasks; the identities come from a random stream that the corpus does not use.
 """
 
 import re
@@ -20,9 +20,9 @@ from data_shards.world.face import ACTION_UNITS, Person, Pose, draw_light, draw_
 from data_shards.world.scene import IMAGE_SIZE
 
 VIDEO_FRAMES = 4
-WHICH_TURN = "Which turn names"  # opens the questions whose answer is a number
+WHICH_TURN = "Which turn names"  # beginning of the questions whose answer is a turn number
 _NO_SIGN = "nothing special"
-# Signs that exclude each other in a drawing: one would hide the other.
+# Signs that exclude each other: one would hide the other.
 _EXCLUSIVE = {
     frozenset(pair)
     for pair in (
@@ -37,7 +37,7 @@ _DRAWABLE = tuple(describe.SIGNS)
 class GenericPair:
     """One question and its answer.
 
-    `frames`: uint8 [F, H, W, 3] rgb, or None for text only; `video` tells a clip from one image.
+    `frames`: uint8 RGB [F, H, W, 3], or None for text only; `video`: a clip, not a single image.
     """
 
     kind: str
@@ -48,18 +48,18 @@ class GenericPair:
 
 
 def draw_signs(rng: np.random.Generator) -> tuple[str, ...]:
-    """A random set of up to seven AUs that can be seen together, whatever they would mean."""
-    wanted = int(rng.integers(0, 8))
+    """A random set of up to seven AUs that can be visible together."""
+    size = int(rng.integers(0, 8))
     chosen: list[str] = []
     for i in rng.permutation(len(_DRAWABLE)):
         unit = _DRAWABLE[int(i)]
-        if len(chosen) < wanted and not any(frozenset((unit, c)) in _EXCLUSIVE for c in chosen):
+        if len(chosen) < size and not any(frozenset((unit, c)) in _EXCLUSIVE for c in chosen):
             chosen.append(unit)
     return tuple(chosen)
 
 
 def still_face(rng: np.random.Generator) -> tuple[np.ndarray, dict[str, float], Person, Pose]:
-    """One picture of one person with random signs: (frame, AU intensities, who, where)."""
+    """One image of a person with random signs: (frame, AU intensities, person, pose)."""
     shown = draw_signs(rng)
     au = {
         unit: float(rng.uniform(2.2, 5.0) if unit in shown else rng.uniform(0, 0.7))
@@ -117,7 +117,7 @@ def _about_person(rng: np.random.Generator) -> GenericPair:
 
 
 def _about_moving_face(rng: np.random.Generator) -> GenericPair:
-    """A video in which the signs come and go: all are to be told, whenever they are seen best."""
+    """A video in which the signs appear and fade; the answer names those visible at their peak."""
     shown = tuple(unit for unit in draw_signs(rng) if unit != "AU45")
     person = draw_person(rng)
     num_frames = int(rng.integers(10, 17))
@@ -150,9 +150,9 @@ def _who_speaks(rng: np.random.Generator) -> GenericPair:
     light = draw_light(rng)
     poses = (Pose(x=0.26, y=0.48, size=0.2), Pose(x=0.74, y=0.48, size=0.2))
     frames = []
-    for number in range(VIDEO_FRAMES):
+    for t in range(VIDEO_FRAMES):
         mouths = [{"AU26": 0.0}, {"AU26": 0.0}]
-        mouths[speaker] = {"AU26": 4.0 if number % 2 else 1.0, "AU25": 3.0}
+        mouths[speaker] = {"AU26": 4.0 if t % 2 else 1.0, "AU25": 3.0}
         frames.append(render(list(zip(people, poses, mouths, strict=True)), light, IMAGE_SIZE, rng))
     side = ("left", "right")[speaker]
     return GenericPair(
@@ -177,7 +177,7 @@ def _utterance(rng: np.random.Generator) -> str:
 
 
 def _heard(rng: np.random.Generator) -> str:
-    """In half of the pairs somebody says something: pictures must be read beside words."""
+    """In half of the pairs an utterance, so that images are learned in the presence of text."""
     return f"The person says: {_utterance(rng)} " if rng.random() < 0.5 else ""
 
 
@@ -191,11 +191,11 @@ def _event(rng: np.random.Generator) -> str:
 
 def _about_dialogue(rng: np.random.Generator) -> GenericPair:
     """Who said what: the turn or the speaker of a named event, and the words of a turn."""
-    dialogue, place, turn = _draw_dialogue(rng)
-    event = dialogue.named[place]
+    dialogue, named_turn, turn = _draw_dialogue(rng)
+    event = dialogue.named[named_turn]
     question, answer = (
-        (f"{WHICH_TURN} {event}?", f"{place + 1}."),
-        (f"Who names {event}?", f"{dialogue.turns[place].speaker}."),
+        (f"{WHICH_TURN} {event}?", f"{named_turn + 1}."),
+        (f"Who names {event}?", f"{dialogue.turns[named_turn].speaker}."),
         (f"Who speaks in turn {turn + 1}?", f"{dialogue.turns[turn].speaker}."),
         (f"What is said in turn {turn + 1}?", dialogue.turns[turn].text),
         (
@@ -209,17 +209,17 @@ def _about_dialogue(rng: np.random.Generator) -> GenericPair:
 
 
 def _who_said_what(rng: np.random.Generator) -> GenericPair:
-    """As `_about_dialogue`, in whole answers: they say again what they were asked about.
+    """As `_about_dialogue`, with answers that repeat the number or event of the question.
 
-    From the repeated number or event the rest can be found beside the same words in the dialogue; a
-    bare answer asks a small model to find it from the question alone.
+    After the repeated words a small model can copy what follows them in the dialogue; a bare answer
+    would require a look-up from the question alone.
     """
-    dialogue, place, turn = _draw_dialogue(rng)
-    event = dialogue.named[place]
+    dialogue, named_turn, turn = _draw_dialogue(rng)
+    event = dialogue.named[named_turn]
     speaker, text = dialogue.turns[turn].speaker, dialogue.turns[turn].text
     question, answer = (
-        (f"{WHICH_TURN} {event}?", f"{event}: {place + 1}."),
-        (f"Who names {event}?", f"{event}: {dialogue.turns[place].speaker}."),
+        (f"{WHICH_TURN} {event}?", f"{event}: {named_turn + 1}."),
+        (f"Who names {event}?", f"{event}: {dialogue.turns[named_turn].speaker}."),
         (f"Who speaks in turn {turn + 1}?", f"{turn + 1}. {speaker}."),
         (f"What is said in turn {turn + 1}?", f"{turn + 1}. {speaker}: {text}"),
     )[int(rng.integers(4))]
@@ -229,13 +229,13 @@ def _who_said_what(rng: np.random.Generator) -> GenericPair:
 
 
 def _many_turns(rng: np.random.Generator) -> GenericPair:
-    """As `_who_said_what`, with several look-ups in one answer, in an order that is not the turns'.
+    """As `_who_said_what`, with several look-ups in one answer, in random order.
 
-    One short answer a dialogue teaches a look-up slowly; a list of them shows it many times over.
+    One short answer per dialogue teaches look-ups slowly; a list has many per dialogue.
     """
     dialogue, _, _ = _draw_dialogue(rng, most_events=6)
     lines = dialogue.turns
-    named = [(place, event) for place, event in enumerate(dialogue.named) if event]
+    named = [(i, event) for i, event in enumerate(dialogue.named) if event]
     picked = [named[int(i)] for i in rng.permutation(len(named))]
     numbers = [int(i) for i in rng.permutation(len(lines))][: int(rng.integers(2, 6))]
     few = numbers[:2]
@@ -255,14 +255,15 @@ def _many_turns(rng: np.random.Generator) -> GenericPair:
     return GenericPair(kind="many", question=f"{transcript(lines)} {question}", answer=answer)
 
 
-def _numbers(places: list[int]) -> str:
-    return ", ".join(str(place + 1) for place in places)
+def _numbers(turns: list[int]) -> str:
+    """Turns, counted from 0, as a list of their numbers from 1."""
+    return ", ".join(str(turn + 1) for turn in turns)
 
 
 def _draw_dialogue(
     rng: np.random.Generator, *, most_events: int = 4
 ) -> tuple[grammar.Dialogue, int, int]:
-    """A dialogue, the place of one of its events, and any turn; places count from 0."""
+    """A dialogue, the turn that names one of its events, and any turn, both counted from 0."""
     num_turns = int(rng.integers(3, 9))
     most = min(most_events, num_turns - 1)
     kinds = rng.permutation(len(grammar.EVENTS))[: int(rng.integers(1, most + 1))]
@@ -270,8 +271,8 @@ def _draw_dialogue(
     dialogue = grammar.draw_dialogue(
         rng, events, num_turns, target=int(rng.integers(1, num_turns + 1)), target_event=None
     )
-    place = dialogue.named.index(events[int(rng.integers(len(events)))])
-    return dialogue, place, int(rng.integers(num_turns))
+    named_turn = dialogue.named.index(events[int(rng.integers(len(events)))])
+    return dialogue, named_turn, int(rng.integers(num_turns))
 
 
 def transcript(turns: tuple[Turn, ...]) -> str:
@@ -289,10 +290,10 @@ def _repeat(rng: np.random.Generator) -> GenericPair:
 
 
 def lexicon() -> tuple[str, ...]:
-    """Every word of the world, in small letters and capitalised: what a base must be able to spell.
+    """Every word of the world, lower case and capitalized, which a base must be able to write.
 
-    They are repeated as meaningless lists, so that no word's embedding is still random when the
-    stages begin, and nothing about their use in the five tasks is told.
+    They are trained as meaningless lists, so that every word has a trained embedding when the
+    stages begin, without any information about its use in the five tasks.
     """
     texts = [
         *INSTRUCTION.values(),
@@ -303,15 +304,15 @@ def lexicon() -> tuple[str, ...]:
         "target caption",
     ]
     words = {word for text in texts for word in re.findall(r"[A-Za-z'-]+", text)}
-    small, capital = {word.lower() for word in words}, {word.capitalize() for word in words}
-    return tuple(sorted(words | small | capital))
+    lower, capitalized = {word.lower() for word in words}, {word.capitalize() for word in words}
+    return tuple(sorted(words | lower | capitalized))
 
 
 _LEXICON = lexicon()
 
 
 def _words(rng: np.random.Generator) -> GenericPair:
-    """Repeat a list of words; now and then two words are glued by an underscore."""
+    """Repeat a list of words; in some lists numbers are joined to words by an underscore."""
     words = [_LEXICON[int(i)] for i in rng.integers(len(_LEXICON), size=int(rng.integers(2, 9)))]
     if rng.random() < 0.3:
         words = [
@@ -334,8 +335,8 @@ _MAKERS: dict[str, Callable[[np.random.Generator], GenericPair]] = {
     "many": _many_turns,
 }
 KINDS = tuple(_MAKERS)
-# Shares of the kinds. Basics: to look and to copy; all else builds on both. Talk: the dialogues,
-# which are learned last, with enough of the rest to keep it.
+# Shares of the kinds per phase. Basics: recognition and copying, on which the other kinds build.
+# Talk: dialogues, which are learned last, with enough of the other kinds to retain them.
 BASICS = {"face": 0.5, "words": 0.5}
 TALK = {
     "turns": 0.54,

@@ -1,8 +1,8 @@
-"""One clip of the synthetic world: its truth (Scene) and its pictures (film).
+"""One clip of the synthetic world: its labels (Scene) and its frames (Film).
 
-The rule of this world, which a model has to learn: a face that shows a feeling tells the truth; a
-face that stays still leaves it to the words; vague words leave it to the face. A share of clips is
-contrary (words of another emotion), so words alone and face alone both lose.
+The rule that a model has to learn: if the face shows an emotion, that is the label; if the face is
+neutral, the words give it; vague words leave it to the face. In a share of clips the words are
+contrary (of another emotion), so neither words alone nor faces alone suffice.
 """
 
 from collections.abc import Iterator
@@ -38,15 +38,15 @@ _VALENCE = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scene:
-    """The truth of one clip. `units` are the AUs that the face shows (empty: a still face)."""
+    """The labels of one clip. `units` are the AUs that the face shows (empty: a neutral face)."""
 
     identity: int
     person: Person
     emotion: str
     words: str  # 'clear' | 'vague' | 'contrary' | 'plain'
-    words_emotion: str  # what the words alone would say; 'neutral' for vague and plain words
+    words_emotion: str  # emotion of the words alone; 'neutral' for vague and plain words
     utterance: str
-    event: str | None  # the named cause, where there is one
+    event: str | None  # the cause, if the words mention one
     units: tuple[str, ...]
     strength: float
     sentiment: float
@@ -61,7 +61,7 @@ def _draw(rng: np.random.Generator, shares: dict[str, float]) -> str:
 
 
 def _sentiment(rng: np.random.Generator, emotion: str, strength: float) -> float:
-    """[-3, 3] in thirds, as MOSEI's annotator means are; 0 only without feeling."""
+    """In [-3, 3] by thirds, as means of MOSEI's annotators; 0 only for neutral."""
     valence = _VALENCE[emotion]
     if valence == 0.0:
         return 0.0
@@ -110,10 +110,10 @@ def draw_monologue(rng: np.random.Generator, identity: int, person: Person) -> S
 
 
 def draw_dialogue_scene(rng: np.random.Generator, identity: int, person: Person) -> Scene:
-    """A dialogue that names events of several feelings; the target's face tells which is the cause.
+    """A dialogue with events of several emotions; the target's face shows which one is the cause.
 
-    Causes stand before the target, at it (its words name the event) and after it; now and then two
-    turns name events of the shown feeling, and both are causes.
+    The cause is before the target, in it or after it; in some dialogues two turns mention events of
+    the shown emotion, and both are causes.
     """
     num_turns = int(rng.integers(2, 9))
     target = int(rng.integers(1, num_turns + 1))
@@ -126,9 +126,9 @@ def draw_dialogue_scene(rng: np.random.Generator, identity: int, person: Person)
     emotion = kinds[0]
     events = _distinct_events(rng, kinds)
     at_target = len(events) == num_turns or rng.random() < 0.25
-    target_place = int(rng.integers(len(events))) if at_target else -1
-    target_event = events[target_place] if at_target else None
-    elsewhere = [event for i, event in enumerate(events) if i != target_place]
+    target_index = int(rng.integers(len(events))) if at_target else -1
+    target_event = events[target_index] if at_target else None
+    elsewhere = [event for i, event in enumerate(events) if i != target_index]
     dialogue = grammar.draw_dialogue(
         rng, elsewhere, num_turns, target=target, target_event=target_event
     )
@@ -148,8 +148,8 @@ def draw_dialogue_scene(rng: np.random.Generator, identity: int, person: Person)
         conversation=dialogue.turns,
         target=target,
         pairs=tuple(
-            Pair(target, emotion, number)
-            for number, named in enumerate(dialogue.named, start=1)
+            Pair(target, emotion, turn)
+            for turn, named in enumerate(dialogue.named, start=1)
             if named in causes
         ),
         background_person=_background(rng),
@@ -172,7 +172,7 @@ def _background(rng: np.random.Generator) -> Person | None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Film:
-    """A filmed scene: the frames, and AU tracks [frames, 18] of the person and of who is behind."""
+    """A rendered scene: frames, and AU tracks [frames, 18] of the person and of the background."""
 
     track: np.ndarray
     background_track: np.ndarray | None
@@ -180,7 +180,7 @@ class Film:
 
 
 def film(rng: np.random.Generator, scene: Scene) -> Film:
-    """Let the scene happen in front of the camera: 10 to 16 frames at 10 frames per second."""
+    """Render a scene: 10 to 16 frames at 10 frames per second."""
     num_frames = int(rng.integers(10, 17))
     track = expression.act(
         rng,

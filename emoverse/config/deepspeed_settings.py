@@ -1,4 +1,4 @@
-"""The settings that DeepSpeed gets: a pure function of the run's, written to the run directory too.
+"""The settings for DeepSpeed: a pure function of the config, also written to the run directory.
 
 No other file knows DeepSpeed's keys. Torch-free: the memory estimate uses the same bounds.
 """
@@ -28,14 +28,12 @@ def deepspeed_config(
     Raises:
         ValueError: a combination that DeepSpeed accepts and gets wrong.
     """
-    if zero_stage == 0 and precision == "bf16":
-        raise ValueError(
-            "train.zero_stage: 0 with model.precision: bf16 takes too small first steps "
-            "(DeepSpeed's optimiser runs an empty step); set train.zero_stage: 1"
-        )
-    refusal = offload_refusal(offload, zero_stage)
-    if refusal is not None:
-        raise ValueError(f"train.offload: {refusal}")
+    for knob, refusal in (
+        ("zero_stage", precision_refusal(precision, zero_stage)),
+        ("offload", offload_refusal(offload, zero_stage)),
+    ):
+        if refusal is not None:
+            raise ValueError(f"train.{knob}: {refusal}")
     bucket = max(1, min(MAX_BUCKET, num_trainable))
     config: dict[str, Any] = {
         "train_batch_size": world_size,
@@ -63,6 +61,14 @@ def deepspeed_config(
         if zero_stage > 1:  # stage 1 with fp32 sums is another, older optimiser of DeepSpeed
             config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
+
+
+def precision_refusal(precision: str, zero_stage: int) -> str | None:
+    """Why this ZeRO stage cannot train in that precision; None if it can."""
+    if zero_stage == 0 and precision == "bf16":
+        # DeepSpeed's optimiser runs an empty step first.
+        return "with bf16 DeepSpeed's first steps are too small at stage 0; set it to 1, 2 or 3"
+    return None
 
 
 def offload_refusal(offload: str, zero_stage: int) -> str | None:

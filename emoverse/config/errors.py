@@ -1,6 +1,6 @@
-"""What can be wrong with a config, and how it is told: all problems at once, one line each.
+"""What can be wrong with a config, and the report: all problems at once, one line each.
 
-In: findings of the YAML loader, of pydantic and of the cross-field rules.
+In: problems found by the YAML loader, by pydantic and by the cross-field rules.
 Out: `ConfigError`, whose text is `place: path: found VALUE: rule` line by line. No torch.
 """
 
@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 
 
 class Tree(Protocol):
-    """What is needed of the loader's tree: the place and the value at, or just above, a path."""
+    """The part of the loader's tree used here: location and value at, or just above, a path."""
 
     @property
     def place(self) -> str: ...
@@ -27,7 +27,7 @@ class Tree(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Problem:
-    """One mistake: where it stands, which key, what was found there, and which rule it breaks.
+    """One mistake: its location, its key, the value found there, and the rule it breaks.
 
     `path` and `found` may be empty, for a file that cannot be read at all.
     """
@@ -90,7 +90,7 @@ def _bare(value: object) -> str:
 
 
 def problems_of(error: ValidationError, model: type[BaseModel], tree: Tree) -> list[Problem]:
-    """pydantic's findings about `tree.plain()`, in our words and with their places."""
+    """The errors of pydantic about `tree.plain()`, in our words and with their locations."""
     problems = []
     for detail in error.errors(include_url=False):
         if detail["type"] == "default_factory_not_called":

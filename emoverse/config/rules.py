@@ -1,18 +1,18 @@
 """Rules of the config that look at several fields at once.
 
-In: the merged tree, valid or not: a field that is missing or of the wrong type is another check's
-finding, so a rule that needs it stays silent. Out: the problems. Where: `config.load_config` joins
-them with the field checks, so that a user sees everything in one report. No torch.
+In: the merged tree, valid or not. The field checks report a field that is missing or of the wrong
+type, so a rule that requires it reports nothing. Out: the problems; `schema.load_config` joins them
+with those of the fields, so that a user sees everything in one report. No torch.
 """
 
 from collections.abc import Iterator
 
-from emoverse.config.deepspeed_settings import offload_refusal
+from emoverse.config.deepspeed_settings import offload_refusal, precision_refusal
 from emoverse.config.errors import Problem, did_you_mean, show
 from emoverse.config.yaml_source import Node
 
-# Folders beside the stages' own in the run directory, some of which are removed at every start, and
-# the name of the untrained model.
+# Folders of the run directory beside those of the stages, some of which are removed at every start,
+# and the name of the untrained model.
 RESERVED = ("base", "plan", "eval", "cache", "faults", "jobs", "lease", "wandb")
 
 
@@ -125,10 +125,12 @@ def _train_rules(tree: Node) -> Iterator[Problem]:
             f"every rank needs a sample in every step, so at most train.global_batch_size = {batch}"
         )
         yield _problem(tree, ("train", "processes"), rule)
-    if _value(tree, "train", "zero_stage") == 0 and _text(tree, "model", "precision") == "bf16":
-        rule = "with bf16 DeepSpeed's first steps are too small at stage 0; set it to 1, 2 or 3"
-        yield _problem(tree, ("train", "zero_stage"), rule)
     zero_stage = _number(tree, 2, "train", "zero_stage")
+    precision = _text(tree, "model", "precision")
+    if precision is not None and zero_stage is not None:
+        refusal = precision_refusal(precision, zero_stage)
+        if refusal is not None:
+            yield _problem(tree, ("train", "zero_stage"), refusal)
     offload = _text(tree, "train", "offload")
     if offload is not None and zero_stage is not None:
         refusal = offload_refusal(offload, zero_stage)

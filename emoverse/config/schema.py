@@ -1,11 +1,13 @@
 """The config of a run: one tree of sections, read from YAML, complete before anything starts.
 
-In: YAML files and dotted overrides. Out: a frozen `Config`, or a `ConfigError` that holds every
-mistake with its place. Where: the first thing of every verb, so it must not import torch.
+In: YAML files and dotted overrides. Out: an immutable `Config`, or a `ConfigError` with every
+mistake and its location. Every verb starts here, so this file must not import torch.
 All relative paths are resolved against the working directory of the command.
 """
 
+import hashlib
 import io
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -18,6 +20,7 @@ from pydantic import (
 )
 from ruamel.yaml import YAML
 
+from data_shards.files import write_atomically
 from data_shards.shards.open import CacheOptions, default_cache_folder
 from emoverse.config.errors import ConfigError, Problem, problems_of, show
 from emoverse.config.rules import cross_field_problems
@@ -310,7 +313,7 @@ class EvaluationSection(Section):
 
 
 class Config(Section):
-    """A whole run: what to train. Where to run it is not its business."""
+    """A whole run: what to train, but not on which machines."""
 
     run: RunSection = Field(description="What the run is called and where it writes.")
     model: ModelSection = Field(description="The base model and what of it is trained.")
@@ -367,6 +370,51 @@ def to_yaml(config: BaseModel) -> str:
     yaml.width = 10_000
     yaml.dump(config.model_dump(mode="json"), stream)
     return stream.getvalue()
+
+
+# Frozen configs: checked once, by the launcher; its workers load them as they are ---------------
+
+
+def to_json(config: Config) -> str:
+    """The resolved config as JSON; `from_json` gives the same config again."""
+    return config.model_dump_json(indent=1) + "\n"
+
+
+def from_json(text: str) -> Config:
+    """The config behind `to_json`, without the rules across fields.
+
+    Raises ValueError for any other text.
+    """
+    # Not model_validate_json: its strict mode refuses the paths that our own validators make.
+    return Config.model_validate(json.loads(text))
+
+
+def frozen_path(config: Config, folder: Path) -> Path:
+    """FOLDER/config-HASH.json: equal configs have one file, different ones never share one."""
+    digest = hashlib.sha256(to_json(config).encode()).hexdigest()
+    return folder / f"config-{digest[:12]}.json"
+
+
+def freeze_config(config: Config, folder: Path) -> Path:
+    """Writes the config for workers into a folder of the run directory; returns the file."""
+    path = frozen_path(config, folder)
+    write_atomically(path, to_json(config))
+    return path
+
+
+def load_frozen(path: Path) -> Config:
+    """Reads a config that `freeze_config` has written.
+
+    Raises FileNotFoundError, or ValueError if it is damaged or of another version.
+    """
+    text = path.read_text(encoding="utf-8")
+    try:
+        return from_json(text)
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: not a frozen config of this version; start the run again from its YAML "
+            f"({error})"
+        ) from error
 
 
 def describe(config: BaseModel) -> list[tuple[str, str]]:

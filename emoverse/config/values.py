@@ -1,23 +1,21 @@
-"""Values of the config as people write them: rates, lists that may be one word, places of shards.
+"""Values of the config as people write them: rates, lists of a single word, locations of shards.
 
-In: what YAML or an override holds. Out: the checked value, or a ValueError with the rule. Where:
-the field types of `config.py`. No torch.
+In: what YAML or an override holds. Out: the checked value, or a ValueError with the rule. These are
+the field types of `schema.py`. No torch.
 """
 
 from fractions import Fraction
-from math import lcm
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
 
+from data_shards.plan.rates import check_rates
 from data_shards.shards.fetch import is_remote
 from data_shards.tasks import TASKS, Task
 from emoverse.config.yaml_source import ExactFloat
 
-# Bounds that keep the order of tasks a small table: of one rate, and common to those of a stage.
-MAX_DENOMINATOR = 10_000
-MAX_COMMON_DENOMINATOR = 100_000
+MAX_DENOMINATOR = 10_000  # of one rate, so that the order of tasks stays a small table
 
 
 def parse_rate(value: object) -> Fraction:
@@ -45,23 +43,6 @@ def parse_rate(value: object) -> Fraction:
     return rate
 
 
-def _check_rates(rates: dict[Task, Fraction]) -> dict[Task, Fraction]:
-    """Rates that sum to 1, in the canonical order of tasks; a rate of 0 leaves the task out."""
-    total = sum(rates.values(), Fraction(0))
-    if total != 1:
-        terms = " + ".join(str(rate) for rate in rates.values())
-        found = f"but {terms} = {total}" if rates else "but there are none"
-        gap = f"{1 - total} is missing" if total < 1 else f"{total - 1} is too much"
-        raise ValueError(f"the rates of a stage sum to exactly 1, {found}; {gap}")
-    common = lcm(*(rate.denominator for rate in rates.values()))
-    if common > MAX_COMMON_DENOMINATOR:
-        raise ValueError(
-            f"the common denominator of a stage's rates is at most {MAX_COMMON_DENOMINATOR}, here "
-            f"it is {common}; write them over one simpler denominator"
-        )
-    return {task: rates[task] for task in TASKS if rates.get(task)}
-
-
 def _one_or_many(value: object) -> object:
     return (value,) if isinstance(value, str) else value
 
@@ -81,7 +62,7 @@ TaskKey = Annotated[Task, Field(strict=False)]
 Rate = Annotated[
     Fraction, BeforeValidator(parse_rate), PlainSerializer(str, return_type=str, when_used="json")
 ]
-Rates = Annotated[dict[TaskKey, Rate], AfterValidator(_check_rates)]
+Rates = Annotated[dict[TaskKey, Rate], AfterValidator(check_rates)]
 NewTokens = Annotated[dict[TaskKey, Annotated[int, Field(ge=1)]], AfterValidator(_fill_tokens)]
 Names = Annotated[tuple[str, ...], Field(strict=False), BeforeValidator(_one_or_many)]
 LoosePath = Annotated[Path, Field(strict=False)]

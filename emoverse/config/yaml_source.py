@@ -1,7 +1,7 @@
-"""YAML files and dotted overrides -> one merged tree in which every value knows where it stands.
+"""YAML files and dotted overrides -> one merged tree in which every value has its location.
 
 In: paths and texts such as `train.processes=2`. Out: `Node`s with file and line, plus all problems
-found on the way. Where: the first half of `schema.load_config`; no torch, no schema here.
+of the sources. The first half of `schema.load_config`; no torch, no schema here.
 Scalars follow the YAML 1.2 core schema: `1e-5` is a float, `010` is ten, `yes` is a text.
 """
 
@@ -41,13 +41,13 @@ class ExactFloat(float):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Node:
-    """A value of the config and its place, `file:line` or `override 'x=y'`."""
+    """A value of the config and its location, `file:line` or `override 'x=y'`."""
 
     place: str
     value: "bool | int | float | str | list[Node] | dict[str, Node] | None"
 
     def plain(self) -> Plain:
-        """The value without places, as the schema takes it."""
+        """The value without locations, as the schema takes it."""
         if isinstance(self.value, dict):
             return {key: node.plain() for key, node in self.value.items()}
         if isinstance(self.value, list):
@@ -144,7 +144,7 @@ def _compose(text: str, file: str, problems: list[Problem]) -> Node:
 def _convert(
     node: YamlNode, file: str, place: str, path: tuple[str, ...], problems: list[Problem]
 ) -> Node:
-    """A YAML node as a Node; oddities become problems and the value null."""
+    """A YAML node as a Node; what is not supported becomes a problem and the value null."""
     if node.anchor:
         rule = "anchors and aliases are not supported; write the value out in each place"
         problems.append(Problem(place=place, path=path, found=f"&{node.anchor}", rule=rule))
@@ -203,7 +203,7 @@ def resolve_scalar(text: str) -> bool | int | float | str | None:
 
 
 def _parse_override(text: str, problems: list[Problem]) -> tuple[tuple[str, ...], Node] | None:
-    """`stages.stage1.rates.fer=0.2` -> (path, node); None with a problem noted if it is no such."""
+    """`stages.stage1.rates.fer=0.2` -> (path, node); None, and a problem, if it is malformed."""
     place = f"override '{text}'"
     name, equals, value = text.partition("=")
     path = tuple(name.strip().split("."))
@@ -238,7 +238,7 @@ def _is_open(
 
 
 def _set(root: Node, path: tuple[str, ...], node: Node, problems: list[Problem]) -> Node:
-    """`root` with `node` merged in at `path`; keys that are missing on the way are created."""
+    """`root` with `node` merged in at `path`; missing keys above it are created."""
     if not path:
         return _merge(root, node)
     head, rest = path[0], path[1:]

@@ -22,18 +22,15 @@ from data_shards.tasks import TASKS, Task
 from emoverse.data.encode import IGNORED, Example
 from emoverse.loss import LossMode, token_weights
 
-Pixels = Callable[[Sequence[Example]], NDArray[np.uint8]]
-"""The frames of some examples behind each other, uint8 [F, H, W, 3]."""
-
-_TASK_NUMBER = {task: number for number, task in enumerate(TASKS)}
+_TASK_INDEX = {task: index for index, task in enumerate(TASKS)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Batch:
     """Packed examples.
 
-    Row t predicts token t + 1. `weights_T[t]` is the weight of token t as a target, so that it lies
-    beside `labels_T[t]`; the last four tensors give the same row by row, ready for the head.
+    Row t predicts token t + 1. `labels_T[t]` and `weights_T[t]` describe token t as a target; the
+    four tensors of length S hold the same by row, as the output head needs it.
     Fillers count in B, T and F, but supervise nothing and are not among the samples.
     """
 
@@ -41,21 +38,21 @@ class Batch:
     labels_T: Tensor  # int64, -100 where not supervised
     position_ids_T: Tensor  # int64, from 0 in every segment
     weights_T: Tensor  # float32, 0 where not supervised
-    cu_seqlens: Tensor  # int32 [B + 1], borders of the segments
+    cu_seqlens: Tensor  # int32 [B + 1], boundaries of the segments
     max_seqlen: int  # tokens of the longest segment
     pixels: Tensor | None  # uint8 [F, H, W, 3]
     features: Tensor | None  # float [F, tokens per frame, C]
     num_images: int  # F
-    supervised_rows: Tensor  # int64 [S], rising
+    supervised_rows: Tensor  # int64 [S], ascending
     targets: Tensor  # int64 [S]
     row_weights: Tensor  # float32 [S]
-    task_of_row: Tensor  # int64 [S], place in TASKS
+    task_of_row: Tensor  # int64 [S], index in TASKS
     positions: tuple[int, ...]  # of the samples in the plan
     tasks: tuple[Task, ...]
     keys: tuple[str, ...]
     cut_turns: tuple[int, ...]
     quarantine: tuple[Damage, ...]  # of all samples together
-    normaliser: float  # sum of the weights that the samples should have
+    normaliser: float  # sum of the weights of the samples, before rounding to float32
 
     @property
     def num_tokens(self) -> int:
@@ -74,8 +71,8 @@ class Batch:
         return Batch(**fields)
 
     def __reduce__(self) -> tuple[Callable[..., Batch], tuple[dict[str, Any]]]:
-        # As arrays: pickle can leave the memory of an array where it is (workers.py), while every
-        # tensor would cost a file descriptor and a shared memory segment of its own.
+        # As arrays: pickle can leave the memory of an array in place (workers.py), while every
+        # tensor would take a file descriptor and a shared memory segment of its own.
         fields = _fields(self)
         for name, value in fields.items():
             if isinstance(value, Tensor):
@@ -85,7 +82,7 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class FrameShape:
-    """What a frame of the base model looks like; enough to make a filler.
+    """The shape of a frame of the base model; enough to make a filler.
 
     feature_channels: C if batches carry features, None if they carry pixels.
     """
@@ -96,20 +93,15 @@ class FrameShape:
     feature_channels: int | None = None
 
 
-def own_pixels(examples: Sequence[Example]) -> NDArray[np.uint8]:
-    """A copy of the frames that the examples hold."""
-    frames = [example.pixels_F for example in examples if example.pixels_F is not None]
-    assert sum(map(len, frames)) == sum(example.num_frames for example in examples)
-    return np.concatenate(frames)
-
-
 def collate(
-    examples: Sequence[Example], loss_mode: LossMode, *, pixels: Pixels = own_pixels
+    examples: Sequence[Example],
+    loss_mode: LossMode,
+    pixels: NDArray[np.uint8] | None = None,
 ) -> Batch:
     """Pack examples back to back, in the given order.
 
-    `pixels` is asked last, and only if the examples have no features: who decodes frames to their
-    place in the batch does it there.
+    `pixels`: the frames [F, H, W, 3] of all examples without features, in the same order, not
+    copied; by default a copy of the frames that the examples hold.
 
     Raises ValueError if an example has nothing supervised, or some have pixels and some features.
     """
@@ -123,14 +115,14 @@ def collate(
     task_T = np.zeros(len(ids_T), dtype=np.int64)
     normaliser = 0.0
     for example, start, end in zip(examples, borders[:-1], borders[1:], strict=True):
-        task_T[start:end] = _TASK_NUMBER[example.task]
+        task_T[start:end] = _TASK_INDEX[example.task]
         supervised_T = _supervised(example)
         if not example.filler:
             weights_T[start:end], total = token_weights(supervised_T, loss_mode)
             normaliser += total
     # Nothing predicts the first token of a segment; `_supervised` asserts that it has no label.
     rows = np.flatnonzero(labels_T[1:] != IGNORED)
-    frames, features = _frames(examples, pixels)
+    frames, features = _visuals(examples, pixels)
     samples = [example for example in examples if not example.filler]
     return Batch(
         ids_T=torch.from_numpy(ids_T),
@@ -158,8 +150,8 @@ def collate(
 def pack(examples: Iterable[Example], pack_tokens: int) -> list[list[Example]]:
     """Divide examples into packs of at most `pack_tokens` tokens, first fit decreasing.
 
-    Deterministic: equal lengths go by position. Inside a pack examples stand by position.
-    Raises ValueError if one example alone is longer than a pack.
+    Deterministic: examples of equal length are taken by position. Packs are sorted by position.
+    Raises ValueError if an example is longer than a pack.
     """
     packs: list[list[Example]] = []
     room: list[int] = []
@@ -171,34 +163,29 @@ def pack(examples: Iterable[Example], pack_tokens: int) -> list[list[Example]]:
                 f"{example.key} (task {example.task}) has {length} tokens and data.pack_tokens is "
                 f"{pack_tokens}; raise it, or lower data.max_tokens"
             )
-        number = next((n for n, left in enumerate(room) if length <= left), len(packs))
-        if number == len(packs):
+        index = next((n for n, free in enumerate(room) if length <= free), len(packs))
+        if index == len(packs):
             packs.append([])
             room.append(pack_tokens)
-        packs[number].append(example)
-        room[number] -= length
+        packs[index].append(example)
+        room[index] -= length
     return [sorted(group, key=lambda example: example.position) for group in packs]
 
 
-def make_batches(
-    examples: Iterable[Example],
-    *,
-    pack_tokens: int,
-    loss_mode: LossMode,
-    frame_shape: FrameShape,
-    pixels: Pixels = own_pixels,
-) -> list[Batch]:
-    """The packs of one rank's share of a step; none for an empty share.
+def plan_packs(
+    examples: Iterable[Example], pack_tokens: int, frame_shape: FrameShape
+) -> list[list[Example]]:
+    """The packs of one rank's share of a step; none for an empty share. A pure function.
 
     A pack of text alone gets a filler with one frame (beyond `pack_tokens`): vision tower and
-    projector must run in every pack, or ranks would wait for each other at different places.
+    projector must run in every pack, or ranks would wait for each other in different collectives.
     """
-    batches = []
-    for group in pack(examples, pack_tokens):
-        if not any(example.num_frames for example in group):
-            group = [*group, zero_example(frame_shape)]
-        batches.append(collate(group, loss_mode, pixels=pixels))
-    return batches
+    return [
+        group
+        if any(example.num_frames for example in group)
+        else [*group, zero_example(frame_shape)]
+        for group in pack(examples, pack_tokens)
+    ]
 
 
 def zero_example(shape: FrameShape) -> Example:
@@ -222,7 +209,7 @@ def zero_example(shape: FrameShape) -> Example:
 
 
 def zero_batch(shape: FrameShape) -> Batch:
-    """A pack that runs the whole graph and changes nothing, for a rank with too few packs."""
+    """A pack of weight 0 that runs the whole graph, for a rank with fewer packs than others."""
     return collate([zero_example(shape)], "token")
 
 
@@ -239,8 +226,8 @@ def _supervised(example: Example) -> NDArray[np.bool_]:
     return supervised_T
 
 
-def _frames(
-    examples: Sequence[Example], pixels: Pixels
+def _visuals(
+    examples: Sequence[Example], pixels: NDArray[np.uint8] | None
 ) -> tuple[NDArray[np.uint8] | None, NDArray[Any] | None]:
     """All frames in the order of their context tokens: (pixels, features), one of them or none."""
     visual = [example for example in examples if example.num_frames]
@@ -252,7 +239,11 @@ def _frames(
         )
     if features:
         return None, np.concatenate(features)
-    return pixels(visual) if visual else None, None
+    if pixels is None and visual:
+        frames = [example.pixels_F for example in visual if example.pixels_F is not None]
+        pixels = np.concatenate(frames)
+    assert (0 if pixels is None else len(pixels)) == sum(example.num_frames for example in visual)
+    return pixels, None
 
 
 def _fields(batch: Batch) -> dict[str, Any]:

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from data_shards.media.pixels import blank_pixels
 from data_shards.shards.record import Record, Turn
-from data_shards.stream import Damage, Sample
+from data_shards.stream import Damage, Sample, ViewOptions
 from data_shards.tasks import Task, build_query, format_answer
+from emoverse.config.schema import DataSection
 from emoverse.data.prompt import (
     SYSTEM_TEXT,
     Segment,
@@ -31,7 +32,7 @@ from emoverse.data.tokenizer import CONFIG_FILE, IMG_CONTEXT, Tokenizer
 from emoverse.models.architecture import Architecture, base_folder, read_config_json
 
 IGNORED = -100  # label of a token that is not supervised
-# What is left of the words of a turn that had to go; its number and speaker stay.
+# Replaces the words of a turn that was cut; its number and speaker stay.
 CUT_TEXT = "..."
 
 FeatureSource = Callable[[str, str], NDArray[Any] | None]
@@ -42,10 +43,10 @@ class Example:
     """A sample as arrays. T tokens, F frames (or tiles of one image), C channels.
 
     pixels_F, features: at most one of them. Both are absent in a text-only example (no frames) and
-        where the sample's frames still wait to be decoded, straight into the batch.
-    filler: no sample, but frames that keep the ranks' work alike (`collate.zero_example`).
-    cut_turns: how many turns of the conversation lost their words to `max_tokens`.
-    quarantine: the damaged records that were passed over before this one was found.
+        where the sample's frames are not decoded yet.
+    filler: not a sample, but frames that make every rank run the same work (`zero_example`).
+    cut_turns: turns of the conversation whose words were cut to fit `max_tokens`.
+    quarantine: the damaged records that this one replaces.
     """
 
     position: int
@@ -67,7 +68,7 @@ class EncodeOptions:
     """How samples become examples; the first three come from the base model.
 
     max_tokens: most tokens of one sample with its answer.
-    frames_per_clip: frames of a clip whose frames were not decoded (blank or cached).
+    frames_per_clip: frames of a clip that is not decoded (blank frames).
     blank_frames: keep the prompt but replace every frame by a grey one (the text-only baseline).
     features: (record key, view) -> frozen vision features [F, tokens per frame, C] to use instead
         of pixels, or None where pixels are to be used.
@@ -86,12 +87,45 @@ class EncodeOptions:
     system: str = SYSTEM_TEXT
 
 
+def view_options(data: DataSection, architecture: Architecture) -> ViewOptions:
+    """Which frames a model is shown, in training and in evaluation."""
+    return ViewOptions(
+        num_frames=data.frames_per_clip,
+        image_size=architecture.vision.image_size,
+        visual=data.visual,
+        resize=data.resize,
+        peak_tiles=data.peak_tiles,
+    )
+
+
+def encode_options(
+    data: DataSection,
+    architecture: Architecture,
+    *,
+    blank_frames: bool = False,
+    features: FeatureSource | None = None,
+    blank_feature: NDArray[Any] | None = None,
+) -> EncodeOptions:
+    """How samples become examples, in training and in evaluation."""
+    return EncodeOptions(
+        template=architecture.template,
+        tokens_per_frame=architecture.visual_tokens_per_frame,
+        image_size=architecture.vision.image_size,
+        max_tokens=data.max_tokens,
+        frames_per_clip=data.frames_per_clip,
+        give_emotion=data.give_emotion,
+        blank_frames=blank_frames,
+        features=features,
+        blank_feature=blank_feature,
+    )
+
+
 def open_tokenizer(base: str | Path, *, max_tokens: int = 0) -> Tokenizer:
-    """The tokenizer of a base model, which must be the one that its config.json was made with.
+    """The tokenizer of a base model; its vocabulary must match config.json.
 
     Args:
-        max_tokens: most tokens of a sample; longrope chooses its factors by the longest sample of a
-            batch, so that one beyond the switch would change the logits of all others.
+        max_tokens: most tokens of a sample. Longrope chooses its factors by the longest sample of a
+            batch, so one sample beyond the switch would change the logits of all others.
 
     Raises:
         FileNotFoundError: the folder is incomplete.
@@ -104,13 +138,13 @@ def open_tokenizer(base: str | Path, *, max_tokens: int = 0) -> Tokenizer:
     end, rows = chat_template(architecture.template).end, architecture.llm.vocab
     context = tokenizer.image_context_id
     # More rows than tokens are padding; fewer would be read past their end.
-    found = [
+    checks = [
         (tokenizer.family == architecture.llm.family, f"a tokenizer of {tokenizer.family}"),
         (tokenizer.end_token == end, f"answers end with {tokenizer.end_token}, not {end}"),
         (tokenizer.vocab_size <= rows, f"{tokenizer.vocab_size} tokens for {rows} embedding rows"),
         (stated in (None, context), f"{IMG_CONTEXT} is {context}, config.json says {stated}"),
     ]
-    problems = [what for fits, what in found if not fits]
+    problems = [what for fits, what in checks if not fits]
     if problems:
         raise ValueError(
             f"{folder}: {CONFIG_FILE} and config.json ({architecture.llm.family}, "
@@ -138,9 +172,9 @@ def encode_sample(sample: Sample, tokenizer: Tokenizer, options: EncodeOptions) 
 def encode_query(
     sample: Sample, tokenizer: Tokenizer, options: EncodeOptions, *, max_new_tokens: int = 0
 ) -> Example:
-    """The example that generation starts from: everything before the answer, nothing supervised.
+    """The example that generation continues: everything before the answer, nothing supervised.
 
-    `max_new_tokens` of `max_tokens` are left free for the answer.
+    `max_new_tokens` of `max_tokens` are reserved for the answer.
     """
     return _encode(sample, None, tokenizer, options, limit=options.max_tokens - max_new_tokens)
 
@@ -189,7 +223,7 @@ def _encode(
     *,
     limit: int,
 ) -> Example:
-    """Fit the sample into `limit` tokens and put text and frames together."""
+    """Encode the text, cut to `limit` tokens if that is possible, and attach the frames."""
     record = sample.record
     what = f"record {record.key}, task {sample.task}"
     pixels_F, features, num_frames = _visuals(sample, options, what)
@@ -209,10 +243,10 @@ def _encode(
     ids_T, labels_T = encode(record)
     full_length, cut_turns = len(ids_T), 0
     if full_length > limit and sample.task is Task.ECPE:
-        # A cause that the answer names must stay readable, or training would teach to guess it.
+        # A cause that the answer names must stay readable, or training would teach guessing.
         causes = {pair.cause for pair in record.pairs or ()} if response is not None else set()
-        for number in _cuttable_turns(record, keep=causes):
-            record = _cut_turn(record, number)
+        for turn in _cuttable_turns(record, keep=causes):
+            record = _cut_turn(record, turn)
             cut_turns += 1
             ids_T, labels_T = encode(record)
             if len(ids_T) <= limit:
@@ -248,10 +282,13 @@ def _segment_ids(segment: Segment, tokenizer: Tokenizer) -> list[int]:
 def _visuals(
     sample: Sample, options: EncodeOptions, what: str
 ) -> tuple[NDArray[np.uint8] | None, NDArray[Any] | None, int]:
-    """(pixels, features, number of frames); one of the first two is None, both of a waiting one."""
+    """(pixels, features, number of frames).
+
+    One of the first two is None; both are if the frames are not decoded yet.
+    """
     if options.blank_frames:
         num_frames = 1 if sample.view == "peak" else options.frames_per_clip
-        if sample.frames is not None:  # the tiles of a peak, which only the picture tells
+        if sample.frames is not None:  # tiles of a peak, whose number depends on the picture
             num_frames = len(sample.frames)
         if options.blank_feature is None:
             return blank_pixels(num_frames, options.image_size), None, num_frames
@@ -264,11 +301,12 @@ def _visuals(
         if features.ndim != 3 or features.shape[1] != options.tokens_per_frame:
             raise ValueError(
                 f"{what}: cached features must be [frames, {options.tokens_per_frame}, channels], "
-                f"found {list(features.shape)}; they are another base model's, compute them anew"
+                f"found {list(features.shape)}; they belong to another base model, compute them "
+                "again"
             )
         return None, features, len(features)
-    if sample.waiting:
-        return None, None, sample.waiting
+    if sample.undecoded:
+        return None, None, sample.undecoded
     frames, size = sample.frames, options.image_size
     if frames is None:
         raise ValueError(
@@ -277,27 +315,27 @@ def _visuals(
         )
     if frames.dtype != np.uint8 or frames.shape[1:] != (size, size, 3):
         raise ValueError(
-            f"{what}: frames must be uint8 [frames, {size}, {size}, 3] as the base model wants "
-            f"them, found {frames.dtype} {list(frames.shape)}"
+            f"{what}: frames must be uint8 [frames, {size}, {size}, 3] for the base model, "
+            f"found {frames.dtype} {list(frames.shape)}"
         )
     return frames, None, len(frames)
 
 
 def _cuttable_turns(record: Record, *, keep: set[int]) -> list[int]:
-    """Numbers of the turns whose words may go, the one to go first first.
+    """Numbers of the turns whose words may be cut, in the order of cutting.
 
-    The oldest go first, then, if the whole past is gone, the turns behind the target from the last.
+    The oldest turns first; after the whole past, the turns after the target, the last one first.
     """
     past = list(range(1, record.target))
     future = list(range(len(record.conversation), record.target, -1))
-    return [number for number in past + future if number not in keep]
+    return [turn for turn in past + future if turn not in keep]
 
 
-def _cut_turn(record: Record, number: int) -> Record:
+def _cut_turn(record: Record, turn: int) -> Record:
     """The record with `CUT_TEXT` for the words of one turn, counted from 1.
 
-    Numbers stay as they are, because the answer refers to them.
+    The numbers of turns stay, because the answer refers to them.
     """
     turns = list(record.conversation)
-    turns[number - 1] = Turn(speaker=turns[number - 1].speaker, text=CUT_TEXT)
+    turns[turn - 1] = Turn(speaker=turns[turn - 1].speaker, text=CUT_TEXT)
     return dataclasses.replace(record, conversation=tuple(turns))

@@ -1,148 +1,151 @@
-"""Steps to batches, ahead of time and in other processes.
+"""The batches of a stage, step by step, prepared ahead of time in data workers.
 
-In: `data_shards.stream.StepStream`, which gives a step's samples of this rank. Out: for every step
-the list of this rank's packs, in order. An item is a pure function of its step, so workers hold no
-state: to resume is to start at another step, with any number of workers.
+In: the config, the index, this rank's sampler and the model. Out: `StepLoader`. A step's batches
+are a pure function of the step (`pipeline.py`), so workers hold no state: to resume is to start at
+another step, with any number of workers.
 """
 
-from __future__ import annotations
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
-import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+import torch
 
-import numpy as np
-from numpy.typing import NDArray
-
-from data_shards.stream import Sample
-from emoverse.data.collate import Batch, FrameShape, make_batches, zero_batch
-from emoverse.data.encode import EncodeOptions, Example, encode_sample
-from emoverse.data.shared_memory import Desk
-from emoverse.data.tokenizer import Tokenizer
+from data_shards.plan.sampler import WeightedTaskSampler
+from data_shards.shards.index import ShardIndex
+from data_shards.shards.reader import ShardReader
+from data_shards.stream import Sample, StepStream, View, ViewOptions, view_frames
+from emoverse.config.schema import Config
+from emoverse.data.collate import Batch, FrameShape
+from emoverse.data.encode import encode_options, open_tokenizer, view_options
+from emoverse.data.pipeline import BatchPipeline
 from emoverse.data.workers import PoolOptions, WorkerPool
-from emoverse.loss import LossMode
+from emoverse.models.emoverse import EmoVerse
+from emoverse.models.features import (
+    FeatureCache,
+    KeyedFeatures,
+    blank_feature,
+    cache_key,
+    compute_features,
+    record_ordinals,
+)
 
 
-class Steps(Protocol):
-    """What the loader needs of `data_shards.stream.StepStream`."""
+@dataclass(frozen=True, kw_only=True)
+class StepLoader:
+    """The packs of this rank, step by step.
 
-    watch: Callable[[str], object]  # told which record is worked on
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, step: int) -> list[Sample]: ...
-
-    def read(self, step: int) -> list[Sample]: ...
-
-    def decode(self, sample: Sample, out: NDArray[np.uint8] | None = None) -> Sample: ...
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class LoaderOptions:
-    """pack_tokens: most tokens of a pack. pool: the processes of this rank that read, decode and
-    encode; with 0 workers this process does it.
+    pool: the processes that read, decode and encode; with 0 workers this process does it.
     """
 
-    pack_tokens: int
-    loss_mode: LossMode = "sample"
-    pool: PoolOptions = dataclasses.field(default_factory=lambda: PoolOptions(workers=0))
-
-
-class StepLoader:
-    """The packs of this rank, step by step."""
-
-    def __init__(
-        self,
-        steps: Steps,
-        tokenizer: Tokenizer,
-        encode: EncodeOptions,
-        options: LoaderOptions,
-        *,
-        frame_shape: FrameShape,
-    ) -> None:
-        self._steps = steps
-        self._tokenizer = tokenizer
-        self._encode = encode
-        self._options = options
-        self._frame_shape = frame_shape
+    pipeline: BatchPipeline
+    pool: PoolOptions = field(default_factory=lambda: PoolOptions(workers=0))
 
     def __len__(self) -> int:
         """Number of steps of the stage."""
-        return len(self._steps)
-
-    def batches(self, step: int, desk: Desk | None = None) -> list[Batch]:
-        """The packs of one step, made here and now; empty if this rank has no share in it.
-
-        With a `desk` the frames lie in its shared memory. Lengths are known before pictures are, so
-        samples are packed first and each frame is decoded to its place in its batch.
-        """
-        if desk is not None:
-            self._steps.watch = desk.ring.say
-        try:
-            return self._pack(self._steps.read(step), desk)
-        except _Damaged:
-            # Substitutes have other lengths: pack again, when every sample is known to be whole.
-            return self._pack(self._steps[step], desk)
-
-    def _pack(self, samples: Sequence[Sample], desk: Desk | None) -> list[Batch]:
-        """The packs of some samples; raises _Damaged at the first waiting one of damaged media."""
-        if desk is not None:
-            desk.clear()
-        frames = _Frames(self._steps, samples, self._frame_shape.image_size, desk)
-        return make_batches(
-            [encode_sample(sample, self._tokenizer, self._encode) for sample in samples],
-            pack_tokens=self._options.pack_tokens,
-            loss_mode=self._options.loss_mode,
-            frame_shape=self._frame_shape,
-            pixels=frames.of,
-        )
+        return len(self.pipeline.stream)
 
     def zero_batch(self) -> Batch:
         """The pack of weight 0 for a rank that has fewer packs than the others."""
-        return zero_batch(self._frame_shape)
+        return self.pipeline.zero_batch()
 
     def iterate(self, start: int, stop: int | None = None) -> Iterator[list[Batch]]:
         """The packs of the steps `start` .. `stop - 1`, by default up to the last one.
 
-        Raises what reading and encoding raise; out of a worker, with its traceback as a note, and
-        WorkerDied. A step's frames are the worker's again when its batches are gone.
+        The memory of a step's frames is used again when its batches are gone.
+
+        Raises what `BatchPipeline.batches` raises, with the worker's traceback as a note, and
+        WorkerDied.
         """
-        stop = len(self) if stop is None else stop
-        if self._options.pool.workers == 0:
-            for step in range(start, stop):
-                yield self.batches(step)
-            return
-        yield from WorkerPool(self.batches, range(start, stop), self._options.pool)
+        steps = range(start, len(self) if stop is None else stop)
+        if self.pool.workers == 0:
+            yield from map(self.pipeline.batches, steps)
+        else:
+            yield from WorkerPool(self.pipeline.batches, steps, self.pool)
 
 
-class _Damaged(Exception):
-    """The media of a sample are damaged; another one stands at its position."""
+def build_loader(
+    config: Config, index: ShardIndex, sampler: WeightedTaskSampler, model: EmoVerse
+) -> StepLoader:
+    """The loader of this rank.
+
+    With `model.cache_features` every clip goes through the vision tower once per run directory;
+    later epochs, stages and the other ranks read the result from one file.
+
+    Raises:
+        ValueError: the shards do not fit the view; see open_tokenizer.
+    """
+    data, architecture = config.data, model.architecture
+    cached, blank = config.model.cache_features, config.model.blank_frames
+    assert not (cached and data.workers), "the config allows cached features without workers only"
+    view = view_options(data, architecture)
+    features: KeyedFeatures | None = None
+    if cached and not blank:
+        key = cache_key(model, index, data.frames_per_clip, resize=data.resize)
+        cache = FeatureCache(config.run.run_dir / "cache", key)
+        features = KeyedFeatures(cache, record_ordinals(index))
+    stream = StepStream(
+        sampler,
+        ShardReader(index.folder, index),
+        view,
+        on_damage=data.on_damage,
+        wants_frames=_wants_frames(view, features, blank=blank),
+    )
+    tokenizer = open_tokenizer(config.model.base, max_tokens=data.max_tokens)
+    pipeline = BatchPipeline(
+        stream=stream,
+        tokenizer=tokenizer,
+        encode=encode_options(
+            data,
+            architecture,
+            blank_frames=blank,
+            features=features,
+            blank_feature=blank_feature(model) if cached and blank else None,
+        ),
+        frame_shape=FrameShape(
+            image_context_id=tokenizer.image_context_id,
+            tokens_per_frame=architecture.visual_tokens_per_frame,
+            image_size=view.image_size,
+            feature_channels=architecture.feature_channels if cached else None,
+        ),
+        pack_tokens=data.pack_tokens,
+        loss_mode=config.train.loss,
+        store_features=None if features is None else _feature_writer(config, model, features),
+    )
+    samples_per_rank = -(-sampler.global_batch_size // sampler.world_size)
+    pool = PoolOptions(
+        workers=data.workers,
+        step_bytes=samples_per_rank * data.most_frames * view.image_size**2 * 3,
+        pin=torch.cuda.is_available(),
+        timeout_s=data.batch_timeout_s,
+    )
+    return StepLoader(pipeline=pipeline, pool=pool)
 
 
-class _Frames:
-    """The frames of a step's packs: decoded to where they stay, or copied if they are there."""
+def _wants_frames(
+    view: ViewOptions, features: KeyedFeatures | None, *, blank: bool
+) -> Callable[[str, View], bool] | None:
+    """Which (record key, view) the stream decodes; None is every one."""
+    if blank:
+        # As many grey frames as the true ones: for some views only decoding tells how many.
+        return lambda key, kind: view_frames(kind, view) is None
+    return None if features is None else features.wants_frames
 
-    def __init__(
-        self, steps: Steps, samples: Sequence[Sample], image_size: int, desk: Desk | None
-    ) -> None:
-        self._steps = steps
-        self._samples = {sample.position: sample for sample in samples}
-        self._image_size = image_size
-        self._desk = desk
 
-    def of(self, examples: Sequence[Example]) -> NDArray[np.uint8]:
-        """uint8 [F, size, size, 3]; raises _Damaged at the first sample of damaged media."""
-        size, start = self._image_size, 0
-        num_frames = sum(example.num_frames for example in examples)
-        shape = (num_frames, size, size, 3)
-        pixels = np.empty(shape, np.uint8) if self._desk is None else self._desk.allocate(shape)
-        for example in examples:
-            place = pixels[start : start + example.num_frames]
-            start += example.num_frames
-            if example.pixels_F is not None:
-                place[:] = example.pixels_F
-                continue
-            waiting = self._samples[example.position]
-            if self._steps.decode(waiting, place).replaced > waiting.replaced:
-                raise _Damaged
-        return pixels
+def _feature_writer(
+    config: Config, model: EmoVerse, features: KeyedFeatures
+) -> Callable[[Sample], None]:
+    """Computes and stores the features of samples that are not in the cache yet."""
+    # ZeRO-3 will divide the model's own tower among the ranks, which then must run it together; but
+    # every rank has other clips to compute. A frozen copy belongs to each rank alone.
+    tower = None
+    if config.train.zero_stage == 3:
+        tower = copy.deepcopy(model.native.model.vision_tower)
+
+    def store(sample: Sample) -> None:
+        if sample.frames is not None:
+            ordinal = features.ordinals[sample.record.key]
+            computed = compute_features(model, sample.frames, tower)
+            features.cache.put(ordinal, sample.view, computed)
+
+    return store

@@ -1,149 +1,148 @@
-"""From a stage's sampler to its batches: reader, stream, features, encoding and packing, composed.
+"""One step of the data flow: read -> encode -> pack -> decode into the packs -> batch.
 
-In: the config, the index, this rank's sampler and the model (for frozen features). Out: a
-`StepLoader`. With `model.cache_features` every clip goes through the vision tower once per run
-directory; later epochs, stages and the other ranks read the result from one file.
+In: the index of a step. Out: this rank's packed batches of that step, a pure function of the step.
+Text alone tells how long a sample is, so samples are packed before their frames are decoded, and
+every clip is decoded straight into the memory of its batch. A clip that turns out to be damaged is
+replaced by the next record of the plan, which has other text: the step is packed once more.
+`loader.py` runs this ahead of time in other processes.
 """
 
-import copy
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import nn
 
-from data_shards.plan.sampler import WeightedTaskSampler
-from data_shards.shards.index import ShardIndex
-from data_shards.shards.reader import ShardReader
-from data_shards.stream import Sample, StepStream, ViewOptions, view_frames
-from emoverse.config.schema import Config
-from emoverse.data.collate import FrameShape
-from emoverse.data.encode import EncodeOptions, open_tokenizer
-from emoverse.data.loader import LoaderOptions, StepLoader
-from emoverse.data.workers import PoolOptions
-from emoverse.models.emoverse import EmoVerse
-from emoverse.models.features import (
-    FeatureCache,
-    KeyedFeatures,
-    blank_feature,
-    cache_key,
-    compute_features,
-    record_ordinals,
-)
+from data_shards.stream import Damage, Sample
+from emoverse.data.collate import Batch, FrameShape, collate, plan_packs, zero_batch
+from emoverse.data.encode import EncodeOptions, Example, encode_sample
+from emoverse.data.shared_memory import SlotAllocator
+from emoverse.data.tokenizer import Tokenizer
+from emoverse.loss import LossMode
+
+Frames = NDArray[np.uint8]  # [F, size, size, 3]
 
 
-class FeatureStream:
-    """A stream that sends frames through the frozen tower and stores the features, once per view.
+class SampleStream(Protocol):
+    """The methods of `data_shards.stream.StepStream` that the pipeline calls."""
 
-    No frames wait in its samples. The encoder then finds the features of every sample of the step,
-    so batches never mix features with pixels, damaged records and their substitutes included.
+    report: Callable[[str], object]
+
+    def __len__(self) -> int: ...
+
+    def read(self, step: int) -> list[Sample]: ...
+
+    def decode(self, sample: Sample, out: Frames | None = None) -> Frames | Damage: ...
+
+    def substitute(self, sample: Sample, damage: Damage) -> Sample: ...
+
+    def complete(self, sample: Sample) -> Sample: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchPipeline:
+    """From a step to its batches.
+
+    pack_tokens: most tokens of a pack.
+    store_features: computes and stores the frozen vision features of a sample with decoded frames,
+        where `encode.features` will find them; None where batches carry pixels.
     """
 
-    def __init__(
-        self,
-        stream: StepStream,
-        model: EmoVerse,
-        features: KeyedFeatures,
-        tower: nn.Module | None,
-    ) -> None:
-        self._stream, self._model, self._features = stream, model, features
-        self._tower = tower
-        self.watch = stream.watch
+    stream: SampleStream
+    tokenizer: Tokenizer
+    encode: EncodeOptions
+    frame_shape: FrameShape
+    pack_tokens: int
+    loss_mode: LossMode = "sample"
+    store_features: Callable[[Sample], None] | None = None
 
-    def __len__(self) -> int:
-        return len(self._stream)
+    def batches(self, step: int, slots: SlotAllocator | None = None) -> list[Batch]:
+        """The packs of one step; none if this rank has no share in it.
 
-    def __getitem__(self, step: int) -> list[Sample]:
-        samples = self._stream[step]
-        for sample in samples:
-            if sample.frames is not None:
-                ordinal = self._features.ordinals[sample.record.key]
-                computed = compute_features(self._model, sample.frames, self._tower)
-                self._features.cache.put(ordinal, sample.view, computed)
+        With `slots` the frames lie in shared memory, and the record in work is reported there.
+
+        Raises:
+            DamagedSample: a record is damaged and may not or cannot be replaced.
+            ValueError: a sample does not fit into `data.max_tokens` or `data.pack_tokens`.
+        """
+        if slots is not None:
+            self.stream.report = slots.buffer.report
+        samples = self._read(step)
+        packs = self._encode_and_pack(samples)
+        pixels, decoded = self._decode_into(packs, samples, slots)
+        if any(isinstance(frames, Damage) for frames in decoded.values()):
+            samples = self._replace_damaged(samples, decoded)
+            packs = self._encode_and_pack(samples)
+            pixels, _ = self._decode_into(packs, samples, slots)  # copies, all is decoded now
+        return [collate(pack, self.loss_mode, pixels[index]) for index, pack in enumerate(packs)]
+
+    def zero_batch(self) -> Batch:
+        """The pack of weight 0 for a rank that has fewer packs than the others."""
+        return zero_batch(self.frame_shape)
+
+    def _read(self, step: int) -> list[Sample]:
+        """The samples of a step; frames are decoded here only where features must be computed."""
+        samples = self.stream.read(step)
+        if self.store_features is not None:
+            samples = [self.stream.complete(sample) for sample in samples]
+            for sample in samples:
+                self.store_features(sample)
         return samples
 
-    def read(self, step: int) -> list[Sample]:
-        return self[step]
+    def _encode_and_pack(self, samples: Sequence[Sample]) -> list[list[Example]]:
+        examples = [encode_sample(sample, self.tokenizer, self.encode) for sample in samples]
+        return plan_packs(examples, self.pack_tokens, self.frame_shape)
 
-    def decode(self, sample: Sample, out: NDArray[np.uint8] | None = None) -> Sample:
-        raise AssertionError(f"{sample.record.key}: the frames were decoded in read()")
+    def _decode_into(
+        self,
+        packs: Sequence[Sequence[Example]],
+        samples: Sequence[Sample],
+        slots: SlotAllocator | None,
+    ) -> tuple[list[Frames | None], dict[int, Frames | Damage]]:
+        """The frames of every pack, and what was decoded for each position.
 
+        The frames of a pack are None if it has features instead, and undefined where one of its
+        samples is damaged.
+        """
+        if slots is not None:
+            slots.reset()
+        undecoded = {sample.position: sample for sample in samples if sample.undecoded}
+        decoded: dict[int, Frames | Damage] = {}
+        pixels: list[Frames | None] = []
+        size = self.frame_shape.image_size
+        for pack in packs:
+            visual = [one for one in pack if one.num_frames and one.features is None]
+            if not visual:
+                pixels.append(None)
+                continue
+            shape = (sum(example.num_frames for example in visual), size, size, 3)
+            frames = np.empty(shape, np.uint8) if slots is None else slots.allocate(shape)
+            start = 0
+            for example in visual:
+                out = frames[start : start + example.num_frames]
+                start += example.num_frames
+                if example.pixels_F is None:
+                    sample = undecoded[example.position]
+                    decoded[example.position] = self.stream.decode(sample, out)
+                else:
+                    out[:] = example.pixels_F
+            pixels.append(frames)
+        return pixels, decoded
 
-def _step_bytes(sampler: WeightedTaskSampler, frames: int, image_size: int) -> int:
-    """Most bytes of frames that one step of a rank holds; `frames` of a sample, at most."""
-    samples = -(-sampler.global_batch_size // sampler.world_size)
-    return samples * frames * image_size**2 * 3
+    def _replace_damaged(
+        self, samples: Sequence[Sample], decoded: dict[int, Frames | Damage]
+    ) -> list[Sample]:
+        """The samples, all decoded: substitutes for damaged ones, copies of the intact frames.
 
-
-def build_loader(
-    config: Config, index: ShardIndex, sampler: WeightedTaskSampler, model: EmoVerse
-) -> StepLoader:
-    """The loader of this rank.
-
-    Raises:
-        ValueError: the shards cannot serve the view; see open_tokenizer.
-    """
-    data, architecture = config.data, model.architecture
-    cached, blank = config.model.cache_features, config.model.blank_frames
-    assert not (cached and data.workers), "the config allows cached features without workers only"
-    view = ViewOptions(
-        num_frames=data.frames_per_clip,
-        image_size=architecture.vision.image_size,
-        visual=data.visual,
-        resize=data.resize,
-        peak_tiles=data.peak_tiles,
-    )
-    features: KeyedFeatures | None = None
-    if cached and not blank:
-        key = cache_key(model, index, data.frames_per_clip, resize=data.resize)
-        cache = FeatureCache(config.run.run_dir / "cache", key)
-        features = KeyedFeatures(cache, record_ordinals(index))
-    reader = ShardReader(index.folder, index)
-    stream = StepStream(
-        sampler,
-        reader,
-        view,
-        on_damage=data.on_damage,
-        # Grey frames must be as many as the true ones: some views tell it when they are decoded.
-        wants_frames=(lambda key, kind: view_frames(kind, view) is None)
-        if blank
-        else (features.wants_frames if features else None),
-    )
-    encode = EncodeOptions(
-        template=architecture.template,
-        tokens_per_frame=architecture.visual_tokens_per_frame,
-        image_size=architecture.vision.image_size,
-        max_tokens=data.max_tokens,
-        frames_per_clip=data.frames_per_clip,
-        give_emotion=data.give_emotion,
-        blank_frames=blank,
-        features=features,
-        blank_feature=blank_feature(model) if cached and blank else None,
-    )
-    # ZeRO-3 will divide the model's own tower among the ranks, which then must run it together; but
-    # every rank has other clips to compute. A frozen copy belongs to each rank alone.
-    tower = None
-    if features is not None and config.train.zero_stage == 3:
-        tower = copy.deepcopy(model.native.model.vision_tower)
-    tokenizer = open_tokenizer(config.model.base, max_tokens=data.max_tokens)
-    return StepLoader(
-        FeatureStream(stream, model, features, tower) if features else stream,
-        tokenizer,
-        encode,
-        LoaderOptions(
-            pack_tokens=data.pack_tokens,
-            loss_mode=config.train.loss,
-            pool=PoolOptions(
-                workers=data.workers,
-                step_bytes=_step_bytes(sampler, data.most_frames, view.image_size),
-                pin=torch.cuda.is_available(),
-                timeout_s=data.batch_timeout_s,
-            ),
-        ),
-        frame_shape=FrameShape(
-            image_context_id=tokenizer.image_context_id,
-            tokens_per_frame=architecture.visual_tokens_per_frame,
-            image_size=architecture.vision.image_size,
-            feature_channels=architecture.feature_channels if cached else None,
-        ),
-    )
+        Copies, because the memory of the packs is used again.
+        """
+        complete = []
+        for sample in samples:
+            frames = decoded.get(sample.position)
+            if isinstance(frames, Damage):
+                sample = self.stream.complete(self.stream.substitute(sample, frames))
+            elif frames is not None:
+                sample = dataclasses.replace(sample, frames=frames.copy(), undecoded=0)
+            complete.append(sample)
+        return complete

@@ -1,9 +1,9 @@
-"""The two chat templates, with the places of the frames.
+"""The two chat templates, with placeholders for the frames.
 
 In: the query of a sample and the number of its frames. Out: the prompt as segments, each text or a
-run of image context tokens, in the order in which they are tokenised one by one (`encode.py`).
-The segment borders are part of the format: a word at the start of a segment is another token than
-the same word inside one.
+run of image context tokens, which `encode.py` tokenises one by one.
+The segment boundaries are part of the format: a word at the start of a segment has other tokens
+than the same word inside one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Literal
 
 from emoverse.data.tokenizer import IMG_END, IMG_START
 
-# What the frames of a sample are: a clip's frames, one image, none, or grey ones instead of them.
+# The frames of a sample: those of a clip, one image, none, or grey frames instead.
 View = Literal["clip", "peak", "none", "blank"]
 # Text, or the number of image context tokens of a run.
 Segment = str | int
@@ -25,7 +25,7 @@ SYSTEM_TEXT = "You are an sentiment and emotion analysis expert."
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ChatTemplate:
-    """The fixed text around system, query and answer; no newline stands behind an end token."""
+    """The fixed text around system text, query and answer; no newline follows an end token."""
 
     before_system: str
     before_query: str
@@ -79,14 +79,14 @@ def build_prompt(
     for tag in ("<image>", "<video>"):
         if tag in query:
             raise ValueError(
-                f"the query contains the tag {tag}, but frames always stand in front of it; "
+                f"the query contains the tag {tag}, but frames always precede it; "
                 "remove the tag from the text"
             )
     segments: list[Segment] = []
     text = chat.before_system + system + chat.before_query
     if view == "clip":
-        for number in range(1, num_frames + 1):
-            segments += [f"{text}Frame{number}: {IMG_START}", tokens_per_frame]
+        for frame in range(1, num_frames + 1):
+            segments += [f"{text}Frame{frame}: {IMG_START}", tokens_per_frame]
             text = f"{IMG_END}\n"
     elif view == "peak":
         segments += [f"{text}{IMG_START}", num_frames * tokens_per_frame]

@@ -1,9 +1,9 @@
-"""Shared memory between one data worker and the trainer: allocated once, used again and again.
+"""Shared memory between one data worker and the trainer, allocated once and reused for every step.
 
-A ring has equal slots, one per step that the worker prepares ahead. The worker decodes the frames
+A buffer has equal slots, one per step that the worker prepares ahead. The worker decodes the frames
 of a step straight into a slot; the trainer's tensors are views of it. A slot is free again when the
-last of these tensors is gone, whoever holds it. The memory has no name: nothing is left behind when
-a process is killed. In front of the slots stands one line of text, what the worker is doing.
+last of these tensors is garbage collected. The memory has no name in the file system, so a killed
+process leaves nothing behind. The first page holds one line of text: what the worker is doing.
 """
 
 import contextlib
@@ -17,62 +17,62 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-_HEAD: Final = 4096  # bytes for the line of text; a page, so that the slots begin on one
-_ALIGN: Final = 64
+_HEADER_BYTES: Final = 4096  # for the line of text; a page, so that the slots are page-aligned
+_ALIGNMENT: Final = 64  # bytes, of every array in a slot
 
 Bytes = NDArray[np.uint8]
 
 
-class SharedRing:
-    """`slots` pieces of `slot_bytes` bytes that forked processes share.
+class SharedBuffer:
+    """`num_slots` slots of `slot_bytes` bytes that forked processes share.
 
-    Memory is only taken when it is written for the first time.
+    The system allocates a page when it is first written.
     """
 
-    def __init__(self, slots: int, slot_bytes: int) -> None:
-        assert slots >= 1 and slot_bytes >= 0
-        self.slots = slots
+    def __init__(self, num_slots: int, slot_bytes: int) -> None:
+        assert num_slots >= 1 and slot_bytes >= 0
+        self.num_slots = num_slots
         self.slot_bytes = slot_bytes + -slot_bytes % mmap.PAGESIZE
-        self._memory = mmap.mmap(-1, _HEAD + slots * self.slot_bytes)
-        with contextlib.suppress(OSError):  # a kernel without them
-            self._memory.madvise(mmap.MADV_HUGEPAGE)  # where the machine gives them to who asks
+        self._memory = mmap.mmap(-1, _HEADER_BYTES + num_slots * self.slot_bytes)
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
         self._bytes: Bytes = np.frombuffer(self._memory, dtype=np.uint8)
         self._address = int(self._bytes.__array_interface__["data"][0])
 
-    def say(self, text: str) -> None:
-        """Worker: what it is doing now."""
-        line = text.encode("utf-8", errors="replace")[: _HEAD - 1]
+    def report(self, activity: str) -> None:
+        """Worker: store a line about what it is doing now."""
+        line = activity.encode("utf-8", errors="replace")[: _HEADER_BYTES - 1]
         self._memory[: len(line) + 1] = line + b"\0"
 
-    def said(self) -> str:
-        """Trainer: what the worker said last."""
-        return self._memory[:_HEAD].split(b"\0", 1)[0].decode("utf-8", errors="replace")
+    def last_report(self) -> str:
+        """Trainer: the last line that the worker stored."""
+        return self._memory[:_HEADER_BYTES].split(b"\0", 1)[0].decode("utf-8", errors="replace")
 
-    def slot(self, number: int) -> Bytes:
+    def slot(self, index: int) -> Bytes:
         """The bytes of a slot."""
-        start = _HEAD + number * self.slot_bytes
+        start = _HEADER_BYTES + index * self.slot_bytes
         return self._bytes[start : start + self.slot_bytes]
 
-    def place(self, array: Bytes, slot: int) -> int | None:
-        """Where in a slot an array lies, None if it lies elsewhere."""
+    def offset_in(self, slot: int, array: Bytes) -> int | None:
+        """The byte offset of an array in a slot, None if it is not in that slot."""
         first = int(array.__array_interface__["data"][0]) - self._address
-        offset = first - _HEAD - slot * self.slot_bytes
+        offset = first - _HEADER_BYTES - slot * self.slot_bytes
         return offset if offset >= 0 and offset + array.nbytes <= self.slot_bytes else None
 
-    def lend(
-        self, slot: int, spans: Sequence[tuple[int, int]], released: Callable[[int], object]
+    def views(
+        self, slot: int, spans: Sequence[tuple[int, int]], on_release: Callable[[int], object]
     ) -> list[Bytes]:
         """Trainer: views of some (offset, size) of a slot.
 
-        `released(slot)` is called when the last of them, and of what was made of them, is gone.
+        `on_release(slot)` is called when the last view, and everything derived from it, is gone.
         """
-        start = self._address + _HEAD + slot * self.slot_bytes
-        lease = _Lease(self)
-        weakref.finalize(lease, released, slot)
-        return [np.asarray(_View(lease, start + offset, size)) for offset, size in spans]
+        start = self._address + _HEADER_BYTES + slot * self.slot_bytes
+        use = _SlotUse(self)
+        weakref.finalize(use, on_release, slot)
+        return [np.asarray(_View(use, start + offset, size)) for offset, size in spans]
 
     def pin(self) -> bool:
-        """Lock the pages for fast copies to the GPU, once; false where that is not possible."""
+        """Page-lock the memory for fast copies to the GPU, once; False where impossible."""
         if not torch.cuda.is_available():
             return False
         runtime: Any = torch.cuda.cudart()
@@ -82,20 +82,20 @@ class SharedRing:
         return not failed
 
 
-class _Lease:
-    """Lives as long as a slot is in use; keeps the memory itself alive, too."""
+class _SlotUse:
+    """Lives as long as a view of a slot exists, and keeps the buffer alive."""
 
-    __slots__ = ("__weakref__", "ring")
+    __slots__ = ("__weakref__", "buffer")
 
-    def __init__(self, ring: SharedRing) -> None:
-        self.ring = ring
+    def __init__(self, buffer: SharedBuffer) -> None:
+        self.buffer = buffer
 
 
 class _View:
-    """Memory as numpy's array interface; the array keeps this object, and this keeps the lease."""
+    """Memory in numpy's array interface. The array refers to this object, and this to the use."""
 
-    def __init__(self, lease: _Lease, address: int, size: int) -> None:
-        self._lease = lease
+    def __init__(self, use: _SlotUse, address: int, size: int) -> None:
+        self._use = use
         self.__array_interface__ = {
             "shape": (size,),
             "typestr": "|u1",
@@ -104,29 +104,29 @@ class _View:
         }
 
 
-class Desk:
-    """Worker: one slot after the other, and where the next array goes in it."""
+class SlotAllocator:
+    """Worker: allocates the arrays of one step after the other in the slots of a buffer."""
 
-    def __init__(self, ring: SharedRing, free: Sequence[int]) -> None:
-        self.ring = ring
-        self.free = deque(free)
+    def __init__(self, buffer: SharedBuffer, free: Sequence[int]) -> None:
+        self.buffer = buffer
+        self.free = deque(free)  # slots
         self.slot: int | None = None
-        self._used = 0
+        self._used_bytes = 0
 
-    def begin(self) -> None:
-        """Take a slot for the next step; without a free one arrays get memory of their own."""
+    def begin_step(self) -> None:
+        """Take a free slot for the next step; if there is none, arrays get ordinary memory."""
         self.slot = self.free.popleft() if self.free else None
-        self.clear()
+        self.reset()
 
-    def clear(self) -> None:
-        """Begin the step once more: what was allocated for it is not needed."""
-        self._used = 0
+    def reset(self) -> None:
+        """Discard what was allocated for this step."""
+        self._used_bytes = 0
 
     def allocate(self, shape: tuple[int, ...]) -> Bytes:
         """uint8 memory of a shape: in the slot if it has room, else ordinary memory."""
         size = int(np.prod(shape))
-        if self.slot is None or not size or self._used + size > self.ring.slot_bytes:
+        if self.slot is None or not size or self._used_bytes + size > self.buffer.slot_bytes:
             return np.empty(shape, dtype=np.uint8)
-        start = self._used
-        self._used += size + -size % _ALIGN
-        return self.ring.slot(self.slot)[start : start + size].reshape(shape)
+        start = self._used_bytes
+        self._used_bytes += size + -size % _ALIGNMENT
+        return self.buffer.slot(self.slot)[start : start + size].reshape(shape)

@@ -3,7 +3,7 @@
 In: `tokenizer.model` and `tokenizer_config.json` of an InternVL2-4B (Phi-3) or -8B (InternLM2)
 folder.
 Out: token ids that equal those of the checkpoints' own slow tokenizers, and text from ids.
-Neither transformers nor protobuf is used. Prompts are assembled in `prompt.py`.
+It uses neither transformers nor protobuf. Prompts are assembled in `prompt.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Family = Literal["phi3", "internlm2"]
 MODEL_FILE = "tokenizer.model"
 CONFIG_FILE = "tokenizer_config.json"
 IMG_START, IMG_END, IMG_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
-# InternVL2 appends these nine, in this order, behind the language model's own tokens.
+# InternVL2 appends these nine tokens, in this order, to those of the language model.
 VISION_TOKENS = (
     IMG_START, IMG_END, IMG_CONTEXT, "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>",
 )  # fmt: skip
@@ -32,7 +32,7 @@ FAMILY_OF_CLASS: Mapping[str, Family] = {
     "InternLM2Tokenizer": "internlm2",
     "InternLM2TokenizerFast": "internlm2",
 }
-# The token that ends an answer comes first; the model's own end of sequence also stops it.
+# First the token that ends an answer; generation also stops at the end-of-sequence token.
 STOP_TOKENS: Mapping[Family, tuple[str, ...]] = {
     "phi3": ("<|end|>", "<|endoftext|>"),
     "internlm2": ("<|im_end|>", "</s>"),
@@ -44,7 +44,7 @@ _NORMALIZER_FIELD, _DUMMY_PREFIX_FIELD = 3, 3  # ModelProto.normalizer_spec.add_
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class AddedToken:
-    """One row of `added_tokens_decoder`: a text that maps to an id past sentencepiece."""
+    """One row of `added_tokens_decoder`: a text with an id beyond sentencepiece's."""
 
     id: int
     content: str
@@ -54,10 +54,10 @@ class AddedToken:
 
 
 class Tokenizer:
-    """Text to ids and back, as the slow tokenizer of the checkpoint does it.
+    """Text to ids and back, equal to the slow tokenizer of the checkpoint.
 
-    Build it with `Tokenizer.load(folder)`. Added tokens that stand in a text given to `encode`
-    become their ids; pass what a person wrote through `check_user_text` first.
+    Build it with `Tokenizer.load(folder)`. `encode` turns added tokens in a text into their ids;
+    check text that people wrote with `check_user_text` first.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Tokenizer:
         self._added = {token.content: token for token in added}
         self._added_ids = frozenset(token.id for token in added)
         self.vocab_size: int = max([self.num_pieces, *(token.id + 1 for token in added)])
-        # Longest first, so that no token hides behind a shorter one that begins like it.
+        # Longest first, so that a token is matched before any token that is its prefix.
         longest_first = sorted(self._added, key=lambda text: (-len(text), text))
         self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
         self.bos_id: int | None = self.token_id("<s>") if add_bos else None
@@ -122,7 +122,7 @@ class Tokenizer:
                 model,
                 family=FAMILY_OF_CLASS[class_name],
                 added=added,
-                # Both classes add it unless the file says otherwise.
+                # Both classes add it by default.
                 add_bos=bool(config.get("add_bos_token", True)),
             )
         except (KeyError, RuntimeError, ValueError) as error:
@@ -143,18 +143,18 @@ class Tokenizer:
 
     @property
     def added_tokens(self) -> tuple[AddedToken, ...]:
-        """The added tokens by rising id."""
+        """The added tokens, by ascending id."""
         return tuple(sorted(self._added.values(), key=lambda token: token.id))
 
     def find_added_token(self, text: str) -> str | None:
-        """The first added token that stands literally in `text`, or None."""
-        found = self._split.search(text)
-        return found.group(0) if found else None
+        """The first added token that occurs literally in `text`, or None."""
+        match = self._split.search(text)
+        return match.group(0) if match else None
 
     def check_user_text(self, text: str, what: str) -> None:
-        """Raise ValueError if `text`, written by a person, holds an added token literally.
+        """Raise ValueError if `text`, written by a person, contains an added token literally.
 
-        Such text would be read as a turn or an image; `what` names the text in the message.
+        The model would take such text for a turn or an image. `what` names the text in the message.
         """
         token = self.find_added_token(text)
         if token is not None:
@@ -176,7 +176,7 @@ class Tokenizer:
             and pieces[1:2]
             and pieces[1] in self._added
         ):
-            pieces = pieces[1:]  # the space in front stands for no word
+            pieces = pieces[1:]  # the leading space belongs to no word
         ids: list[int] = []
         for piece in pieces:
             if piece in self._added:
@@ -194,10 +194,10 @@ class Tokenizer:
         return str(self._decoder.decode(kept))
 
     def _strip_around_tokens(self, pieces: list[str]) -> Iterator[str]:
-        """Drop the whitespace that an added token swallows, and what is empty then."""
-        for place, piece in enumerate(pieces):
-            before = self._added.get(pieces[place - 1]) if place > 0 else None
-            after = self._added.get(pieces[place + 1]) if place + 1 < len(pieces) else None
+        """Drop whitespace that an added token strips, and pieces that are empty then."""
+        for index, piece in enumerate(pieces):
+            before = self._added.get(pieces[index - 1]) if index > 0 else None
+            after = self._added.get(pieces[index + 1]) if index + 1 < len(pieces) else None
             if before is not None and before.rstrip:
                 piece = piece.lstrip()
             if after is not None and after.lstrip:
@@ -209,15 +209,15 @@ class Tokenizer:
         """Ids of a text without added tokens."""
         if self.family == "internlm2" or not piece.startswith((SPACE, " ")):
             return list(self._encoder.encode(piece))
-        # Sentencepiece may swallow a leading space; behind a word it cannot.
+        # Sentencepiece may drop a leading space, but not a space after a word.
         return list(self._encoder.encode("<unk>" + piece))[self._unk_length :]
 
     def _check_ids(self, config_path: Path) -> None:
-        """Every id is an embedding row that something maps to, once."""
-        behind = sorted(id_ for id_ in self._added_ids if id_ >= self.num_pieces)
+        """Raise ValueError unless the added tokens continue the pieces of sentencepiece."""
+        added_ids = sorted(id_ for id_ in self._added_ids if id_ >= self.num_pieces)
         expected = list(range(self.num_pieces, self.vocab_size))
-        if behind != expected:
-            gap = sorted(set(expected) - set(behind))
+        if added_ids != expected:
+            gap = sorted(set(expected) - set(added_ids))
             raise ValueError(
                 f"{config_path}: added tokens must continue the {self.num_pieces} pieces of "
                 f"{MODEL_FILE} without a gap, but no token has the ids {gap[:5]}; the two files "
@@ -229,7 +229,7 @@ class Tokenizer:
 
 
 def _read_added_tokens(config: Mapping[str, Any], path: Path) -> tuple[AddedToken, ...]:
-    """The added tokens of a tokenizer_config.json, by rising id."""
+    """The added tokens of a tokenizer_config.json, by ascending id."""
     table = config.get("added_tokens_decoder")
     if not isinstance(table, dict) or not table:
         raise ValueError(f"{path}: added_tokens_decoder is missing; it maps ids to added tokens")
@@ -263,7 +263,7 @@ def drop_dummy_prefix(model: bytes) -> bytes:
     kept = bytearray()
     for number, start, end, body in _fields(model):
         if number == _NORMALIZER_FIELD:
-            spec += model[body:end]  # protobuf merges a message that comes in several parts
+            spec += model[body:end]  # protobuf merges repeated fields of one message
         else:
             kept += model[start:end]
     flags = bytearray()
@@ -285,7 +285,7 @@ def varint(value: int) -> bytes:
 
 
 def _read_varint(data: bytes, at: int) -> tuple[int, int]:
-    """Value of the varint at `at`, and the offset behind it."""
+    """Value of the varint at offset `at`, and the offset after it."""
     value = shift = 0
     while True:
         byte = data[at]

@@ -6,9 +6,11 @@ full tensors by parameter name, independent of the ZeRO stage and of the number 
 No other file imports deepspeed; nothing here compiles an operator, so no compiler is needed.
 """
 
+import contextlib
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -17,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed probes and says so
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed probes and logs that
 import deepspeed
 import deepspeed.ops
 from deepspeed.runtime.utils import combine_grad_norm_groups
@@ -31,12 +33,17 @@ from deepspeed.utils import (
 )
 
 from emoverse.config.deepspeed_settings import deepspeed_config
-from emoverse.engine.distributed import World, gather_rows
+from emoverse.engine.distributed import World, gather_rows, shutdown
 from emoverse.engine.optim import set_learning_rate
-from emoverse.engine.step_types import BadNumbers, Packs, Placeholders, StepResult, TrainedState
-from emoverse.engine.stopwatch import Stopwatch
+from emoverse.engine.step_types import (
+    BadNumbers,
+    Packs,
+    Placeholders,
+    StepResult,
+    TrainedState,
+    check_finite,
+)
 from emoverse.loss import gradient_scale, mean_loss
-from emoverse.training.loss_guard import finite
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -62,22 +69,72 @@ def start_process_group(world: World, *, timeout_s: float) -> None:
     )
 
 
+@contextlib.contextmanager
+def process_group(world: World, *, timeout_s: float) -> Iterator[None]:
+    """The process group while the block runs; it can be entered once per process.
+
+    After an error it stays open: other ranks may wait in a collective, and only the end of this
+    process tells them.
+    """
+    start_process_group(world, timeout_s=timeout_s)
+    yield
+    shutdown()
+
+
+class Stopwatch:
+    """Seconds that a device works in several blocks, without a synchronisation after each.
+
+    Use `with watch:` around each block, then `watch.seconds()` after the last one. A GPU runs
+    asynchronously, so its own events are the clock there.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._passed_s = 0.0
+        self._begin_s = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def __enter__(self) -> None:
+        if self._cuda:
+            self._events.append((_cuda_event(), _cuda_event()))
+            self._events[-1][0].record()
+        else:
+            self._begin_s = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        if self._cuda:
+            self._events[-1][1].record()
+        else:
+            self._passed_s += time.perf_counter() - self._begin_s
+
+    def seconds(self) -> float:
+        """Sum of all blocks; waits for the last one."""
+        if self._events:
+            self._events[-1][1].synchronize()
+        on_gpu_ms = sum(float(begin.elapsed_time(end)) for begin, end in self._events)
+        return self._passed_s + on_gpu_ms / 1000
+
+
+def _cuda_event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)
+
+
 class _PackLoss(nn.Module):
-    """Gives DeepSpeed's hooks what they look for: a tuple of tensors, the loss first."""
+    """Returns what DeepSpeed's hooks expect: a tuple of tensors, the loss first."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, pack: Any) -> tuple[Tensor, Tensor]:
-        """Returns the scalar sum of w * ce, and float64 [3, tasks]: its parts, weights, tokens."""
+        """Returns the scalar sum of w * ce, and float64 [3, tasks]: losses, weights, tokens."""
         out = self.model(pack)
-        parts = (out.task_loss, out.task_weight, out.task_tokens)
-        return out.loss_sum, torch.stack([part.detach().double() for part in parts])
+        by_task = (out.task_loss, out.task_weight, out.task_tokens)
+        return out.loss_sum, torch.stack([values.detach().double() for values in by_task])
 
 
 class Engine:
-    """A model under DeepSpeed. All public methods are collective: every rank calls them in turn."""
+    """A model under DeepSpeed. All public methods are collective: every rank calls them."""
 
     def __init__(
         self,
@@ -89,7 +146,7 @@ class Engine:
     ) -> None:
         """`settings` is a `deepspeed_config`; `optimizer` holds all that `model` trains.
 
-        deferred: frozen weights still to be read (ZeRO-3 only): each is partitioned as it comes,
+        deferred: frozen weights still to be read (ZeRO-3 only). Each is partitioned as it is read,
             so that no rank ever holds the whole model.
         """
         self.world = world
@@ -104,7 +161,7 @@ class Engine:
         self._shapes = {name: tuple(p.shape) for name, p in self._named.items()}
         self._updates = 0
         if deferred is not None:
-            assert self._stage == 3, "only ZeRO-3 takes frozen weights piece by piece"
+            assert self._stage == 3, "only ZeRO-3 partitions frozen weights"
             _partition(model, deferred, self.settings, world.device)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=_PackLoss(model), optimizer=optimizer, config=self.settings
@@ -118,7 +175,7 @@ class Engine:
 
     @property
     def learning_rates(self) -> dict[str, float]:
-        """What the last step used, by part of the model."""
+        """Learning rates of the last step, by part of the model."""
         groups = self._optimizer.param_groups
         return {group["name"].removesuffix("_vectors"): group["lr"] for group in groups}
 
@@ -130,7 +187,7 @@ class Engine:
         normaliser: float,
         lr_factor: float,
         make_empty: Callable[[], Packs],
-        judge: Callable[[float, float], str | None] = finite,
+        check: Callable[[float, float], str | None] = check_finite,
     ) -> StepResult:
         """One optimiser update over all packs of all ranks.
 
@@ -139,26 +196,26 @@ class Engine:
         ZeRO. The gradient is that of sum(w * ce) / normaliser over the whole step, whatever the
         packing, the ranks or the ZeRO stage.
 
-        `judge` sees the loss and the gradient norm before the update, the same on all ranks, and
+        `check` gets the loss and the gradient norm before the update, the same on all ranks, and
         returns a reason not to use the step, or None.
 
         Raises:
-            BadNumbers: `judge` had a reason; on every rank, the step has changed nothing.
+            BadNumbers: `check` returned a reason. On every rank; the step has changed nothing.
         """
         assert len(packs) <= num_packs and num_packs > 0 and normaliser > 0
         set_learning_rate(self._optimizer.param_groups, lr_factor)
         scale = gradient_scale(normaliser, self.world.world_size)
         totals: Tensor | None = None
         clock = Stopwatch(self.world.device)
-        for number in range(num_packs):
-            pack = packs[number] if number < len(packs) else make_empty()
-            self._engine.set_gradient_accumulation_boundary(number == num_packs - 1)
+        for index in range(num_packs):
+            pack = packs[index] if index < len(packs) else make_empty()
+            self._engine.set_gradient_accumulation_boundary(index == num_packs - 1)
             with clock:
-                loss_sum, parts = self._engine(pack.to(self.world.device))
+                loss_sum, by_task = self._engine(pack.to(self.world.device))
             self._engine.backward(loss_sum * scale, scale_wrt_gas=False)
-            totals = parts if totals is None else totals + parts
+            totals = by_task if totals is None else totals + by_task
         assert totals is not None
-        mine = float(totals[0].sum())
+        loss_here = float(totals[0].sum())
         if self.world.world_size > 1:
             dist.all_reduce(totals)
         task_loss, task_weight, task_tokens = totals.tolist()
@@ -170,10 +227,10 @@ class Engine:
             grad_norm=self._gradient_norm(),
             forward_s=clock.seconds(),
         )
-        reason = judge(result.loss, result.grad_norm)
+        reason = check(result.loss, result.grad_norm)
         if reason is not None:
             self._discard()
-            rank_loss = gather_rows(self.world, [mine])[:, 0].tolist()
+            rank_loss = gather_rows(self.world, [loss_here])[:, 0].tolist()
             raise BadNumbers(reason, result, rank_loss)
         self._engine.step()
         assert self._stage == 0 or self._engine.was_step_applied()
@@ -181,8 +238,10 @@ class Engine:
         return result
 
     def _gradient_norm(self) -> float:
-        """L2 norm of the accumulated gradient of all ranks, before clipping; not finite if it is
-        not known. Collective."""
+        """L2 norm of the accumulated gradient of all ranks, before clipping; collective.
+
+        NaN if the gradient is not finite.
+        """
         if self._stage == 0:  # gradients are whole and reduced
             grads = [p.grad.float() for p in self._named.values() if p.grad is not None]
             return float(torch.linalg.vector_norm(torch.stack([g.norm() for g in grads])))
@@ -190,21 +249,21 @@ class Engine:
             norm = float(combine_grad_norm_groups(self._optimizer._get_norm_groups()))
         else:
             norm = float(self._optimizer.scaled_global_norm())
-        return norm if norm >= 0 else math.nan  # DeepSpeed says -1 for what is not finite
+        return norm if norm >= 0 else math.nan  # DeepSpeed returns -1 if it is not finite
 
     def _discard(self) -> None:
         """Drops the accumulated gradient; collective."""
         if self._stage == 0:
             self._engine.zero_grad()
             return
-        # DeepSpeed's own way out of a step leads through a gradient that is not finite.
-        if self._offloads:  # the gradient is on the host; what is asked for is its norm
+        # DeepSpeed skips a step by itself if the gradient is not finite.
+        if self._offloads:  # the gradient is on the host, and DeepSpeed checks its norm
             for norm in self._optimizer.norm_for_param_grads.values():
                 norm.fill_(math.inf)
             self._engine.step()
             assert not self._engine.was_step_applied()
             sums = self._optimizer.averaged_gradients
-            sums.update(dict.fromkeys(sums))  # DeepSpeed 0.19 would add the next step to them
+            sums.update(dict.fromkeys(sums))  # else DeepSpeed 0.19 adds the next step's to them
             return
         groups = self._optimizer.averaged_gradients.values()
         gradients = [gradient for group in groups for gradient in group]
@@ -212,25 +271,26 @@ class Engine:
             gradient.fill_(math.inf)
         self._engine.step()
         assert not self._engine.was_step_applied()
-        for gradient in gradients:  # stage 3 uses the buffers again, but never writes the padding
+        for gradient in gradients:  # stage 3 reuses the buffers and never writes their padding
             gradient.zero_()
 
     # State in full tensors -------------------------------------------------------------------
 
     def export_state(self) -> TrainedState:
-        """Collective: master weights and moments, gathered; kept on rank 0 only."""
+        """Collective: master weights and moments, gathered on rank 0 only."""
         params: dict[str, Tensor] = {}
         moments: dict[str, dict[str, Tensor]] = {key: {} for key in MOMENTS}
         for name, param in self._named.items():
             if self._stage == 0:
                 state = self._optimizer.state[param]
-                found = [param.detach(), *(state[key] for key in MOMENTS)]
+                tensors = [param.detach(), *(state[key] for key in MOMENTS)]
             else:
-                found = [safe_get_full_fp32_param(param)]
-                found += [safe_get_full_optimizer_state(param, key) for key in MOMENTS]
+                tensors = [safe_get_full_fp32_param(param)]
+                tensors += [safe_get_full_optimizer_state(param, key) for key in MOMENTS]
             if self.world.is_main:
                 # Clones: a saved tensor must not change with the next step.
-                full = [t.detach().float().cpu().clone().reshape(self._shapes[name]) for t in found]
+                shape = self._shapes[name]
+                full = [t.detach().float().cpu().clone().reshape(shape) for t in tensors]
                 params[name] = full[0]
                 for key, tensor in zip(MOMENTS, full[1:], strict=True):
                     moments[key][name] = tensor
@@ -239,7 +299,7 @@ class Engine:
     def import_params(self, params: Mapping[str, Tensor], *, some: bool = False) -> None:
         """Collective: sets the trained weights (model copy and fp32 master) on every rank.
 
-        some: parameters that are not given keep what they have.
+        some: parameters that are not given keep their values.
 
         Raises:
             ValueError: names or shapes differ from the parameters that this stage trains.
@@ -281,10 +341,10 @@ class Engine:
         self._updates = state.updates
 
     def _create_moments(self) -> None:
-        """Makes AdamW's state now, not in its first step, so that it can be set and read any time.
+        """Creates AdamW's state before its first step, so that it can be set and read at any time.
 
-        DeepSpeed 0.19 links names to states after stepping the first group, when those of further
-        groups do not exist yet; with the states made beforehand every group is linked.
+        DeepSpeed 0.19 links names to states after it has stepped the first group, when the states
+        of further groups do not exist yet. States created beforehand are linked for every group.
         """
         for tensor in self._owned:
             zeros = {key: torch.zeros_like(tensor, dtype=torch.float32) for key in MOMENTS}
@@ -308,24 +368,25 @@ class Engine:
 
     def _local_part(self, param: nn.Parameter, value: Tensor) -> Tensor:
         """This rank's slice of a ZeRO-3 parameter, zero-padded as DeepSpeed pads it."""
-        size = param.ds_tensor.numel()
+        partition: Tensor = param.ds_tensor  # type: ignore[attr-defined]  # DeepSpeed adds it
+        size = partition.numel()
         flat = value.flatten()
         padded = torch.nn.functional.pad(flat, (0, size * self.world.world_size - flat.numel()))
         return padded.narrow(0, size * self.world.rank, size)
 
     def _check(self, tensors: Mapping[str, Tensor], *, some: bool = False) -> None:
-        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        actual = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if some:
-            found = self._shapes | found
-        if found == self._shapes:
+            actual = self._shapes | actual
+        if actual == self._shapes:
             return
-        missing = sorted(set(self._shapes) - set(found))
-        extra = sorted(set(found) - set(self._shapes))
-        other = sorted(n for n in set(found) & set(self._shapes) if found[n] != self._shapes[n])
+        missing = sorted(set(self._shapes) - set(actual))
+        extra = sorted(set(actual) - set(self._shapes))
+        other = sorted(n for n in set(actual) & set(self._shapes) if actual[n] != self._shapes[n])
         raise ValueError(
             "saved weights do not fit the parameters this stage trains: "
             f"missing {missing[:3]} ({len(missing)}), unexpected {extra[:3]} ({len(extra)}), "
-            f"other shape {[(n, found[n], self._shapes[n]) for n in other[:3]]} ({len(other)}); "
+            f"other shape {[(n, actual[n], self._shapes[n]) for n in other[:3]]} ({len(other)}); "
             "keep model.lora and model.projector as they were in the run that saved them"
         )
 
@@ -335,7 +396,7 @@ class Engine:
 
 
 class SharedWeights:
-    """A model for answers only, of which every rank holds its share of the weights (ZeRO-3)."""
+    """A model for inference whose weights are divided among the ranks (ZeRO-3)."""
 
     def __init__(
         self,
@@ -367,7 +428,7 @@ def _partition(
     model: nn.Module, deferred: Placeholders, settings: Mapping[str, Any], device: torch.device
 ) -> None:
     """Collective: gives each placeholder its value and keeps this rank's share of it."""
-    first: nn.Parameter | None = None
+    first: Any = None  # a parameter, to which DeepSpeed adds convert_to_zero_parameters
     for param, value in deferred.values():
         param.data = value.to(device)
         if first is None:

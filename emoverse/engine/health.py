@@ -1,7 +1,7 @@
-"""The first seconds of a job on several nodes: are they alike, and do they understand each other?
+"""The check of the nodes at the start of a job: equal software and devices, working collectives.
 
-In: a process group that has just met. Out: lines for the log, or a RankError on every rank that
-names the node at fault. What one host can see alone is checked before (launch/slurm/preflight.py).
+In: a new process group. Out: lines for the log, or a RankError on every rank that names the node at
+fault. What one host can check alone was checked before (launch/slurm/preflight.py).
 """
 
 import os
@@ -16,21 +16,21 @@ import torch
 import torch.distributed as dist
 
 from emoverse.engine.distributed import RankError, World
-from emoverse.estimate.memory import GIB, Need
+from emoverse.estimate.memory import GIB, MemoryEstimate
 from emoverse.run_dir.provenance import package_versions
 
-CLOCK_S = 5.0  # more apart than this is told: lease and logs compare times of several nodes
+CLOCK_S = 5.0  # larger differences are logged: run lock and logs compare times of several nodes
 ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}  # of the probe, fp32
 ROUNDS = 3
 WORK_SIZE = {"cpu": 256, "cuda": 4096}  # rows of the square matrices of the compute probe
 SLOW = 3.0  # times the median
-FREE_SHARE = 0.9  # of a GPU's memory that nobody else may hold
-CPU_WANTED = "EMOVERSE_CPU"  # set to train on the CPUs of a node whose GPUs the job has
+FREE_SHARE = 0.9  # of a GPU's memory that must be free
+CPU_WANTED = "EMOVERSE_CPU"  # set to train on the CPUs of a node although the job has its GPUs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NodeFacts:
-    """What a rank tells about its place."""
+    """What a rank reports about its node and device."""
 
     rank: int
     host: str
@@ -41,15 +41,15 @@ class NodeFacts:
     memory: int  # bytes of the device, 0 for a CPU
     free_share: float  # of the device's memory
     work_s: float  # for a fixed amount of arithmetic
-    reduced: bool  # did the probe of the collective give the right sum?
+    reduced: bool  # the all_reduce probe returned the right sum
     reduce_s: float
 
 
-def check_nodes(world: World, need: Need) -> list[str]:
-    """Collective; returns what to say on rank 0. `need`: the memory estimate of `plan`, per GPU.
+def check_nodes(world: World, need: MemoryEstimate) -> list[str]:
+    """Collective; returns lines for the log. `need`: the memory estimate of `plan`, per GPU.
 
     Raises:
-        RankError: on every rank, with all that is wrong and where.
+        RankError: on every rank, with all problems and their hosts.
     """
     mine = probe(world)
     everyone: list[NodeFacts] = [mine] * world.world_size
@@ -60,7 +60,7 @@ def check_nodes(world: World, need: Need) -> list[str]:
         hosts = ",".join(sorted({host for host, _ in problems}))
         text = "; ".join(f"{host}: {what}" for host, what in problems)
         raise RankError(
-            f"the nodes are not fit to train together: {text}. Repair them or leave them out "
+            f"the nodes cannot train together: {text}. Repair them or exclude them "
             f"(sbatch --exclude={hosts}, emoverse launch --exclude {hosts})",
             wrong_input=False,
         )
@@ -106,7 +106,7 @@ def probe(world: World) -> NodeFacts:
 
 
 def _gpus_given(environ: Mapping[str, str]) -> int:
-    """GPUs of this node that SLURM gave to the job; 0 also where the user wants the CPU."""
+    """GPUs of this node that SLURM allocated to the job; 0 also where the user wants the CPU."""
     given = environ.get("SLURM_GPUS_ON_NODE", "")
     return int(given) if given.isdigit() and not environ.get(CPU_WANTED) else 0
 
@@ -117,30 +117,30 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def problems_of(everyone: Sequence[NodeFacts], need: Need) -> list[tuple[str, str]]:
-    """(host, what is wrong there); the majority decides what is normal."""
-    found: dict[tuple[str, str], None] = {}  # several ranks of a host say the same once
+def problems_of(everyone: Sequence[NodeFacts], need: MemoryEstimate) -> list[tuple[str, str]]:
+    """(host, problem); the most common value counts as the normal one."""
+    problems: dict[tuple[str, str], None] = {}  # ranks of one host report the same problem once
     names = sorted({name for facts in everyone for name in facts.versions})
     for name in names:
         usual = _usual([facts.versions.get(name, "missing") for facts in everyone])
         for facts in everyone:
             version = facts.versions.get(name, "missing")
             if version != usual:
-                found[facts.host, f"{name} {version}, elsewhere {usual}"] = None
+                problems[facts.host, f"{name} {version}, elsewhere {usual}"] = None
     usual = _usual([facts.device for facts in everyone])
     for facts in everyone:
         if facts.device != usual:
-            found[facts.host, f"device {facts.device}, elsewhere {usual}"] = None
+            problems[facts.host, f"device {facts.device}, elsewhere {usual}"] = None
         if facts.gpus and not facts.memory:
-            found[facts.host, _why_on_cpu(facts)] = None
+            problems[facts.host, _why_on_cpu(facts)] = None
         if 0 < facts.memory < need.states:
-            found[facts.host, f"rank {facts.rank}: {_too_small(facts.memory, need)}"] = None
+            problems[facts.host, f"rank {facts.rank}: {_too_small(facts.memory, need)}"] = None
         if facts.free_share < FREE_SHARE:
-            used = f"{1 - facts.free_share:.0%} of its GPU's memory is in use by somebody else"
-            found[facts.host, f"rank {facts.rank}: {used}"] = None
+            used = f"{1 - facts.free_share:.0%} of its GPU's memory is used by another process"
+            problems[facts.host, f"rank {facts.rank}: {used}"] = None
         if not facts.reduced:
-            found[facts.host, f"rank {facts.rank} received a wrong sum from all_reduce"] = None
-    return list(found)
+            problems[facts.host, f"rank {facts.rank} received a wrong sum from all_reduce"] = None
+    return list(problems)
 
 
 def _why_on_cpu(facts: NodeFacts) -> str:
@@ -148,25 +148,25 @@ def _why_on_cpu(facts: NodeFacts) -> str:
     return (
         f"the job has {facts.gpus} GPUs there, but torch {torch_version} would train on the CPU; "
         "install a torch that is built for the driver (nvidia-smi shows it), or set "
-        f"{CPU_WANTED}=1 if that is meant"
+        f"{CPU_WANTED}=1 to train on the CPU"
     )
 
 
-def _too_small(memory: int, need: Need) -> str:
+def _too_small(memory: int, need: MemoryEstimate) -> str:
     return (
         f"its GPU has {memory / GIB:.1f} GiB, weights and optimiser states alone take "
-        f"{need.states / GIB:.1f} GiB; emoverse plan says what would fit"
+        f"{need.states / GIB:.1f} GiB; emoverse plan shows what fits"
     )
 
 
-def memory_notes(everyone: Sequence[NodeFacts], need: Need) -> list[str]:
-    """Is there a GPU that the whole estimate does not fit into? Estimates err: only a note."""
-    least = min((facts.memory for facts in everyone if facts.memory), default=0)
-    if not least or need.total <= least:
+def memory_notes(everyone: Sequence[NodeFacts], need: MemoryEstimate) -> list[str]:
+    """A note if the whole estimate does not fit into some GPU; no error, as estimates are rough."""
+    smallest = min((facts.memory for facts in everyone if facts.memory), default=0)
+    if not smallest or need.total <= smallest:
         return []
     return [
         f"plan estimates {need.total / GIB:.1f} GiB per GPU and the smallest has "
-        f"{least / GIB:.1f} GiB: if it runs out, emoverse plan says what would fit"
+        f"{smallest / GIB:.1f} GiB: if memory runs out, emoverse plan shows what fits"
     ]
 
 
@@ -175,7 +175,7 @@ def _usual(values: Sequence[str]) -> str:
 
 
 def notes_of(everyone: Sequence[NodeFacts], mine: NodeFacts, world: World) -> list[str]:
-    """The bandwidth that was measured, and what is odd but no reason to stop."""
+    """The measured bandwidth, and what is suspicious but no error."""
     if world.world_size == 1:
         return []
     size = 4 * ELEMENTS[world.device.type]
@@ -183,7 +183,7 @@ def notes_of(everyone: Sequence[NodeFacts], mine: NodeFacts, world: World) -> li
     slowest = max(facts.reduce_s for facts in everyone)
     hosts = list(dict.fromkeys(facts.host for facts in everyone))
     notes = [
-        f"{len(hosts)} nodes alike ({mine.device}, torch {mine.versions.get('torch')}); all_reduce "
+        f"{len(hosts)} equal nodes ({mine.device}, torch {mine.versions.get('torch')}); all_reduce "
         f"of {size / 2**20:.0f} MiB in {1000 * slowest:.1f} ms, {moved / slowest / 1e9:.2f} GB/s "
         "per rank"
     ]
@@ -195,6 +195,6 @@ def notes_of(everyone: Sequence[NodeFacts], mine: NodeFacts, world: World) -> li
         if facts.work_s > SLOW * usual:
             notes.append(
                 f"{facts.host}: rank {facts.rank} computes {facts.work_s / usual:.1f} times slower "
-                "than the median; if that stays so, exclude the node"
+                "than the median; if that persists, exclude the node"
             )
     return list(dict.fromkeys(notes))

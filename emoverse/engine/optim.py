@@ -1,8 +1,8 @@
 """The optimiser of a stage: AdamW parameter groups and the learning rate as a function of the step.
 
 In: the model's trainable parameters by part ("lora", "projector") and the stage's settings.
-Out: a torch AdamW, and `lr_factor`, a pure function. The schedule has no state of its own: the
-learning rate of a step is computed from its number, so a resumed run cannot drift.
+Out: a torch AdamW, and `lr_factor`, a pure function. The schedule has no state: the learning rate
+is computed from the index of the step, so a resumed run cannot drift.
 """
 
 import math
@@ -18,11 +18,16 @@ NamedParameters = Sequence[tuple[str, nn.Parameter]]
 class OptimSettings(Protocol):
     """What this file reads of `stages.<name>.optim`; learning rates are peak values."""
 
-    lr_lora: float
-    lr_projector: float
-    weight_decay: float
-    betas: tuple[float, float]
-    eps: float
+    @property
+    def lr_lora(self) -> float: ...
+    @property
+    def lr_projector(self) -> float: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def betas(self) -> tuple[float, float]: ...
+    @property
+    def eps(self) -> float: ...
 
 
 def warmup_steps(fraction: float, num_steps: int) -> int:
@@ -80,7 +85,7 @@ def parameter_groups(
 
 def build_optimizer(groups: list[dict[str, Any]], optim: OptimSettings) -> torch.optim.AdamW:
     """Plain torch AdamW: needs no compiled operator, so CPU and GPU runs share one code path."""
-    return torch.optim.AdamW(groups, betas=tuple(optim.betas), eps=optim.eps)
+    return torch.optim.AdamW(groups, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps)
 
 
 def set_learning_rate(param_groups: Iterable[dict[str, Any]], factor: float) -> None:

@@ -1,6 +1,6 @@
-"""Which rank failed first: its traceback comes before those of the ranks that only lost it.
+"""The rank that failed first is named first, before the ranks that only lost their peer.
 
-In: the error that ends a rank. Out: RUN/faults/rank_N.txt, written before the rank leaves and so
+In: the error that ends a rank. Out: RUN/faults/rank_N.txt, written before the rank exits and so
 before the others can notice, and on stderr the tracebacks in the order in which they happened.
 """
 
@@ -11,39 +11,37 @@ import time
 import traceback
 from pathlib import Path
 
+from data_shards.files import write_atomically
+
 FOLDER = "faults"
 
 
 def clear(run_dir: Path) -> None:
-    """Forgets the faults of earlier launches; by the owner of the run directory."""
+    """Deletes the faults of earlier launches; called by the owner of the run directory."""
     shutil.rmtree(run_dir / FOLDER, ignore_errors=True)
 
 
 def report(run_dir: Path, rank: int, error: Exception) -> None:
-    """Writes down that `rank` fails with `error`, and prints it after what failed before it."""
-    mine = "".join(traceback.format_exception(error))
-    before = sorted(_others(run_dir, rank))
-    # A full disk may be the very reason; the traceback is printed all the same.
+    """Stores the error of `rank`, and prints it after those of the ranks that failed before."""
+    trace = "".join(traceback.format_exception(error))
+    earlier = sorted(_others(run_dir, rank))
+    # A full disk may be the cause; the traceback is printed all the same.
     with contextlib.suppress(OSError):
-        folder = run_dir / FOLDER
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".rank_{rank}"
-        temporary.write_text(f"{time.time()}\n{mine}")
-        temporary.replace(folder / f"rank_{rank}.txt")
-    for number, (_, other, text) in enumerate(before):
-        order = "first" if number == 0 else "then"
+        write_atomically(run_dir / FOLDER / f"rank_{rank}.txt", f"{time.time()}\n{trace}")
+    for index, (_, other, text) in enumerate(earlier):
+        order = "first" if index == 0 else "then"
         print(f"rank {other} failed {order}:\n{text}", file=sys.stderr)
-    if before:
-        print(f"and so rank {rank}, which lost it, ends as well:", file=sys.stderr)
-    print(mine, file=sys.stderr, end="", flush=True)
+    if earlier:
+        print(f"rank {rank} lost its peer and ends as well:", file=sys.stderr)
+    print(trace, file=sys.stderr, end="", flush=True)
 
 
 def _others(run_dir: Path, rank: int) -> list[tuple[float, str, str]]:
     """(time, rank, traceback) of every other rank that has failed."""
-    found = []
+    faults = []
     for path in (run_dir / FOLDER).glob("rank_*.txt"):
         other = path.stem.removeprefix("rank_")
-        when, _, text = path.read_text().partition("\n")
+        time_s, _, text = path.read_text().partition("\n")
         if other != str(rank):
-            found.append((float(when), other, text))
-    return found
+            faults.append((float(time_s), other, text))
+    return faults

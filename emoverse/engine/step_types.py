@@ -1,9 +1,10 @@
-"""What goes into the engine and what comes out of it.
+"""The arguments and results of the engine, importable without deepspeed.
 
 In: packs, and placeholders of weights that are still to be read. Out: the result of a step, the
-trained state, or `BadNumbers`. Stands beside `engine.py`, which alone imports deepspeed.
+trained state, or `BadNumbers`.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,7 +18,7 @@ class BadNumbers(RuntimeError):
 
     def __init__(self, reason: str, result: "StepResult", rank_loss: list[float]) -> None:
         super().__init__(reason)
-        self.result = result  # as far as it is known
+        self.result = result  # of the forward and backward passes
         self.rank_loss = rank_loss  # sum of weighted cross entropies of each rank's own packs
 
 
@@ -47,7 +48,7 @@ class StepResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainedState:
-    """Everything that training has changed: fp32 CPU tensors by parameter name, full shapes.
+    """All that training changes: fp32 CPU tensors by parameter name, full shapes.
 
     `params` are the master weights; `exp_avg` and `exp_avg_sq` AdamW's moments after `updates`
     optimiser steps. On ranks other than 0 the mappings of an exported state are empty.
@@ -57,3 +58,11 @@ class TrainedState:
     exp_avg: dict[str, Tensor]
     exp_avg_sq: dict[str, Tensor]
     updates: int
+
+
+def check_finite(loss: float, grad_norm: float) -> str | None:
+    """The reason to skip a step whose numbers are not finite, else None."""
+    for name, value in (("loss", loss), ("gradient norm", grad_norm)):
+        if not math.isfinite(value):
+            return f"{name} is not finite: {value}"
+    return None

@@ -1,9 +1,9 @@
-"""Signs of life, and a bounded end for a training that hangs.
+"""Heartbeats, and a time limit for a training that hangs.
 
-In: what this rank is doing, told at every turn. Out: RUN/STAGE/heartbeat/rank_N.json, and when a
-rank makes no progress within the limit: who is silent, the Python stacks of all its threads, and
-the end of the process, which ends the others. Ranks that are stopped or gone cannot report; the
-report of those that wait for them names them.
+In: what this rank is doing, by `beat`. Out: RUN/STAGE/heartbeat/rank_N.json. When a rank makes no
+progress within the limit, it reports which ranks are silent and the Python stacks of all its
+threads, and ends its process, which ends the others. Ranks that are suspended or gone cannot
+report; the reports of the ranks that wait for them name them.
 """
 
 import contextlib
@@ -19,18 +19,18 @@ from typing import Any
 from emoverse.engine.distributed import World
 
 EXIT_FAULT = 1
-BEAT_S = 5.0  # between two signs of life
-# A rank whose run directory has a successor ends with the next vote. If none comes in this time, as
-# when the network is cut and the others do not answer, it ends alone.
+BEAT_S = 5.0  # between two heartbeats
+# A rank whose run directory was taken over ends with the next step consensus. If there is none for
+# this long, as when the network is cut and the others do not answer, it ends alone.
 LOST_S = 20.0
-# A thread that cannot get the interpreter's lock cannot report. The C watchdog behind it needs no
-# lock; it has its own end this much later.
+# A thread that cannot get the interpreter's lock cannot report. faulthandler's C thread needs no
+# lock; it ends the process this much later.
 BACKSTOP_S = 10.0
 _STDERR = 2
 
 
 class Watchdog:
-    """One rank's. `beat` says that it goes on, and with what."""
+    """The watchdog of one rank; `beat` records progress."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class Watchdog:
         lost: Callable[[], Exception | None] = lambda: None,
         end: Callable[[int], Any] = os._exit,
     ) -> None:
-        """`lost`: why this rank has nothing to do any more, None while it has."""
+        """`lost`: the reason why this rank must not continue, None while it may."""
         self._folder, self._world, self._limit_s, self._end = folder, world, limit_s, end
         self._lost = lost
         self._closed = threading.Event()
@@ -51,25 +51,25 @@ class Watchdog:
         self._thread.start()
 
     def beat(self, doing: str, step: int) -> None:
-        """This rank begins to do something within `step`."""
-        self._turn = (time.monotonic(), doing, step)
+        """This rank begins an activity within `step`."""
+        self._activity = (time.monotonic(), doing, step)
         faulthandler.dump_traceback_later(self._limit_s + BACKSTOP_S, exit=True, file=_STDERR)
 
     def close(self) -> None:
-        """The training has ended, well or not."""
+        """The training has ended, with or without an error."""
         self._closed.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
         while True:
-            since, doing, step = self._turn
+            since, doing, step = self._activity
             stuck_s = time.monotonic() - since
-            with contextlib.suppress(OSError):  # a full disk is not what we watch for
+            with contextlib.suppress(OSError):  # a full disk is reported by what must be saved
                 self._write({"step": step, "doing": doing, "for_s": round(stuck_s, 1)})
-            loss = self._lost()
-            if loss is not None and stuck_s > LOST_S:
-                os.write(_STDERR, f"watchdog: {loss} ({doing}, step {step})\n".encode())
+            reason = self._lost()
+            if reason is not None and stuck_s > LOST_S:
+                os.write(_STDERR, f"watchdog: {reason} ({doing}, step {step})\n".encode())
                 self._end(EXIT_FAULT)
             if stuck_s > self._limit_s:
                 self._report(doing, step, stuck_s)
@@ -95,9 +95,9 @@ class Watchdog:
 
 
 def describe_others(folder: Path, world: World) -> list[str]:
-    """A line for every other rank: what it does, and how long it has been silent."""
+    """A line for every other rank: its activity, and how long it has been silent."""
     clock = folder / f".clock_{world.rank}"
-    clock.touch()  # ages by the file system's clock, which all machines share
+    clock.touch()  # ages are measured by the file system's clock, which all machines share
     lines = []
     for rank in range(world.world_size):
         if rank == world.rank:
@@ -105,13 +105,13 @@ def describe_others(folder: Path, world: World) -> list[str]:
         try:
             path = folder / f"rank_{rank}.json"
             silent_s = clock.stat().st_mtime - path.stat().st_mtime
-            found = json.loads(path.read_text())
-            doing = f"{found['doing']}, step {found['step']}, for {found['for_s'] + silent_s:.0f} s"
+            beat = json.loads(path.read_text())
+            doing = f"{beat['doing']}, step {beat['step']}, for {beat['for_s'] + silent_s:.0f} s"
         except (OSError, ValueError, KeyError) as error:
             lines.append(f"rank {rank}: no heartbeat ({error})")
             continue
         silent = silent_s > 3 * BEAT_S
-        state = f"NO SIGN OF LIFE for {silent_s:.0f} s, last seen" if silent else "alive,"
+        state = f"NO HEARTBEAT for {silent_s:.0f} s, last seen" if silent else "alive,"
         lines.append(f"rank {rank}: {state} {doing}")
     return lines
 

@@ -1,4 +1,4 @@
 """Memory and time of a config in closed form. No torch.
 
-Entry points: `memory.memory_need`, `flops`.
+Entry points: `memory.estimate_memory`, `memory.memory_report`, `flops.flops_report`.
 """

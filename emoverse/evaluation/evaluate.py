@@ -27,7 +27,7 @@ from data_shards.files import write_atomically
 from data_shards.shards.index import ShardIndex
 from data_shards.tasks import TASKS, Task
 from emoverse.config.schema import Config
-from emoverse.engine.distributed import World, agree, from_main, read_world
+from emoverse.engine.distributed import World, fail_together, from_main, read_world
 from emoverse.evaluation.metrics import Row
 from emoverse.evaluation.metrics_file import (
     keep_judge,
@@ -171,7 +171,7 @@ def evaluate_checkpoint(
     name = which if checkpoint is None else f"{which}@{checkpoint.name}"
     target = (out or run_dir) / "eval" / name
     # A single process raises the error as it is: the command line maps its type to an exit code.
-    together = agree(world, f"evaluating {name}") if world.world_size > 1 else nullcontext()
+    together = fail_together(world, f"evaluating {name}") if world.world_size > 1 else nullcontext()
     with together:
         if checkpoint is not None:
             verify_checkpoint(checkpoint)
@@ -184,7 +184,7 @@ def evaluate_checkpoint(
     known = from_main(world, known)
     if known and world.is_main:
         log(f"{name}: {len(known)} of {len(batches)} batches are answered already")
-    together = agree(world, f"evaluating {name}") if world.world_size > 1 else nullcontext()
+    together = fail_together(world, f"evaluating {name}") if world.world_size > 1 else nullcontext()
     answers = dict(known)
     with together:
         left = [batch for batch in range(len(batches)) if batch not in known]

@@ -42,8 +42,11 @@ def resolve(
     overrides: Sequence[str] = (),
     states: Sequence[str] = (),
     out: Path | None = None,
+    config: Config | None = None,
 ) -> Target:
     """What `path` is, with its config.
+
+    config: the one that an earlier call for the same path has returned, instead of reading it.
 
     Raises FileNotFoundError or ValueError (also ConfigError) with what to give instead.
     """
@@ -62,11 +65,11 @@ def resolve(
                 f"{path} is a run directory with its own config.yaml; give overrides such as "
                 f"evaluation.batch_size=8, but no config file ({configs[0]})"
             )
-        return _run(path, "run", path, overrides, tuple(states), None, out)
+        return _run(path, "run", path, overrides, tuple(states), None, out, config)
     if (path / "trained.safetensors").is_file():
-        return _checkpoint(path, configs, overrides, states, out)
+        return _checkpoint(path, configs, overrides, states, out, config)
     if _is_base(path):
-        return _base(path, configs, overrides, states, out)
+        return _base(path, configs, overrides, states, out, config)
     raise FileNotFoundError(
         f"{path}: nothing to evaluate; give a run directory (holds config.yaml), a checkpoint "
         "folder (RUN/stage1/checkpoints/step_...), a folder in InternVL2's released layout (with a "
@@ -82,11 +85,12 @@ def _run(
     states: tuple[str, ...],
     checkpoint: Path | None,
     out: Path | None,
+    config: Config | None,
 ) -> Target:
     return Target(
         kind=kind,
         path=path,
-        config=load_config([run_dir / "config.yaml"], overrides),
+        config=config or load_config([run_dir / "config.yaml"], overrides),
         states=states,
         checkpoint=checkpoint,
         out=out or run_dir,
@@ -99,6 +103,7 @@ def _checkpoint(
     overrides: Sequence[str],
     states: Sequence[str],
     out: Path | None,
+    config: Config | None,
 ) -> Target:
     """RUN/STAGE/checkpoints/step_N; its answers go to RUN/eval/STAGE@step_N."""
     folder = path.resolve()
@@ -110,7 +115,7 @@ def _checkpoint(
             f"{run_dir / 'config.yaml'}: not found; a checkpoint is evaluated inside its run "
             "directory (RUN/stage1/checkpoints/step_...), which says what it was trained on"
         )
-    return _run(path, "checkpoint", run_dir, overrides, (stage,), folder, out)
+    return _run(path, "checkpoint", run_dir, overrides, (stage,), folder, out, config)
 
 
 def _is_base(path: Path) -> bool:
@@ -131,9 +136,10 @@ def _base(
     overrides: Sequence[str],
     states: Sequence[str],
     out: Path | None,
+    config: Config | None,
 ) -> Target:
     """A model as it was downloaded: the state `base` of a run that never trains."""
-    if not configs:
+    if not configs and config is None:
         raise ValueError(
             f"{path} is a base model; name its config after it, such as "
             f"`emoverse evaluate {path} configs/emoverse_4b.yaml evaluation.shards=DIR`"
@@ -142,7 +148,7 @@ def _base(
         raise ValueError(f"--which {', '.join(states)}: a base model has no state but {BASE}")
     run_dir = out or Path("runs") / f"zero-shot-{path.resolve().name}"
     own = [f"model.base={path}", f"run.run_dir={run_dir}"]
-    config = load_config(configs, [*overrides, *own])
+    config = config or load_config(configs, [*overrides, *own])
     return Target(
         kind="base", path=path, config=config, states=(BASE,), checkpoint=None, out=run_dir
     )

@@ -1,58 +1,42 @@
-"""The verb `export`: a trained state, or an adapter folder, as a model that others can load.
+"""A trained state, or an adapter folder, as a model that others can load.
 
 (1) locate    the base, the adapters merged into it before, and what the state itself trained
 (2) write     --layout internvl2 | transformers (merged in fp32, shard by shard) or adapter (PEFT)
 (3) compare   logits of the written folder with those of the base with unmerged adapters
 (4) describe  README.md and lineage.json beside the weights
-Heavy imports are inside the functions, because the command line imports this module.
 """
 
-import argparse
+import hashlib
 import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Final, Literal
 
-if TYPE_CHECKING:
-    from emoverse.config.schema import Config
-    from emoverse.models.internvl.checkpoint import Released
-    from emoverse.models.merge import Adapter
+import torch
+
+from emoverse.config.schema import Config
+from emoverse.data.encode import open_tokenizer
+from emoverse.export import layouts
+from emoverse.export.model_card import write_card
+from emoverse.models.adapters import write_adapter
+from emoverse.models.architecture import base_folder, load_architecture, parameter_counts
+from emoverse.models.foreign_adapters import WEIGHTS_FILE, read_adapter, read_settings
+from emoverse.models.internvl.checkpoint import Released, open_checkpoint
+from emoverse.models.merge import Adapter
+from emoverse.report.summary import load_run_config
+from emoverse.run_dir.checkpoint import read_state
+from emoverse.run_dir.lineage import adapters_below, handed_over, label_of, read_stage_adapter
+from emoverse.run_dir.provenance import base_fingerprint, package_versions
+from emoverse.training.stages import DONE
+
+Layout = Literal["internvl2", "transformers", "adapter"]
+StoredType = Literal["keep", "bf16", "fp32"]  # keep: as in the base
 
 # Larger models are compared in bf16, so that base and copy fit one after the other.
-COMPARE_FP32_BELOW = 10**9
+COMPARE_FP32_BELOW: Final = 10**9
 # Largest relative RMS difference: rounding of one sum (fp32), or of weights in bf16 and fp16.
-BOUNDS = {"fp32": 1e-4, "bf16": 5e-2}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of the verb."""
-    parser.add_argument(
-        "source", type=Path, metavar="RUN|ADAPTER", help="run directory, or an adapter folder"
-    )
-    parser.add_argument(
-        "--layout",
-        required=True,
-        choices=("internvl2", "transformers", "adapter"),
-        help="merged like the released InternVL2, merged for transformers, or a PEFT adapter",
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
-    parser.add_argument(
-        "--which", metavar="STAGE", help="stage of the run; default: the last one that is trained"
-    )
-    parser.add_argument(
-        "--base", metavar="FOLDER", help="base model of an adapter folder, or where it lies now"
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("keep", "bf16", "fp32"),
-        default="keep",
-        help="type of the stored weights; keep: as in the base",
-    )
-    parser.add_argument(
-        "--no-check", action="store_true", help="do not load the result and compare its logits"
-    )
+BOUNDS: Final = {"fp32": 1e-4, "bf16": 5e-2}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,30 +46,45 @@ class State:
     name: str
     base: Path
     base_name: str
-    below: "list[Adapter]"  # merged into the base before the state trained
-    own: "Adapter"
+    below: list[Adapter]  # merged into the base before the state trained
+    own: Adapter
     r: int
     alpha: int
     facts: dict[str, Any]
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def export(
+    source: Path,
+    out: Path,
+    *,
+    layout: Layout,
+    stage: str | None = None,
+    base: str | None = None,
+    dtype: StoredType = "keep",
+    check: bool = True,
+) -> dict[str, Any]:
     """Export and return what was done; `ok` is False if the copy computes other logits.
+
+    Args:
+        source: a run directory, or an adapter folder.
+        out: the folder to write; new or empty.
+        stage: of a run; None: the last one that is trained.
+        base: the base model of an adapter folder, or the new place of the base of a run.
+        dtype: type of the stored weights.
+        check: load the copy and compare its logits.
 
     Raises:
         FileNotFoundError, ValueError: input that the user can correct.
     """
-    is_run = (args.source / "config.yaml").is_file()
-    if not is_run and not (args.source / "adapter_config.json").is_file():
+    is_run = (source / "config.yaml").is_file()
+    if not is_run and not (source / "adapter_config.json").is_file():
         raise FileNotFoundError(
-            f"{args.source} is neither a run directory (config.yaml) nor an adapter folder "
+            f"{source} is neither a run directory (config.yaml) nor an adapter folder "
             "(adapter_config.json); give the folder that `train` or PEFT wrote"
         )
-    _require_empty(args.out)
-    state = (_state_of_run if is_run else _state_of_adapter)(args)
-    return write_export(
-        state, layout=args.layout, out=args.out, dtype=args.dtype, check=not args.no_check
-    )
+    _require_empty(out)
+    state = _state_of_run(source, stage, base) if is_run else _state_of_adapter(source, base)
+    return write_export(state, layout=layout, out=out, dtype=dtype, check=check)
 
 
 def _require_empty(folder: Path) -> None:
@@ -95,17 +94,10 @@ def _require_empty(folder: Path) -> None:
         raise ValueError(f"--out {folder} is not empty; choose a new folder, or remove this one")
 
 
-def _state_of_run(args: argparse.Namespace) -> State:
-    from emoverse.models.architecture import base_folder
-    from emoverse.report.summary import load_run_config
-    from emoverse.run_dir.checkpoint import read_state
-    from emoverse.run_dir.lineage import adapters_below, handed_over, label_of, read_stage_adapter
-    from emoverse.run_dir.provenance import base_fingerprint
-    from emoverse.training.stages import DONE
-
-    config, run_dir = load_run_config(args.source), args.source
+def _state_of_run(run_dir: Path, stage: str | None, base: str | None) -> State:
+    config = load_run_config(run_dir)
     trained = [name for name in config.stages if (run_dir / name / "checkpoints").is_dir()]
-    which = args.which or (trained[-1] if trained else next(iter(config.stages)))
+    which = stage or (trained[-1] if trained else next(iter(config.stages)))
     if which not in config.stages:
         raise ValueError(
             f"--which {which}: the run has no such stage; it has {', '.join(config.stages)}"
@@ -115,8 +107,8 @@ def _state_of_run(args: argparse.Namespace) -> State:
     facts["state"] = label_of(checkpoint)
     if not (run_dir / which / DONE).is_file():
         facts["state"] += " (the stage is not finished)"
-    base = args.base or config.model.base
-    folder = base_folder(base)
+    base_name = base or config.model.base
+    folder = base_folder(base_name)
     trained_on = read_state(checkpoint)["identity"]["base"]
     if base_fingerprint(folder) != trained_on:
         raise ValueError(
@@ -127,19 +119,17 @@ def _state_of_run(args: argparse.Namespace) -> State:
     return State(
         name=f"{config.run.name}-{which}",
         base=folder,
-        base_name=str(base),
+        base_name=base_name,
         below=adapters_below(config, which, run_dir),
-        own=read_stage_adapter(config, run_dir / which),
+        own=read_stage_adapter(run_dir / which, config.model.lora),
         r=config.model.lora.r,
         alpha=config.model.lora.alpha,
         facts=facts,
     )
 
 
-def _run_facts(config: "Config", run_dir: Path, which: str, checkpoint: Path) -> dict[str, Any]:
+def _run_facts(config: Config, run_dir: Path, which: str, checkpoint: Path) -> dict[str, Any]:
     """Stages up to `which`, fingerprints of the data, and the checkpoint's metrics, if there."""
-    from emoverse.run_dir.lineage import handed_over, label_of
-
     stages = []
     for name, stage in config.stages.items():
         if (run_dir / name / "checkpoints").is_dir():
@@ -168,42 +158,33 @@ def _run_facts(config: "Config", run_dir: Path, which: str, checkpoint: Path) ->
     return facts
 
 
-def _state_of_adapter(args: argparse.Namespace) -> State:
-    from emoverse.models.architecture import base_folder, load_architecture
-    from emoverse.models.foreign_adapters import WEIGHTS_FILE, read_adapter, read_settings
-
-    base = args.base or read_settings(args.source).get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        raise ValueError(f"{args.source} does not name its base model; give --base FOLDER")
-    folder = base_folder(base)
-    adapter, settings = read_adapter(args.source, load_architecture(folder))
+def _state_of_adapter(source: Path, base: str | None) -> State:
+    base_name = base or read_settings(source).get("base_model_name_or_path")
+    if not isinstance(base_name, str) or not base_name:
+        raise ValueError(f"{source} does not name its base model; give --base FOLDER")
+    folder = base_folder(base_name)
+    adapter, settings = read_adapter(source, load_architecture(folder))
     return State(
-        name=args.source.resolve().name,
+        name=source.resolve().name,
         base=folder,
-        base_name=str(base),
+        base_name=base_name,
         below=[],
         own=adapter,
         r=settings["r"],
         alpha=settings["lora_alpha"],
-        facts={"state": f"adapter folder, sha256 {_sha256(args.source / WEIGHTS_FILE)}"},
+        facts={"state": f"adapter folder, sha256 {_sha256(source / WEIGHTS_FILE)}"},
     )
 
 
 def _sha256(path: Path) -> str:
-    import hashlib
-
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write_export(
-    state: State, *, layout: str, out: Path, dtype: str, check: bool
+    state: State, *, layout: Layout, out: Path, dtype: StoredType, check: bool
 ) -> dict[str, Any]:
     """Write the folder under a temporary name, compare, and publish it by one rename."""
-    from emoverse.export.model_card import write_card
-    from emoverse.models.internvl.checkpoint import open_checkpoint
-    from emoverse.run_dir.provenance import base_fingerprint, package_versions
-
     out = out.resolve()  # an empty folder behind a link is replaced, not the link
     released = open_checkpoint(state.base)
     if layout == "adapter" and state.below:
@@ -236,19 +217,15 @@ def write_export(
     return result
 
 
-def _stored_as(released: "Released", layout: str, dtype: str) -> str:
+def _stored_as(released: Released, layout: Layout, dtype: StoredType) -> str:
     if layout == "adapter" or dtype != "keep":
         return "fp32" if layout == "adapter" else dtype
     return ", ".join(sorted({header.dtype.lower() for header in released.weights.headers.values()}))
 
 
-def _write(state: State, released: "Released", layout: str, folder: Path, dtype: str) -> None:
-    import torch
-
-    from emoverse.data.encode import open_tokenizer
-    from emoverse.export import layouts
-    from emoverse.models.adapters import write_adapter
-
+def _write(
+    state: State, released: Released, layout: Layout, folder: Path, dtype: StoredType
+) -> None:
     if layout == layouts.ADAPTER:
         write_adapter(state.own.tensors, folder, r=state.r, alpha=state.alpha, base=state.base_name)
         return
@@ -262,14 +239,9 @@ def _write(state: State, released: "Released", layout: str, folder: Path, dtype:
 
 
 def _compare(
-    state: State, released: "Released", layout: str, folder: Path, dtype: str
+    state: State, released: Released, layout: Layout, folder: Path, dtype: StoredType
 ) -> dict[str, Any]:
     """Compare the logits of the base with unmerged adapters with those of the written folder."""
-    import torch
-
-    from emoverse.export import layouts
-    from emoverse.models.architecture import parameter_counts
-
     small = parameter_counts(released.architecture, None, "frozen")["total"] < COMPARE_FP32_BELOW
     name = "fp32" if small else "bf16"
     working = torch.float32 if small else torch.bfloat16
@@ -281,19 +253,3 @@ def _compare(
     exact = layout == layouts.ADAPTER or dtype == "fp32" or (dtype == "keep" and stored == {"F32"})
     bound = BOUNDS["fp32" if small and exact else "bf16"]
     return {**layouts.compare(actual, expected), "dtype": name, "bound": bound}
-
-
-def report_text(result: Mapping[str, Any]) -> str:
-    """The result for a terminal."""
-    lines = [
-        f"{result['state']} -> {result['out']} ({result['layout']}, {result['bytes']:,} bytes)"
-    ]
-    check: Mapping[str, Any] | None = result.get("check")
-    if check is not None:
-        verdict = "within" if result["ok"] else "beyond"
-        lines.append(
-            f"logits against the base with unmerged adapters ({check['dtype']}): relative RMS "
-            f"{check['relative_rms']:.1e}, largest {check['max_abs']:.1e}, same next token "
-            f"{check['same_choice']:.0%}: {verdict} the bound {check['bound']:g}"
-        )
-    return "\n".join(lines)

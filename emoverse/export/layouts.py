@@ -74,7 +74,7 @@ def write_transformers(
     config.save_pretrained(folder)
     text = config.text_config
     assert isinstance(text, PreTrainedConfig)
-    GenerationConfig(  # type: ignore[no-untyped-call]  # transformers does not annotate it
+    GenerationConfig(
         bos_token_id=text.bos_token_id,
         eos_token_id=list(stop_ids),
         pad_token_id=text.pad_token_id,
@@ -130,7 +130,7 @@ def load_exported(folder: Path, layout: str, released: Released, dtype: torch.dt
     else:
         native, _ = import_checkpoint(released.folder, dtype)
         put_on(native, folder)
-    native.eval()  # type: ignore[no-untyped-call]  # transformers does not annotate it
+    native.eval()
     return compose(native, released.config_json, None, train="none")
 
 

@@ -33,7 +33,14 @@ from data_shards.stream import (
 )
 from data_shards.tasks import build_query, format_answer
 from emoverse.config.schema import Config
-from emoverse.data.encode import EncodeOptions, Example, encode_query, open_tokenizer
+from emoverse.data.encode import (
+    EncodeOptions,
+    Example,
+    encode_options,
+    encode_query,
+    open_tokenizer,
+    view_options,
+)
 from emoverse.data.tokenizer import Tokenizer
 from emoverse.engine import distributed
 from emoverse.engine.distributed import World
@@ -187,13 +194,7 @@ class Answerer:
         """The answers, batch by batch. Raises DamagedRecord: a held-out clip is never left out."""
         architecture = model.architecture
         blank = self.config.model.blank_frames
-        view = ViewOptions(
-            num_frames=self.config.data.frames_per_clip,
-            image_size=architecture.vision.image_size,
-            visual=self.config.data.visual,
-            resize=self.config.data.resize,
-            peak_tiles=self.config.data.peak_tiles,
-        )
+        view = view_options(self.config.data, architecture)
         require_view(self.index, view)
         features = None
         if self.config.model.cache_features and not blank:
@@ -201,13 +202,9 @@ class Answerer:
             features = KeyedFeatures(
                 FeatureCache(self._cache_dir, key), record_ordinals(self.index)
             )
-        options = EncodeOptions(
-            template=architecture.template,
-            tokens_per_frame=architecture.visual_tokens_per_frame,
-            image_size=view.image_size,
-            max_tokens=self.config.data.max_tokens,
-            frames_per_clip=view.num_frames,
-            give_emotion=self.config.data.give_emotion,
+        options = encode_options(
+            self.config.data,
+            architecture,
             blank_frames=blank,
             features=features,
             blank_feature=blank_feature(model) if blank else None,

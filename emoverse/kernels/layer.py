@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from emoverse.kernels.adapter_types import Linears, LoraInput
 from emoverse.kernels.dropout import Dropout
 from emoverse.kernels.lora import (
     input_gradient,
@@ -27,7 +28,6 @@ from emoverse.kernels.lora import (
 from emoverse.kernels.norm import add_norm_lora, add_norm_lora_backward, norm_lora_grad_a
 from emoverse.kernels.rope import rope_merge, rope_split_
 from emoverse.kernels.swiglu import swiglu_lora, swiglu_lora_backward, swiglu_lora_grad_a
-from emoverse.kernels.types import Linears, LoraInput
 
 
 class LayerSettings(NamedTuple):

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from emoverse.kernels.adapter_types import Linears, LoraInput, scaled_mm
 from emoverse.kernels.backend import use_triton
 from emoverse.kernels.dropout import Dropout
-from emoverse.kernels.types import Linears, LoraInput, scaled_mm
 
 # The three products of an adapter's A with its input --------------------------------------------
 

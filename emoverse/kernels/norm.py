@@ -9,9 +9,9 @@ Legend: T tokens, D hidden, R ranks of all adapters on this input.
 
 from torch import Tensor
 
+from emoverse.kernels.adapter_types import LoraInput, NormOutput, wide
 from emoverse.kernels.backend import use_triton
 from emoverse.kernels.lora import input_gradient, lora_input, weight_gradient
-from emoverse.kernels.types import LoraInput, NormOutput, wide
 
 
 def add_norm_lora(

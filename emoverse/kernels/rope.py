@@ -8,8 +8,8 @@ Legend: T tokens, N query heads, K key/value heads, H head dim, W = (N + 2 K) H.
 import torch
 from torch import Tensor
 
+from emoverse.kernels.adapter_types import wide
 from emoverse.kernels.backend import use_triton
-from emoverse.kernels.types import wide
 
 
 def rope_split_(

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from emoverse.kernels.adapter_types import LoraInput, wide
 from emoverse.kernels.backend import use_triton
 from emoverse.kernels.lora import input_gradient, lora_input, weight_gradient
-from emoverse.kernels.types import LoraInput, wide
 
 
 def swiglu_lora(gate_up_TF2: Tensor, lora: LoraInput | None) -> tuple[Tensor, Tensor | None]:

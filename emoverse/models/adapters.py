@@ -27,7 +27,6 @@ from emoverse.models.architecture import (
     PROJECTOR_LINEARS,
     Architecture,
     LoraSettings,
-    check_projector,
     lora_linears,
 )
 from emoverse.models.merge import delta
@@ -54,9 +53,8 @@ def adapter_pattern(architecture: Architecture, lora: LoraSettings, projector: s
     Anchored at the decoder's layers: plain names such as q_proj exist in the vision tower too.
 
     Raises:
-        ValueError: see check_projector and lora_linears.
+        ValueError: see lora_linears.
     """
-    check_projector(lora, projector)
     names = lora_linears(architecture, lora.preset, lora.targets)
     pattern = rf"{LAYERS}\.\d+\.(?:self_attn|mlp)\.(?:{'|'.join(names)})"
     if projector == "lora":

@@ -20,17 +20,14 @@ from emoverse.models.internvl.released_config import (
 )
 
 __all__ = [
-    "LORA_PRESETS",
     "PACKAGED",
     "PROJECTOR_LINEARS",
-    "PROJECTOR_MODES",
     "REGISTRY",
     "Architecture",
     "LlmSizes",
     "LoraSettings",
     "VisionSizes",
     "base_folder",
-    "check_projector",
     "load_architecture",
     "lora_linears",
     "new_config",
@@ -39,8 +36,6 @@ __all__ = [
 ]
 
 PACKAGED = {"nano": Path(__file__).resolve().parent.parent / "assets" / "nano_base"}
-PROJECTOR_MODES = ("full", "lora", "frozen")
-LORA_PRESETS = ("paper", "authors", "custom")
 PROJECTOR_LINEARS = ("linear_1", "linear_2")
 
 
@@ -299,19 +294,10 @@ def lora_linears(
     """Names of the decoder linears that carry LoRA: all of them, or `targets` for custom.
 
     Raises:
-        ValueError: unknown preset, targets with another preset, a target that does not exist.
+        ValueError: a target that the backbone does not have, or none at all.
     """
     known = tuple(architecture.llm.linears())
-    if preset not in LORA_PRESETS:
-        raise ValueError(
-            f"model.lora.preset must be one of {', '.join(LORA_PRESETS)}, found {preset!r}"
-        )
     if preset != "custom":
-        if targets:
-            raise ValueError(
-                f"model.lora.targets is only for preset custom, found {list(targets)} with preset "
-                f"{preset}; remove the targets or set preset: custom"
-            )
         return known
     unknown = [name for name in targets if name not in known]
     if unknown or not targets:
@@ -322,19 +308,6 @@ def lora_linears(
     return tuple(name for name in known if name in targets)
 
 
-def check_projector(lora: LoraSettings | None, projector: str) -> None:
-    """Raises ValueError: unknown projector mode; preset authors without projector: lora."""
-    if projector not in PROJECTOR_MODES:
-        raise ValueError(
-            f"model.projector must be one of {', '.join(PROJECTOR_MODES)}, found {projector!r}"
-        )
-    if lora is not None and lora.preset == "authors" and projector != "lora":
-        raise ValueError(
-            f"model.lora.preset authors puts adapters on the projector too: it needs "
-            f"model.projector: lora, found {projector!r}"
-        )
-
-
 def parameter_counts(
     architecture: Architecture, lora: LoraSettings | None, projector: str
 ) -> dict[str, int]:
@@ -342,7 +315,6 @@ def parameter_counts(
 
     `lora` None means no adapters. A LoRA on a linear layer has r * (in + out) parameters.
     """
-    check_projector(lora, projector)
     vision, llm = architecture.vision, architecture.llm
     width, channels = vision.hidden, architecture.feature_channels
     vit_layer = (

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 
+from emoverse.kernels.adapter_types import Linears
 from emoverse.kernels.attention import check_window, varlen_attention
 from emoverse.kernels.dropout import draw_seed
 from emoverse.kernels.layer import LayerSettings, Rotary, after_attention, before_attention
-from emoverse.kernels.types import Linears
 from emoverse.models.adapters import LinearParameters, read_linear
 
 SETTINGS = ("auto", "on", "off")

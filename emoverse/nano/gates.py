@@ -1,9 +1,9 @@
-"""What a finished nano base can do, measured on people and dialogues that it has not seen.
+"""Quality gates of a finished nano base, measured on held-out identities and dialogues.
 
-In: its folder. Out: the figures: a linear probe of the frozen tower for the face's emotion (the
-only place where the base meets emotions, after it is finished), sign F1 of captions against the
-best constant caption, and exact answers to who-said-what questions (beside them, without a gate,
-to which turn names an event).
+In: the folder of the base. Out: accuracy of a linear probe of the frozen tower for the emotion of a
+face (the base itself is never trained on emotions), sign F1 of captions above the best constant
+caption, and the share of exact answers to who-said-what questions. The share of exact answers to
+which turn names an event is measured without a gate.
 """
 
 from collections import Counter
@@ -27,22 +27,22 @@ from emoverse.models.internvl.checkpoint import import_checkpoint
 from emoverse.nano.pretrain_config import Gates
 from emoverse.nano.pretrain_data import encode_generic, pair_options
 
-_HELD_OUT, _PROBE_TRAIN, _PROBE_TEST = 201, 202, 203
+_HELD_OUT, _PROBE_TRAIN, _PROBE_TEST = 201, 202, 203  # streams of random numbers of a seed
 _BATCH = 64
-_NEW_TOKENS = 64  # room for the longest caption
+_MAX_NEW_TOKENS = 64  # of the longest caption
 _PROBE_EPOCHS = 300
 
 
 def check_gates(figures: dict[str, float], gates: Gates) -> None:
-    """Raises ValueError naming every gate that is missed."""
-    wanted = {
+    """Raise ValueError if a gate is missed; the message names every one."""
+    minimum = {
         "probe_accuracy": gates.probe_accuracy,
         "caption_margin": gates.caption_margin,
         "dialogue_accuracy": gates.dialogue_accuracy,
     }
     missed = [
         f"gates.{name}: must be at least {least}, found {figures[name]:.3f}"
-        for name, least in wanted.items()
+        for name, least in minimum.items()
         if figures[name] < least
     ]
     if missed:
@@ -52,7 +52,7 @@ def check_gates(figures: dict[str, float], gates: Gates) -> None:
 
 
 def measure_gates(folder: Path, *, seed: int, samples: int) -> dict[str, float]:
-    """The figures of a finished base; see the head of this file."""
+    """Name -> figure of a finished base, from `samples` held-out pictures, clips and dialogues."""
     native, config_json = import_checkpoint(folder, torch.float32)
     model = compose(native, config_json, None, train="none")
     model.eval()
@@ -69,29 +69,31 @@ def measure_gates(folder: Path, *, seed: int, samples: int) -> dict[str, float]:
     caption_f1 = sign_f1(answers(model, tokenizer, options, captions), captions)
     video_f1 = sign_f1(answers(model, tokenizer, options, videos), videos)
     constant = max(sign_f1([guess] * samples, captions) for guess in constant_captions(captions))
-    said = answers(model, tokenizer, options, dialogues)
+    dialogue_answers = answers(model, tokenizer, options, dialogues)
     return {
         "probe_accuracy": probe_emotion(model, seed=seed, samples=samples),
         "caption_f1": caption_f1,
         "video_f1": video_f1,
         "constant_caption_f1": constant,
         "caption_margin": caption_f1 - constant,
-        "dialogue_accuracy": exact_share(said, dialogues, number=False),
-        "turn_number_accuracy": exact_share(said, dialogues, number=True),
+        "dialogue_accuracy": exact_share(dialogue_answers, dialogues, number=False),
+        "turn_number_accuracy": exact_share(dialogue_answers, dialogues, number=True),
     }
 
 
 def exact_share(
     written: Sequence[str], asked: Sequence[pairs.GenericPair], *, number: bool
 ) -> float:
-    """Share of exact answers to who-said-what, or to which turn (`number`): told apart, as counting
-    the line in which an event stands is another skill than reading what the line says."""
-    right = [
+    """Share of exact answers to who-said-what questions, or to which-turn questions (`number`).
+
+    They are separate figures because finding the number of a line is another skill than reading it.
+    """
+    correct = [
         answer == pair.answer
         for answer, pair in zip(written, asked, strict=True)
         if (pairs.WHICH_TURN in pair.question) == number
     ]
-    return sum(right) / max(1, len(right))
+    return sum(correct) / max(1, len(correct))
 
 
 def answers(
@@ -105,26 +107,28 @@ def answers(
     written: list[str] = []
     for start in range(0, len(examples), _BATCH):
         batch = examples[start : start + _BATCH]
-        found = generate_answers(model, tokenizer, batch, max_new_tokens=_NEW_TOKENS)
-        written += [answer.text for answer in found]
+        generated = generate_answers(model, tokenizer, batch, max_new_tokens=_MAX_NEW_TOKENS)
+        written += [answer.text for answer in generated]
     return written
 
 
 def _signs(caption: str) -> set[str]:
-    return {part.strip() for part in caption.rstrip(".").split(",") if part.strip()}
+    return {sign.strip() for sign in caption.rstrip(".").split(",") if sign.strip()}
 
 
 def sign_f1(written: Sequence[str], asked: Sequence[pairs.GenericPair]) -> float:
-    """Micro F1 over the sets of signs."""
-    hits = given = wanted = 0
+    """Micro F1 of the sets of signs that the captions name, against the reference captions."""
+    hits = num_predicted = num_reference = 0
     for answer, pair in zip(written, asked, strict=True):
-        said, true = _signs(answer), _signs(pair.answer)
-        hits, given, wanted = hits + len(said & true), given + len(said), wanted + len(true)
-    return 2 * hits / max(1, given + wanted)
+        predicted, reference = _signs(answer), _signs(pair.answer)
+        hits += len(predicted & reference)
+        num_predicted += len(predicted)
+        num_reference += len(reference)
+    return 2 * hits / max(1, num_predicted + num_reference)
 
 
 def constant_captions(asked: Sequence[pairs.GenericPair]) -> list[str]:
-    """The k most frequent signs, for every k: one of them is the best constant caption."""
+    """Captions of the k most frequent signs, for every k: the best constant one is among them."""
     ranked = [
         sign for sign, _ in Counter(s for pair in asked for s in _signs(pair.answer)).most_common()
     ]
@@ -132,10 +136,10 @@ def constant_captions(asked: Sequence[pairs.GenericPair]) -> list[str]:
 
 
 def probe_emotion(model: EmoVerse, *, seed: int, samples: int) -> float:
-    """Accuracy of a linear probe on the frozen tower's tokens at the peak of an emotional face.
+    """Accuracy of a linear probe on the frozen tower's tokens of the peak frame of a face.
 
-    Trained on one set of identities, tested on another; the probe sees all visual tokens of a
-    frame, concatenated (their mean says nothing: the layout of the face is lost).
+    Trained on one set of identities, tested on another. The probe gets all visual tokens of a
+    frame, concatenated; their mean is uninformative because it loses the layout of the face.
     """
     train_x, train_y = _peaks(model, [seed, _PROBE_TRAIN], 4 * samples)
     test_x, test_y = _peaks(model, [seed, _PROBE_TEST], samples)
@@ -145,29 +149,29 @@ def probe_emotion(model: EmoVerse, *, seed: int, samples: int) -> float:
     optimizer = torch.optim.Adam([weights], lr=3e-3, weight_decay=1e-3)
     for _ in range(_PROBE_EPOCHS):
         optimizer.zero_grad()
-        F.cross_entropy(train_x @ weights, train_y).backward()
+        torch.autograd.backward(F.cross_entropy(train_x @ weights, train_y))
         optimizer.step()
     return float(((test_x @ weights).argmax(1) == test_y).float().mean())
 
 
 def _peaks(model: EmoVerse, key: Sequence[int], count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features of the strongest frame of `count` clips whose face shows one of the six emotions."""
+    """Features [count, D] and emotion labels [count] of the peak frames of clips that show one."""
     options = SyntheticOptions(
         clips=1, seed=int(np.random.default_rng(list(key)).integers(2**31)), split="test"
     )
     frames: list[np.ndarray[Any, Any]] = []
     labels: list[int] = []
-    number = 0
+    index = 0
     while len(frames) < count:
-        scene, rng = make_scene(options, number)
-        number += 1
+        scene, rng = make_scene(options, index)
+        index += 1
         if not scene.units:
             continue
         shot = film(rng, scene)
         frames.append(shot.frames[int(shot.track.sum(axis=1).argmax())])
         labels.append(list(EVENTS).index(scene.emotion))
-    parts = [
+    features = [
         model.vision_features(torch.from_numpy(np.stack(frames[i : i + _BATCH]))).flatten(1)
         for i in range(0, count, _BATCH)
     ]
-    return torch.cat(parts).float(), torch.tensor(labels)
+    return torch.cat(features).float(), torch.tensor(labels)

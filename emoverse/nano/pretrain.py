@@ -1,10 +1,11 @@
-"""The nano base: a small InternVL2, aligned on generic pairs, that has never seen the five tasks.
+"""Pretraining of the nano base from scratch: a small InternVL2 aligned on generic pairs.
 
 In: a PretrainConfig. Out: a folder in InternVL2's released layout with tokenizer, provenance and
-the figures of its gates. Four phases: `look` (the vision tower alone names visible signs from all
-its tokens), `basics` (all parts on captions of single faces and word lists to repeat), `align` (all
-parts on the mixture of image-text, video-text and text-only pairs) and `talk` (who said what).
-Only this program trains all parameters; the stages train the projector and LoRA.
+the figures of its gates. Four phases: `look` (the vision tower alone classifies visible signs),
+`basics` (all modules on captions of single faces and word lists to repeat), `align` (all modules on
+the mixture of image-text, video-text and text-only pairs) and `talk` (who said what). The base is
+never trained on the five tasks. Only this program trains all parameters; the stages train the
+projector and LoRA.
 """
 
 import json
@@ -13,7 +14,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import start_processes
 
+from data_shards.files import write_atomically
+from data_shards.progress import format_duration
 from data_shards.tasks import TASKS
 from data_shards.world import pairs
 from data_shards.world.describe import SIGNS, VISIBLE_FROM
-from emoverse.config.schema import load_model, to_yaml
+from emoverse.config.deepspeed_settings import deepspeed_config
+from emoverse.config.schema import to_yaml
 from emoverse.data.collate import Batch, FrameShape, collate, zero_example
 from emoverse.data.encode import EncodeOptions
 from emoverse.data.tokenizer import Tokenizer
-from emoverse.engine.deepspeed_engine import Engine, deepspeed_config, start_process_group
+from emoverse.engine.deepspeed_engine import Engine, start_process_group
 from emoverse.engine.distributed import World, gather_rows, shutdown
 from emoverse.engine.optim import lr_factor
 from emoverse.engine.step_types import Packs, StepResult
@@ -46,16 +50,16 @@ from emoverse.nano.train_tokenizer import train_tokenizer
 
 # Streams of random numbers of one seed; the corpus draws from other streams (sources/synthetic.py).
 _STREAM = {"look": 102, "basics": 104, "align": 103, "talk": 105}
-# What the five slots of a step's losses hold here, in the order of TASKS.
+# The loss of a step has five slots, in the order of TASKS; pretraining counts these kinds in them.
 _SLOT_NAMES = ("image", "video", "dialogue", "repeat", "turns")
 _UNITS = tuple(SIGNS)
 _LOG_EVERY = 50  # steps
 _LOSSES = "losses.json"  # from rank 0 to the parent, removed at the end
-_PROGRESS = "progress.json"  # there from the first stored part until the gates are passed
+_PROGRESS = "progress.json"  # exists from the first stored part until the gates are passed
 _PARTS = ("new", "talk")
-_ALIGNED = "aligned"  # the base after the first part, which the second never touches
+_ALIGNED = "aligned"  # the base after the first part; the second part only reads it
 
-# (generator, how many) -> one pack of that many examples and the weight by which its loss counts.
+# (generator, count) -> one pack of `count` examples, and the weight of its loss in the step.
 Draw = Callable[[np.random.Generator, int], tuple[Packs, float]]
 
 
@@ -64,7 +68,7 @@ Draw = Callable[[np.random.Generator, int], tuple[Packs, float]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Pictures:
-    """Frames [F, H, W, 3] uint8 and which signs each shows [F, signs], 0 or 1."""
+    """Frames [F, H, W, 3] uint8, and the signs that each shows [F, signs], 0 or 1."""
 
     pixels: Tensor
     signs: Tensor
@@ -74,7 +78,7 @@ class _Pictures:
 
 
 class _Looker(nn.Module):
-    """The vision tower with one linear head over all visual tokens of a frame."""
+    """The vision tower with one linear classifier over all visual tokens of a frame."""
 
     def __init__(self, model: EmoVerse) -> None:
         super().__init__()
@@ -119,10 +123,10 @@ def _pair_drawer(
     def draw(rng: np.random.Generator, count: int) -> tuple[Batch, float]:
         drawn = (pairs.draw_pair(rng, pairs.draw_kind(rng, shares)) for _ in range(count))
         examples = [
-            encode_generic(pair, tokenizer, options, answer=True, position=number)
-            for number, pair in enumerate(drawn)
+            encode_generic(pair, tokenizer, options, answer=True, position=index)
+            for index, pair in enumerate(drawn)
         ]
-        # Gradients of all parameters are reduced over ranks, so every pack needs a frame.
+        # Gradients of all parameters are reduced over ranks, so every pack must have a frame.
         if not any(example.num_frames for example in examples):
             examples.append(zero_example(shape))
         batch = collate(examples, loss)
@@ -148,7 +152,7 @@ def _optimizer(module: nn.Module, config: PretrainConfig, lr: float) -> torch.op
 def _run_phase(
     name: str, module: nn.Module, phase: Phase, config: PretrainConfig, world: World, draw: Draw
 ) -> list[float]:
-    """Optimise one phase; returns the loss of every step. Each rank has one pack in every step."""
+    """Train one phase; returns the loss of every step. Each rank has one pack in every step."""
     settings = deepspeed_config(
         zero_stage=0,
         precision="fp32",
@@ -176,11 +180,11 @@ def _run_phase(
 
 
 def _no_empty_pack() -> Packs:
-    raise AssertionError("every rank has a pack of its own in every step")
+    raise AssertionError("every rank has one pack in every step")
 
 
 class _PhaseLog:
-    """The losses of a phase and, now and then, a line about them."""
+    """The losses of a phase, and a log line every _LOG_EVERY steps."""
 
     def __init__(self, name: str, num_steps: int) -> None:
         self._name, self._num_steps = name, num_steps
@@ -189,7 +193,7 @@ class _PhaseLog:
         self.losses: list[float] = []
 
     def add(self, result: StepResult) -> str:
-        """Counts a step; returns the line to print, or nothing."""
+        """Add a step; returns the line to print, empty for none."""
         self.losses.append(result.loss)
         self._sums += np.array([result.task_loss, result.task_weight])
         done = len(self.losses)
@@ -206,11 +210,11 @@ class _PhaseLog:
         return (
             f"{self._name} step {done}/{self._num_steps} | "
             f"loss {np.mean(self.losses[-_LOG_EVERY:]):.4f} ({slots}) | {per_step:.3f} s/step | "
-            f"eta {per_step * (self._num_steps - done) / 60:.1f} min"
+            f"eta {format_duration(per_step * (self._num_steps - done))}"
         )
 
 
-def _rank_main(rank: int, config: PretrainConfig, folder: str, meeting: str, part: str) -> None:
+def _rank_main(rank: int, config: PretrainConfig, folder: str, rendezvous: str, part: str) -> None:
     """One process of one part of the pretraining; rank 0 exports the result to `folder`."""
     torch.set_num_threads(1)
     world = World(
@@ -218,7 +222,7 @@ def _rank_main(rank: int, config: PretrainConfig, folder: str, meeting: str, par
         world_size=config.processes,
         local_rank=rank,
         device=torch.device("cpu"),
-        init_method=f"file://{meeting}",
+        init_method=f"file://{rendezvous}",
     )
     start_process_group(world, timeout_s=600)
     if part == "new":
@@ -240,16 +244,16 @@ def _rank_main(rank: int, config: PretrainConfig, folder: str, meeting: str, par
 
     if part == "new":
         _run_phase("look", _Looker(model), config.look, config, world, _draw_pictures)
-        # To look and to copy are slow to begin: amid the whole mixture both would start later.
+        # Classifying signs and copying words are learned late in the mixture, so they come first.
         run("basics", config.basics, pairs.BASICS, "token")
         losses = run("align", config.align, pairs.MIXTURE, "token")
     else:
-        # By tokens, short answers would drown among captions.
+        # Weighted by tokens, captions would dominate the short answers.
         losses = run("talk", config.talk, pairs.TALK, "sample")
     if world.is_main:
         target = Path(folder) / _ALIGNED if part == "new" else Path(folder)
         export_checkpoint(model.native, config_json, target)
-        (Path(folder) / _LOSSES).write_text(json.dumps(losses), encoding="ascii")
+        write_atomically(Path(folder) / _LOSSES, json.dumps(losses))
     shutdown()
 
 
@@ -280,19 +284,19 @@ def _prepare(config: PretrainConfig, folder: Path) -> None:
         img_context_id=tokenizer.image_context_id,
         max_positions=llm.max_positions,
     )
-    (folder / "config.json").write_text(json.dumps(config_json, indent=2) + "\n", encoding="utf-8")
+    write_atomically(folder / "config.json", json.dumps(config_json, indent=2) + "\n")
 
 
 def pretrain(config: PretrainConfig) -> dict[str, Any]:
-    """Make a base in `config.out`. Returns its provenance with the gate figures.
+    """Train a base into `config.out`. Returns its provenance with the gate figures.
 
-    The base is stored after `align`, apart, and again after `talk`; a run that ended early goes on
-    behind its last stored part when it is started again with the same config. The gates may differ:
-    they are measured last, and a base that missed them is measured again.
+    The base is stored after `align` in its own folder, and again after `talk`. An interrupted run
+    resumes after its last stored part when it is started again with the same config. The gates may
+    differ: they are measured last, and a base that missed them is measured again.
 
     Raises:
-        ValueError: `out` holds something else already, or the finished base misses a gate; then the
-            folder is kept, with its figures in provenance.json.
+        ValueError: `out` holds something else, or the finished base misses a gate; in the latter
+            case the folder is kept, with its figures in provenance.json.
     """
     # For the ranks: one thread each, and DeepSpeed's import of inductor costs a second.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -310,7 +314,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
             final_loss=float(np.mean(losses[-100:])),
         )
         state = {"config": _trained_by(config), **asdict(progress)}
-        (config.out / _PROGRESS).write_text(json.dumps(state) + "\n", encoding="utf-8")
+        write_atomically(config.out / _PROGRESS, json.dumps(state) + "\n")
     shutil.rmtree(config.out / _ALIGNED, ignore_errors=True)
     figures = measure_gates(config.out, seed=config.seed, samples=config.gates.samples)
     provenance = {
@@ -321,9 +325,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         "versions": {"torch": torch.__version__, "numpy": np.__version__},
         "gates": figures,
     }
-    (config.out / "provenance.json").write_text(
-        json.dumps(provenance, indent=2) + "\n", encoding="utf-8"
-    )
+    write_atomically(config.out / "provenance.json", json.dumps(provenance, indent=2) + "\n")
     check_gates(figures, config.gates)
     (config.out / _PROGRESS).unlink()
     return provenance
@@ -331,7 +333,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Progress:
-    """How far a run has come: stored parts, minutes that they took, the last one's final loss."""
+    """Progress of a run: stored parts, the minutes that they took, final loss of the last one."""
 
     parts: int = 0
     minutes: float = 0.0
@@ -339,12 +341,12 @@ class _Progress:
 
 
 def _trained_by(config: PretrainConfig) -> dict[str, Any]:
-    """What of a config decides the weights: all but the gates."""
+    """The fields of a config that determine the weights: all but the gates."""
     return config.model_dump(mode="json", exclude={"gates"})
 
 
 def _progress_so_far(config: PretrainConfig) -> _Progress | None:
-    """What an earlier run of the same config has stored; None: start anew."""
+    """What an earlier run of the same config has stored; None: start from scratch."""
     if not config.out.exists() or not any(config.out.iterdir()):
         return None
     file = config.out / _PROGRESS
@@ -354,7 +356,7 @@ def _progress_so_far(config: PretrainConfig) -> _Progress | None:
     if state.pop("config") != _trained_by(config):
         raise ValueError(
             f"out: {config.out} holds an unfinished run of another config; remove it, choose "
-            "another folder, or go on with its own config"
+            "another folder, or resume it with its own config"
         )
     return _Progress(**state)
 
@@ -362,12 +364,12 @@ def _progress_so_far(config: PretrainConfig) -> _Progress | None:
 def _run_part(config: PretrainConfig, part: str) -> tuple[float, list[float]]:
     """All ranks of one part; (minutes, losses of its last phase)."""
     began = time.monotonic()
-    # A server that has imported this file forks the ranks: they start at once and share nothing.
+    # The fork server has imported this module, so that ranks start at once and share no state.
     multiprocessing.set_forkserver_preload([__name__])
-    with tempfile.TemporaryDirectory() as meeting:
+    with tempfile.TemporaryDirectory() as rendezvous:
         start_processes(
             _rank_main,
-            args=(config, str(config.out), str(Path(meeting) / "ranks"), part),
+            args=(config, str(config.out), str(Path(rendezvous) / "ranks"), part),
             nprocs=config.processes,
             start_method="forkserver",
         )
@@ -375,8 +377,3 @@ def _run_part(config: PretrainConfig, part: str) -> tuple[float, list[float]]:
     losses: list[float] = json.loads(file.read_text(encoding="ascii"))
     file.unlink()
     return (time.monotonic() - began) / 60, losses
-
-
-def run(paths: Sequence[Path], overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """`emoverse pretrain`: load the config and make the base."""
-    return pretrain(load_model(PretrainConfig, paths, overrides))

@@ -17,7 +17,7 @@ Positive = Annotated[int, Field(ge=1)]
 def _check_heads(heads: int, info: ValidationInfo) -> int:
     hidden = info.data.get("hidden")
     if hidden is not None and hidden % heads:
-        raise ValueError(f"the heads share the width evenly, but hidden is {hidden}; change one")
+        raise ValueError(f"must divide hidden, which is {hidden}; change one of them")
     return heads
 
 
@@ -28,7 +28,7 @@ class VisionShape(Section):
     layers: Positive = Field(description="Number of transformer layers.")
     heads: Positive = Field(description="Attention heads per layer.")
     mlp: Positive = Field(description="Width of the feed-forward layers.")
-    image_size: Positive = Field(description="Side of a frame in pixels, as the world draws it.")
+    image_size: Positive = Field(description="Side of a frame in pixels, as rendered.")
 
     _heads = field_validator("heads")(_check_heads)
 
@@ -36,7 +36,7 @@ class VisionShape(Section):
     @classmethod
     def _check_image_size(cls, image_size: int) -> int:
         if image_size != IMAGE_SIZE:
-            raise ValueError(f"the generic pairs are drawn at {IMAGE_SIZE} pixels; set that")
+            raise ValueError(f"must be {IMAGE_SIZE}, the size of the generic pairs' frames")
         return image_size
 
 
@@ -64,7 +64,7 @@ class Phase(Section):
 
 
 class Gates(Section):
-    """What the finished base must reach on people and dialogues it has not seen; else it fails."""
+    """Minimum quality of the finished base on held-out identities and dialogues."""
 
     probe_accuracy: float = Field(
         ge=0, le=1, description="Linear probe of the frozen tower for the face's emotion: accuracy."
@@ -108,7 +108,7 @@ class PretrainConfig(Section):
     )
     weight_decay: float = Field(ge=0, description="AdamW weight decay of matrices.")
     clip: float = Field(gt=0, description="Largest gradient norm.")
-    gates: Gates = Field(description="What the finished base must reach.")
+    gates: Gates = Field(description="Minimum quality of the finished base.")
 
     @field_validator("look", "basics", "align", "talk")
     @classmethod

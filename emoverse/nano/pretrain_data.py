@@ -1,7 +1,7 @@
-"""Generic pairs of the synthetic world: as text for the tokenizer, as examples for the nano base.
+"""Training data of the nano base: generic pairs as tokenizer texts and as examples.
 
-In: a seed, or one pair. Out: texts, or an Example. Stands between `data_shards.world.pairs` and
-`pretrain.py`, as `encode.py` stands between the stream and `train.py`.
+In: a seed, or one pair. Out: texts, or an Example. Flow: `data_shards.world.pairs` -> here ->
+`pretrain.py`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,8 +17,8 @@ from emoverse.data.tokenizer import Tokenizer
 from emoverse.models.architecture import Architecture
 
 SYSTEM_TEXT = "You are a helpful assistant."
-_TEXTS = 101  # stream of random numbers; the corpus and the phases of pretraining draw from others
-# The packed batch counts losses in five slots, named by task; pretraining counts its kinds there.
+_TEXTS = 101  # stream of random numbers, different from those of the corpus and of the phases
+# A packed batch counts losses in five slots, one per task; pretraining counts kinds of pairs there.
 _SLOT: Mapping[str, Task] = {
     "face": TASKS[0], "sign": TASKS[0], "person": TASKS[0], "video": TASKS[1], "speaker": TASKS[1],
     "dialogue": TASKS[2], "repeat": TASKS[3], "words": TASKS[3], "turns": TASKS[4],
@@ -27,7 +27,7 @@ _SLOT: Mapping[str, Task] = {
 
 
 def pair_options(architecture: Architecture, template: str, *, max_tokens: int) -> EncodeOptions:
-    """How generic pairs become examples: the tasks' own prompt with another system text."""
+    """Encode options of generic pairs: the prompt of the tasks with another system text."""
     return EncodeOptions(
         template=template,
         tokens_per_frame=architecture.visual_tokens_per_frame,
@@ -77,8 +77,8 @@ def world_texts(seed: int, count: int) -> Iterator[str]:
     """Texts for the tokenizer, with every word of the world: generic pairs and one task answer."""
     rng = np.random.default_rng([seed, _TEXTS])
     kinds = ("dialogue", "repeat", "words")
-    for number in range(count):
-        pair = pairs.draw_pair(rng, kinds[number % len(kinds)])
+    for index in range(count):
+        pair = pairs.draw_pair(rng, kinds[index % len(kinds)])
         yield pair.question
         yield pair.answer
     for _ in range(count // 10):

@@ -1,7 +1,7 @@
 """Train a small sentencepiece tokenizer in the layout of a released InternVL2 folder.
 
 In: texts of a small world. Out: `tokenizer.model` and `tokenizer_config.json`, as `Tokenizer.load`
-reads them, with the chat and image tokens of the 4B (Phi-3) or 8B (InternLM2) model behind the
+reads them, with the chat and image tokens of the 4B (Phi-3) or 8B (InternLM2) model after the
 pieces. The same texts and arguments give the same bytes. Used for the nano base and in tests.
 """
 
@@ -36,7 +36,7 @@ INTERNLM2_TOKENS = (
     "<|im_start|>",
 )  # fmt: skip
 TOKENIZER_CLASS = {"phi3": "LlamaTokenizer", "internlm2": "InternLM2Tokenizer"}
-# Not in the texts, but in every prompt with frames: these begin right behind an image tag.
+# Not in the texts, but in every prompt with frames: words right after an image tag.
 _PROMPT_WORDS = ("Frame",)
 _PROMPT_WORD_EVERY = 50  # texts
 _UNUSED_PIECE = 5  # sentencepiece's piece type that encoding never yields
@@ -54,8 +54,8 @@ def train_tokenizer(
 
     vocab_size: all ids, that is embedding rows: pieces, chat tokens and the nine image tokens.
         About 2.5 ids per different word make nearly every word one piece.
-    add_bos: whether prompts begin with `<s>`; None is the family's own habit: Phi-3 no, InternLM2
-        yes.
+    add_bos: whether prompts begin with `<s>`; None is the default of the family: Phi-3 no,
+        InternLM2 yes.
 
     There is no seed because nothing is sampled: one thread, no shuffling, merges by count.
     Raises ValueError if there is no text or `vocab_size` is too small or too large for the texts.
@@ -90,7 +90,7 @@ def _train_pieces(
     """The serialized sentencepiece model (BPE with byte fallback, as both released ones)."""
     lines = list(_training_lines(text for text in texts if text.strip()))
     if not lines:
-        raise ValueError("texts must hold at least one word; the corpus for the tokenizer is empty")
+        raise ValueError("texts must hold at least one word, found none")
     out = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -127,11 +127,11 @@ def _train_pieces(
 def _training_lines(texts: Iterable[str]) -> Iterator[str]:
     """Lines for the trainer, one per line of text, so that a newline stays a byte as in Llama.
 
-    In a prompt, text behind an added token or a newline begins without a space. A digit in front
-    gives the trainer such word starts, because no piece goes across a digit.
+    In a prompt, text after an added token or a newline begins without a space. A digit in front
+    gives the trainer such word starts, because no piece spans a digit.
     """
-    for number, text in enumerate(texts):
-        if number % _PROMPT_WORD_EVERY == 0:
+    for index, text in enumerate(texts):
+        if index % _PROMPT_WORD_EVERY == 0:
             yield from (f"0{word}" for word in _PROMPT_WORDS)
         for line in text.splitlines():
             if line.strip():
@@ -140,7 +140,7 @@ def _training_lines(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _unused_piece(text: str) -> bytes:
-    """One more field `pieces` of a serialized model: InternLM2's place holders for chat tokens."""
+    """One more field `pieces` of a serialized model: InternLM2's placeholders for chat tokens."""
     name = text.encode()
     body = b"\x0a" + varint(len(name)) + name + b"\x15" + struct.pack("<f", 0.0)
     body += b"\x18" + varint(_UNUSED_PIECE)
@@ -152,15 +152,15 @@ def _added_tokens(family: Family, num_pieces: int) -> tuple[AddedToken, ...]:
     rows = [AddedToken(id=id_, content=text) for id_, text in enumerate(("<unk>", "<s>", "</s>"))]
     next_id = num_pieces
     if family == "phi3":
-        # Microsoft's file: </s> and the chat tokens swallow the whitespace behind them.
+        # Microsoft's file: </s> and the chat tokens strip the whitespace after them.
         rows[2] = AddedToken(id=2, content="</s>", rstrip=True, special=False)
         for text in PHI3_TOKENS:
             rows.append(AddedToken(id=next_id, content=text, rstrip=text != "<|endoftext|>"))
             next_id += 1
     else:
         # The chat tokens overlay the last six pieces.
-        for place, text in enumerate(INTERNLM2_TOKENS):
-            rows.append(AddedToken(id=num_pieces - len(INTERNLM2_TOKENS) + place, content=text))
+        for id_, text in enumerate(INTERNLM2_TOKENS, start=num_pieces - len(INTERNLM2_TOKENS)):
+            rows.append(AddedToken(id=id_, content=text))
     for text in VISION_TOKENS:
         rows.append(AddedToken(id=next_id, content=text))
         next_id += 1

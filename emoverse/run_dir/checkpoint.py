@@ -1,11 +1,11 @@
-"""Checkpoints on disk: atomic, checksummed, free of pickle, of world size and of ZeRO stage.
+"""Checkpoints on disk: atomic, with checksums, without pickle, for any world size and ZeRO stage.
 
 In: full tensors by parameter name and a JSON state. Out: one folder per checkpoint,
     checkpoints/step_000500/{trained.safetensors, optimizer.safetensors, state.json, manifest.json}
     checkpoints/latest            the name of the newest one
-A folder appears under its name by one rename, after everything in it is on the disk; reading
-verifies every byte and falls back to the previous checkpoint. Only what was trained is saved: no
-base weights.
+A folder gets its name by one rename, after everything in it is on disk. Reading verifies every
+byte and falls back to the previous checkpoint. Only trained parameters are saved, no base weights.
+`StageRun.save` in training/stage_run.py makes the JSON state.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ class OtherRun(ValueError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
-    """What a folder holds: tensors by parameter name, and the state of the training loop."""
+    """Content of a checkpoint folder: tensors by parameter name, state of the training loop."""
 
     path: Path
     params: dict[str, Tensor]
@@ -66,12 +66,12 @@ def save_checkpoint(
     keep: int,
     work: Path,
 ) -> Path:
-    """Writes `root`/step_NNNNNN and points `latest` at it; one rank calls it, alone.
+    """Write `root`/step_NNNNNN and point `latest` at it; called by one rank.
 
-    `state["step"]` names the folder. Afterwards only the newest `keep` checkpoints remain. At any
-    moment in between a crash leaves the earlier checkpoints and `latest` as they were. All is made
-    in, or moved through, `work`, a folder on the same file system: if a successor has taken that
-    away (see lease.py), every rename fails.
+    `state["step"]` names the folder. Afterwards only the newest `keep` checkpoints remain. A crash
+    at any moment leaves the earlier checkpoints and `latest` unchanged. Everything is written to,
+    or moved through, `work`, a folder on the same file system: after a takeover (run_lock.py)
+    that folder is gone and every rename fails.
 
     Raises:
         OSError: the disk is full or not writable; nothing that existed is lost.
@@ -93,15 +93,15 @@ def save_checkpoint(
     for file in (*files, MANIFEST):
         storage.sync(temporary / file)
     storage.sync(temporary)
-    if final.exists():  # a damaged one, which the run fell back from and has now reached again
+    if final.exists():  # damaged: the run fell back from it and has now reached its step again
         storage.rename(final, work / f"{_DISCARDED}{name}")
     storage.rename(temporary, final)
     storage.sync(root)
     storage.publish_text(root / LATEST, name + "\n", work=work)
-    # Later ones than this were damaged when the run fell back; they do not count as kept.
-    kept = storage.step_of(final)
-    reached = [folder for folder in storage.published(root) if storage.step_of(folder) <= kept]
-    for old in reached[keep:]:
+    # Checkpoints of later steps were damaged when the run fell back; they do not count as kept.
+    step = storage.step_of(final)
+    valid = [folder for folder in storage.published(root) if storage.step_of(folder) <= step]
+    for old in valid[keep:]:
         storage.rename(old, work / f"{_DISCARDED}{old.name}")
     _remove_leftovers(work)
     return final
@@ -126,35 +126,35 @@ def _describe(file: Path) -> dict[str, Any]:
 
 
 def verify_checkpoint(folder: Path) -> None:
-    """Compares every file with the manifest.
+    """Compare every file with the manifest.
 
     Raises:
-        DamagedCheckpoint: names the file, what the manifest says and what was found.
+        DamagedCheckpoint: names the file, the manifest's values and the actual ones.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         expected = manifest["files"]
-        found_format = manifest["format"]
+        version = manifest["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpoint(f"{folder / MANIFEST} cannot be read: {error}") from error
-    if found_format != FORMAT:
-        raise DamagedCheckpoint(f"{folder} has format {found_format}, this version reads {FORMAT}")
+    if version != FORMAT:
+        raise DamagedCheckpoint(f"{folder} has format {version}, this version reads {FORMAT}")
     for name in (TRAINED, OPTIMIZER, STATE):
         try:
-            found = _describe(folder / name)
+            actual = _describe(folder / name)
         except OSError as error:
             raise DamagedCheckpoint(f"{folder / name} cannot be read: {error}") from error
-        if found != expected.get(name):
+        if actual != expected.get(name):
             raise DamagedCheckpoint(
                 f"{folder / name} differs from the manifest: "
-                f"expected {expected.get(name)}, found {found}"
+                f"expected {expected.get(name)}, found {actual}"
             )
 
 
 def find_checkpoint(root: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint whose bytes are intact; None if `root` holds no checkpoint at all.
+    """The newest intact checkpoint; None if `root` holds no checkpoint at all.
 
-    Says through `warn` which ones it passed over, and why.
+    `warn` is called for every damaged one.
 
     Raises:
         DamagedCheckpoint: there are checkpoints and none is intact.
@@ -164,7 +164,7 @@ def find_checkpoint(root: Path, warn: Callable[[str], None]) -> Path | None:
         try:
             verify_checkpoint(folder)
         except DamagedCheckpoint as damage:
-            warn(f"checkpoint passed over: {damage}")
+            warn(f"damaged checkpoint skipped: {damage}")
             continue
         return folder
     if folders:
@@ -176,7 +176,7 @@ def find_checkpoint(root: Path, warn: Callable[[str], None]) -> Path | None:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Loads a folder that `find_checkpoint` returned."""
+    """Load a folder that `find_checkpoint` returned."""
     moments = load_file(folder / OPTIMIZER)
     by_kind = {
         kind: {
@@ -191,7 +191,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The JSON state alone, of a folder that `find_checkpoint` returned."""
+    """The JSON state of a folder that `find_checkpoint` returned."""
     state: dict[str, Any] = json.loads((folder / STATE).read_text())
     return state
 
@@ -199,11 +199,9 @@ def read_state(folder: Path) -> dict[str, Any]:
 def load_trained(stage_dir: Path, warn: Callable[[str], None] = print) -> dict[str, Tensor]:
     """Trained weights of a stage's newest intact checkpoint: fp32 by parameter name.
 
-    The way from a stage to the next one and to evaluation.
-
     Raises:
         FileNotFoundError: the stage has no checkpoint.
-        DamagedCheckpoint: it has some and none is intact.
+        DamagedCheckpoint: none of its checkpoints is intact.
     """
     folder = find_checkpoint(stage_dir / "checkpoints", warn)
     if folder is None:
@@ -217,25 +215,25 @@ def load_trained(stage_dir: Path, warn: Callable[[str], None] = print) -> dict[s
 # Identity --------------------------------------------------------------------------------------
 
 
-def check_identity(found: Mapping[str, Any], expected: Mapping[str, Any], where: Path) -> None:
-    """Refuses to continue another run: both are flat {knob: value} of what decides the numbers.
+def check_identity(saved: Mapping[str, Any], current: Mapping[str, Any], where: Path) -> None:
+    """Refuse to continue another run. Both are flat {knob: value} of what decides the numbers.
 
     Raises:
         OtherRun: lists every knob that differs with the saved and the current value.
     """
-    found_differences = differences(found, expected)
-    if found_differences:
+    changes = differences(saved, current)
+    if changes:
         raise OtherRun(
             f"{where} belongs to another run; a resumed run must keep what decides its numbers. "
-            f"Different: {'; '.join(found_differences)}. Undo the change, or choose another "
-            "run.run_dir, or give --accept-changes to go on from there all the same"
+            f"Different: {'; '.join(changes)}. Undo the change, choose another run.run_dir, or "
+            "give --accept-changes to continue anyway"
         )
 
 
-def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """Every knob that differs, with the saved and the current value."""
     return [
-        f"{knob}: saved {found.get(knob)!r}, now {expected.get(knob)!r}"
-        for knob in sorted(set(found) | set(expected))
-        if found.get(knob) != expected.get(knob)
+        f"{knob}: saved {saved.get(knob)!r}, now {current.get(knob)!r}"
+        for knob in sorted(set(saved) | set(current))
+        if saved.get(knob) != current.get(knob)
     ]

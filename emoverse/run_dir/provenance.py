@@ -1,7 +1,7 @@
-"""Where a run comes from: code, versions, host, base model; enough to repeat it or to see why not.
+"""Provenance of a run: code, versions, host and base model, so that it can be repeated.
 
-In: this process and the base folder. Out: RUN/provenance.json (one entry per launch), the changes
-since the commit beside it, and the fingerprint of a base, which every checkpoint carries.
+In: this process and the base folder. Out: RUN/provenance.json (one entry per launch), uncommitted
+changes as a diff, and the fingerprint of a base, which is part of every checkpoint.
 """
 
 import hashlib
@@ -20,11 +20,11 @@ PACKAGES = (
     *("emoverse", "torch", "deepspeed", "transformers", "peft"),
     *("numpy", "safetensors", "av", "sentencepiece"),
 )
-WHOLE_BYTES = 64 * 2**20  # files up to this size are hashed whole, longer ones by both ends
+WHOLE_BYTES = 64 * 2**20  # smaller files are hashed completely, larger ones at both ends
 
 
 def describe_launch(**facts: Any) -> dict[str, Any]:
-    """One launch as JSON values; `facts` are added as given."""
+    """One launch as JSON values, with `facts` added."""
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": sys.argv,
@@ -38,18 +38,18 @@ def describe_launch(**facts: Any) -> dict[str, Any]:
 
 
 def package_versions() -> dict[str, str]:
-    """Installed versions of what computes the numbers; missing ones are left out."""
-    found = {}
+    """Installed versions of the packages that decide the numbers; missing ones are left out."""
+    versions = {}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit, and whether files differ from it; None outside a git checkout or without git."""
+    """Commit and number of changed files; None outside a git checkout or without git."""
     try:
         commit = _git(folder, "rev-parse", "HEAD")
         changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
@@ -59,9 +59,9 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 
 
 def uncommitted_changes(folder: Path) -> str:
-    """The changes of tracked files since the commit, as git apply takes them; empty for none.
+    """Changes of tracked files since the commit, as input of `git apply`.
 
-    Bytes that are no UTF-8 are replaced. Empty outside a git checkout or without git as well.
+    Invalid UTF-8 is replaced. Empty without changes, outside a git checkout, or without git.
     """
     try:
         return _git(folder, "diff", "--no-color", "--no-ext-diff", "HEAD", "--", ":/")
@@ -71,15 +71,15 @@ def uncommitted_changes(folder: Path) -> str:
 
 def _git(folder: Path, *arguments: str) -> str:
     command = ["git", "-C", str(folder), *arguments]
-    done = subprocess.run(command, capture_output=True, check=True, timeout=10)
-    # Whatever encoding a changed file has. Blanks stay: a patch may end with an empty line.
-    return done.stdout.decode(errors="replace").rstrip("\n")
+    result = subprocess.run(command, capture_output=True, check=True, timeout=10)
+    # Changed files may have any encoding. Blanks stay: a patch may end with an empty line.
+    return result.stdout.decode(errors="replace").rstrip("\n")
 
 
 def append_launch(run_dir: Path, launch: dict[str, Any], *, work: Path) -> None:
-    """Adds a launch to RUN/provenance.json, a JSON list; made in `work` and renamed.
+    """Add a launch to RUN/provenance.json, a JSON list; published from `work`.
 
-    Code that differs from its commit is kept as RUN/code-HASH.diff, and named in the entry.
+    Uncommitted changes are saved as RUN/code-HASH.diff, and named in the entry.
     """
     changes = uncommitted_changes(Path(__file__).parent)
     if changes:
@@ -95,8 +95,8 @@ def append_launch(run_dir: Path, launch: dict[str, Any], *, work: Path) -> None:
 def base_fingerprint(folder: Path) -> str:
     """sha256 over config, tokenizer and weights of a base model folder.
 
-    Weight files above 64 MiB enter with their size and both ends: a released 8B model in
-    milliseconds, and its header with every tensor's name and place is at the front.
+    Of weight files above 64 MiB only the size and both ends are hashed. This takes milliseconds
+    for a released 8B model, and includes the header with name and offset of every tensor.
     """
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):

@@ -1,4 +1,4 @@
-"""What a run directory says about the run: resolved config, provenance, plan, and its identity.
+"""Files that describe a run: resolved config, provenance, plan; and the identity of a run.
 
 In: the config, the plan, the stage that it starts from. Out: RUN/{config.yaml, provenance.json,
 plan/plan.json}, RUN/STAGE/deepspeed.json, and the flat {knob: value} that a resumed run must match.
@@ -20,7 +20,7 @@ from emoverse.run_dir.provenance import append_launch, base_fingerprint, describ
 from emoverse.training.stages import merged_into, stage_dir
 
 # Knobs that may change between two launches: they decide where and how fast, not what is learned.
-# Paths are free too; the content behind them enters as the fingerprints of plan and base.
+# Paths may change as well; their content is compared by the fingerprints of plan and base.
 FREE_SECTIONS = ("evaluation", "train")
 FREE_KNOBS = frozenset(
     {
@@ -39,8 +39,8 @@ FREE_KNOBS = frozenset(
         "data.max_damaged",
     }
 )
-# What one stage decides for itself alone; the rest of every stage enters the common plan.
-HOW_A_STAGE_STARTS = ("optim", "start_from", "adapter", "optimizer")
+# Settings that concern one stage alone; all others of every stage enter the common plan.
+STAGE_ONLY_KNOBS = ("optim", "start_from", "adapter", "optimizer")
 DECISIVE_TRAIN = ("train.global_batch_size", "train.loss")
 
 
@@ -57,9 +57,9 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def decisive_knobs(config: Config, stage: str) -> dict[str, Any]:
-    """The knobs that decide this stage's numbers, as JSON values.
+    """The knobs that decide the numbers of this stage, as JSON values.
 
-    The other stages' data settings are among them: all stages are planned together.
+    They include the data settings of the other stages: all stages are planned together.
     """
     knobs = {}
     for path, value in flatten(config.model_dump(mode="json")).items():
@@ -68,7 +68,7 @@ def decisive_knobs(config: Config, stage: str) -> dict[str, Any]:
             continue
         if path in FREE_KNOBS:
             continue
-        if section == "stages" and rest[0] != stage and rest[1] in HOW_A_STAGE_STARTS:
+        if section == "stages" and rest[0] != stage and rest[1] in STAGE_ONLY_KNOBS:
             continue
         knobs[path] = value
     return knobs
@@ -81,9 +81,9 @@ def run_identity(
     parent: Path | None,
     accepted: list[str] | None = None,
 ) -> dict[str, Any]:
-    """The knobs, and what lies behind paths: plan, base, and the weights it starts from.
+    """The decisive knobs, and the fingerprints of plan, base and starting weights.
 
-    `accepted` takes what differs from the stage to start from; without it a difference is refused.
+    `accepted` collects differences to the stage to start from; without it they are an error.
 
     Raises:
         OtherRun: the stage to start from was trained under another plan.
@@ -93,19 +93,20 @@ def run_identity(
     if parent is None:
         return {**identity, "start": "base"}
     folder = handed_over(parent)
-    theirs = read_state(folder)["identity"]
-    for part in ("plan", "base"):
-        if theirs[part] != identity[part]:
+    saved = read_state(folder)["identity"]
+    for name in ("plan", "base"):
+        if saved[name] != identity[name]:
             if accepted is not None:
-                accepted.append(f"{part} of {parent.name}: {theirs[part]}, now {identity[part]}")
+                accepted.append(f"{name} of {parent.name}: {saved[name]}, now {identity[name]}")
                 continue
             raise OtherRun(
-                f"stages.{stage}.start_from: {parent.name} was trained with another {part} "
-                f"({theirs[part][:12]}, now {identity[part][:12]}); stages are planned together, "
+                f"stages.{stage}.start_from: {parent.name} was trained with another {name} "
+                f"({saved[name][:12]}, now {identity[name][:12]}); stages are planned together, "
                 f"so undo the change to data or stages, or choose another run.run_dir and train "
-                f"{parent.name} again, or give --accept-changes to start from it all the same"
+                f"{parent.name} again, or give --accept-changes to start from it anyway"
             )
-    merged = [label_of(handed_over(stage_dir(config, name))) for name in merged_into(config, stage)]
+    stages = merged_into(config.stages, stage)
+    merged = [label_of(handed_over(stage_dir(config, name))) for name in stages]
     return {**identity, "start": label_of(folder), **({"merged": merged} if merged else {})}
 
 
@@ -118,7 +119,7 @@ def write_run_files(
     *,
     work: Path,
 ) -> None:
-    """Publishes what describes the run, out of `work`; by one rank when all has been checked."""
+    """Publish the files that describe the run, from `work`; by one rank, after all checks."""
     run_dir, folder = config.run.run_dir, stage_dir(config, stage)
     folder.mkdir(parents=True, exist_ok=True)
     (run_dir / "plan").mkdir(exist_ok=True)
@@ -130,9 +131,9 @@ def write_run_files(
         "index": index.fingerprint,
         "stages": {
             name: {
-                "samples": part.num_samples,
-                "samples_per_epoch": part.samples_per_epoch,
-                "steps": part.num_steps(config.train.global_batch_size),
+                "samples": planned.num_samples,
+                "samples_per_epoch": planned.samples_per_epoch,
+                "steps": planned.num_steps(config.train.global_batch_size),
                 "tasks": {
                     count.task.value: {
                         "asked": count.asked,
@@ -140,10 +141,10 @@ def write_run_files(
                         "given": count.given,
                         "total": count.total,
                     }
-                    for count in part.counts
+                    for count in planned.counts
                 },
             }
-            for name, part in plan.stages.items()
+            for name, planned in plan.stages.items()
         },
     }
     text = json.dumps(plan_json, indent=1)

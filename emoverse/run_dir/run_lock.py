@@ -1,12 +1,13 @@
 """Who owns a run directory: one process at a time, also when a network is cut.
 
-In: the run directory. Out: a `Lease`, whose work folder lies under a path that only its holder
-knows:
-    RUN/lease/TOKEN/               the holder's work folder
-    RUN/lease/TOKEN/holder.json    host, process, job, since when
-All that is published is made in the work folder and renamed from there. A successor renames the
-very folder of the holder that it judged, so it can never take the lease from anybody else, and
-removes it; from then on no path of the former holder exists, so its next rename fails.
+In: the run directory. Out: a `RunLock` whose work folder has a name that only its owner knows:
+    RUN/lease/TOKEN/               the owner's work folder
+    RUN/lease/TOKEN/holder.json    host, process, job, start time
+Everything that is published is written to the work folder and renamed from there. A takeover
+renames the folder of exactly the owner that was checked, then removes it. From then on no path of
+the former owner exists, so its next rename fails.
+
+Names and keys on disk are fixed: processes of different versions must respect each other's locks.
 """
 
 import contextlib
@@ -23,39 +24,39 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 FOLDER = "lease"
-HOLDER = "holder.json"
-RENEW_S = 10.0  # between two signs of life
-STALE_S = 60.0  # silence after which a holder on another machine counts as gone
-PATIENCE_S = 15.0  # for a holder that is just ending
-REMOVAL_S = 10.0  # for the folder of a former holder to be gone
+OWNER_FILE = "holder.json"
+RENEW_S = 10.0  # between two heartbeats (the time stamp of the work folder)
+STALE_S = 60.0  # without a heartbeat an owner on another machine counts as gone
+PATIENCE_S = 15.0  # wait for an owner that is about to end
+REMOVAL_S = 10.0  # time limit for removing the folder of a former owner
 _POLL_S = 0.1
-_GONE = (errno.ENOENT, errno.ESTALE)  # the second one is how a network file system says it
-_FRESH, _FENCED = ".lease-", ".fenced-"  # before it is a lease, and after
+_GONE = (errno.ENOENT, errno.ESTALE)  # network file systems report the second one
+_CANDIDATE, _REVOKED = ".lease-", ".fenced-"  # names before a lock is acquired, and after it ends
 
 
 class RunInUse(ValueError):
-    """The run directory is owned by a process that lives."""
+    """The run directory is owned by a running process."""
 
 
-class LostLease(RuntimeError):
-    """A successor has taken the run directory over; this process must not write any more."""
+class RunLockLost(RuntimeError):
+    """Another process has taken over the run directory; this one must not write to it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Holder:
-    """A process, such that another one can tell whether it still lives."""
+class Owner:
+    """A process, described so that another one can tell whether it is still running."""
 
     token: str
     host: str
-    processes: str  # boot of the machine and table of processes that `pid` belongs to
+    processes: str  # boot id of the machine and PID namespace that `pid` belongs to
     pid: int
-    born: int  # clock ticks since boot: a later process may get the same number
-    job: str | None  # of the scheduler; a requeued job keeps it
+    born: int  # start time in clock ticks since boot: PIDs are reused
+    job: str | None  # id from the scheduler; a requeued job keeps it
     life: int  # how often the scheduler has restarted the job
     since: str
 
-    def follows(self, other: "Holder") -> bool:
-        """Is this a later life of the same job? Then the scheduler has given the other one up."""
+    def follows(self, other: "Owner") -> bool:
+        """True for a later restart of the same job: the scheduler has ended the other one."""
         return self.job is not None and self.job == other.job and self.life > other.life
 
     def __str__(self) -> str:
@@ -63,45 +64,45 @@ class Holder:
         return f"{job}process {self.pid} on {self.host} since {self.since}"
 
 
-class Lease:
-    """A held run directory; the holder is the process that made it."""
+class RunLock:
+    """Ownership of a run directory by the process that created this object."""
 
     def __init__(self, run_dir: Path, token: str) -> None:
         self.run_dir, self.token = run_dir, token
-        self.loss: Exception | None = None  # found out by the renewer, for the next vote
-        self._done = threading.Event()
-        self._renewer = threading.Thread(target=self._renew, daemon=True)
-        self._renewer.start()
+        self.error: Exception | None = None  # why ownership was lost, set by the renewal thread
+        self._released = threading.Event()
+        self._thread = threading.Thread(target=self._renew, daemon=True)
+        self._thread.start()
 
     @property
     def work(self) -> Path:
-        """Folder for what is about to be published, on the same file system."""
+        """Folder for files that are about to be published, on the same file system."""
         return self.run_dir / FOLDER / self.token
 
-    def held(self) -> bool:
-        """Is this process still the owner? Also gives a sign of life."""
+    def is_held(self) -> bool:
+        """Whether this process is still the owner; also renews the heartbeat."""
         try:
             os.utime(self.work)
         except OSError as error:
-            # A full or read-only disk takes nothing away from us.
+            # A full or read-only disk does not end ownership.
             return error.errno not in _GONE
         return True
 
     def require(self) -> None:
-        """Raise LostLease unless this process is still the owner."""
-        if not self.held():
-            successor = _holder_of(self.run_dir) or "another process"
-            raise LostLease(
+        """Raise RunLockLost unless this process is still the owner."""
+        if not self.is_held():
+            successor = _current_owner(self.run_dir) or "another process"
+            raise RunLockLost(
                 f"{self.run_dir} was taken over by {successor}; this process writes nothing more "
                 "there and ends"
             )
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[Path]:
-        """The work folder, for a block that renames out of it.
+        """The work folder, for a block that publishes from it by renames.
 
         Raises:
-            LostLease: before the block, or because the block failed for this reason.
+            RunLockLost: ownership was lost before the block, or while it ran.
         """
         self.require()
         try:
@@ -111,17 +112,17 @@ class Lease:
             raise
 
     def release(self) -> None:
-        """Gives the run directory back; does nothing if a successor has it."""
-        self._done.set()
-        self._renewer.join()
-        _give_back(self.run_dir, self.token)
+        """Release the run directory; does nothing after a takeover."""
+        self._released.set()
+        self._thread.join()
+        _release(self.run_dir, self.token)
 
     def _renew(self) -> None:
-        while not self._done.wait(RENEW_S):
+        while not self._released.wait(RENEW_S):
             try:
                 self.require()
-            except Exception as error:  # who cannot look after the lease must not go on either
-                self.loss = error
+            except Exception as error:  # without renewals this process must not continue
+                self.error = error
                 return
 
 
@@ -130,98 +131,98 @@ def acquire(
     *,
     take_over: bool = False,
     patience_s: float | None = None,
-    say: Callable[[str], None] = print,
-) -> Lease:
-    """Makes this process the owner of `run_dir`, which is created if need be.
+    log: Callable[[str], None] = print,
+) -> RunLock:
+    """Make this process the owner of `run_dir`, which is created if missing.
 
-    A holder makes room if its process has ended, if it is an earlier life of the same job, if it
-    has been silent for a minute on another machine, or at once if `take_over` is set. One that
-    lives gets `patience_s` (by default 15 s) to end.
+    The lock is taken over if the owner's process has ended, if the owner is an earlier run of the
+    same scheduler job, if it is on another machine and had no heartbeat for a minute, or
+    immediately if `take_over` is set. A running owner has `patience_s` (default 15 s) to end.
 
     Raises:
-        RunInUse: names the holder and what to do.
+        RunInUse: names the owner and what to do.
         ValueError: the directory cannot be written.
     """
-    me = describe_holder(os.environ)
-    fresh, lease = run_dir / f"{_FRESH}{me.token}", run_dir / FOLDER
+    me = describe_owner(os.environ)
+    candidate, lock = run_dir / f"{_CANDIDATE}{me.token}", run_dir / FOLDER
     patience_s = PATIENCE_S if patience_s is None else patience_s
     deadline = time.monotonic() + patience_s
-    told = False
+    logged = False
     try:
         while True:
-            _prepare(fresh, me)
-            if _move(fresh, lease, me.token):
+            _prepare(candidate, me)
+            if _move(candidate, lock, me.token):
                 break
             late = time.monotonic() > deadline
-            waits = True
-            for name in _names(lease):
-                other, why = _judge(lease / name, me, fresh.stat().st_mtime)
-                if why is None or take_over or (late and other is not None and me.follows(other)):
-                    _fence(run_dir, name)
-                    waits = False
+            wait = True
+            for name in _names(lock):
+                other, alive = _check_owner(lock / name, me, candidate.stat().st_mtime)
+                if alive is None or take_over or (late and other is not None and me.follows(other)):
+                    _revoke(run_dir, name)
+                    wait = False
                     continue
-                about = f"{run_dir} is in use by {other or 'an unknown process'} ({why})"
+                in_use = f"{run_dir} is in use by {other or 'an unknown process'} ({alive})"
                 if late:
                     raise RunInUse(
-                        f"run.run_dir: {about}; stop that one, or choose another run.run_dir, or "
-                        "give --take-over if it is cut off: it will then write no more"
+                        f"run.run_dir: {in_use}; stop it, choose another run.run_dir, or give "
+                        "--take-over if it is cut off: it can then write nothing more"
                     )
-                if not told:
-                    say(f"{about}; waiting {patience_s:.0f} s for it")
-                    told = True
-            time.sleep(_POLL_S if waits else 0)
-        _clean(run_dir, lease / me.token)
+                if not logged:
+                    log(f"{in_use}; waiting {patience_s:.0f} s for it to end")
+                    logged = True
+            time.sleep(_POLL_S if wait else 0)
+        _clean(run_dir, lock / me.token)
     except OSError as error:
-        _give_back(run_dir, me.token)
+        _release(run_dir, me.token)
         raise ValueError(
             f"run.run_dir: {run_dir} must be a folder that can be written: {error}; make room, "
             "change its permissions, or choose another run.run_dir"
         ) from error
     finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-    return Lease(run_dir, me.token)
+        shutil.rmtree(candidate, ignore_errors=True)
+    return RunLock(run_dir, me.token)
 
 
-def _prepare(fresh: Path, me: Holder) -> None:
-    """The folder that becomes the lease, with a sign of life.
+def _prepare(candidate: Path, me: Owner) -> None:
+    """Create the folder that becomes the lock, or renew its time stamp.
 
-    Made again if it is gone: another process removes what has shown no sign of life for long, and
-    this one may have been halted.
+    It may be missing again: owners remove candidates without a heartbeat, and this process may
+    have been suspended.
     """
-    holder = fresh / me.token / HOLDER
-    if not holder.exists():
-        holder.parent.mkdir(parents=True, exist_ok=True)
-        holder.write_text(json.dumps(asdict(me), indent=1) + "\n")
-    for folder in (fresh, holder.parent):
-        os.utime(folder)  # by the file system's own clock: machines may disagree about the time
+    owner_file = candidate / me.token / OWNER_FILE
+    if not owner_file.exists():
+        owner_file.parent.mkdir(parents=True, exist_ok=True)
+        owner_file.write_text(json.dumps(asdict(me), indent=1) + "\n")
+    for folder in (candidate, owner_file.parent):
+        os.utime(folder)  # by the file system's own clock: clocks of machines differ
 
 
 def _clean(run_dir: Path, work: Path) -> None:
-    """Removes what processes left that died while they took over; the living touch theirs."""
-    for path in run_dir.glob(f"{_FENCED}*"):
+    """Remove what processes left that died while they acquired the lock."""
+    for path in run_dir.glob(f"{_REVOKED}*"):
         _remove(path)
     try:
         os.utime(work)
         now = work.stat().st_mtime
     except OSError as error:
         if error.errno in _GONE:
-            return  # a successor has taken it away this moment: the first vote will say so
+            return  # taken over just now; the first step consensus reports it
         raise
-    for path in run_dir.glob(f"{_FRESH}*"):
+    for path in run_dir.glob(f"{_CANDIDATE}*"):
         with contextlib.suppress(OSError):
             if now - path.stat().st_mtime > STALE_S:
                 shutil.rmtree(path)
 
 
-def describe_holder(environ: Mapping[str, str]) -> Holder:
+def describe_owner(environ: Mapping[str, str]) -> Owner:
     """This process, with a new token."""
     array = environ.get("SLURM_ARRAY_JOB_ID")
     task = environ.get("SLURM_ARRAY_TASK_ID")
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return Holder(
+    return Owner(
         token=secrets.token_hex(8),
         host=platform.node(),
-        # The number of the table is the same on all machines, and so may be their name.
+        # PID namespaces have the same id on all machines, and machines may share a host name.
         processes=f"{boot} {os.readlink('/proc/self/ns/pid')}",
         pid=os.getpid(),
         born=_born(os.getpid()) or 0,
@@ -231,55 +232,55 @@ def describe_holder(environ: Mapping[str, str]) -> Holder:
     )
 
 
-def _move(fresh: Path, lease: Path, token: str) -> bool:
-    """False if there is a holder: a folder with content is never replaced."""
+def _move(candidate: Path, lock: Path, token: str) -> bool:
+    """Try to become the owner; False if there is one: rename never replaces a non-empty folder."""
     try:
-        os.rename(fresh, lease)
+        os.rename(candidate, lock)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             return False
-        # A network file system may do it, lose the answer, and find nothing when it tries again.
+        # A network file system may rename, lose the reply, and miss the source on its retry.
         if error.errno in _GONE:
-            return (lease / token).is_dir()
+            return (lock / token).is_dir()
         raise
     return True
 
 
-def _names(lease: Path) -> list[str]:
-    """What stands where a holder's folder should stand: one name, or none any more."""
+def _names(lock: Path) -> list[str]:
+    """Names of work folders in the lock: one, or none if it was just released."""
     try:
-        return sorted(os.listdir(lease))
+        return sorted(os.listdir(lock))
     except FileNotFoundError:
         return []
 
 
-def _fence(run_dir: Path, name: str) -> None:
-    """Ends the lease of the holder of this name, and of nobody else, whatever happened meanwhile.
+def _revoke(run_dir: Path, name: str) -> None:
+    """End the ownership of the owner with this token, and of no other, whatever happened meanwhile.
 
-    After the rename no path of the former holder exists. On a network file system it may still
-    reach the folder by a handle for some seconds; once the folder is removed that fails as well.
+    After the rename no path of the former owner exists. On a network file system it may reach the
+    folder through an open handle for some seconds more; once the folder is removed, that fails too.
     """
-    away = run_dir / f"{_FENCED}{name}"
+    away = run_dir / f"{_REVOKED}{name}"
     try:
         os.rename(run_dir / FOLDER / name, away)
     except OSError as error:
-        if error.errno not in _GONE:  # else it has just been released, or fenced by another one
+        if error.errno not in _GONE:  # else released, or revoked by another process
             raise
     _remove(away)
 
 
-def _give_back(run_dir: Path, token: str) -> None:
-    """Ends one's own lease, if it is one; what cannot be removed now goes stale by itself."""
+def _release(run_dir: Path, token: str) -> None:
+    """End one's own lock, if it is still held; what cannot be removed now becomes stale."""
     with contextlib.suppress(OSError):
-        _fence(run_dir, token)
-        (run_dir / FOLDER).rmdir()  # fails if a successor has come
+        _revoke(run_dir, token)
+        (run_dir / FOLDER).rmdir()  # fails if there is a new owner
 
 
 def _remove(path: Path) -> None:
-    """Removes what a former holder had, also while it, or another successor, is at it.
+    """Remove the folder of a former owner, also while other processes write to it or remove it.
 
     Raises:
-        OSError: it is still there after some seconds.
+        OSError: it still exists after `REMOVAL_S`.
     """
     deadline = time.monotonic() + REMOVAL_S
     while True:
@@ -298,29 +299,29 @@ def _remove(path: Path) -> None:
             return
 
 
-def _judge(folder: Path, me: Holder, now: float) -> tuple[Holder | None, str | None]:
-    """Who holds the lease, None if that cannot be read; and why it counts as alive, None if not.
+def _check_owner(folder: Path, me: Owner, now: float) -> tuple[Owner | None, str | None]:
+    """The owner, None if unreadable; and why it counts as alive, None if it does not.
 
     `now`: by the file system's clock.
     """
-    other = _read_holder(folder)
+    other = _read_owner(folder)
     if other is not None:
         if (other.host, other.processes) == (me.host, me.processes):
-            born, mine = _born(other.pid), (me.pid, me.born)
-            alive = born == other.born and (other.pid, other.born) != mine
+            is_me = (other.pid, other.born) == (me.pid, me.born)
+            alive = _born(other.pid) == other.born and not is_me
             return other, "it is running" if alive else None
         if me.follows(other):
             return other, None
     try:
-        silence = now - folder.stat().st_mtime
+        age_s = now - folder.stat().st_mtime
     except OSError as error:
         return other, None if error.errno in _GONE else f"its folder cannot be read: {error}"
-    sign = f"its last sign of life was {max(0, silence):.0f} s ago"
-    return other, sign if silence < STALE_S else None
+    heartbeat = f"its last heartbeat was {max(0, age_s):.0f} s ago"
+    return other, heartbeat if age_s < STALE_S else None
 
 
 def _born(pid: int) -> int | None:
-    """When a process of this machine started, in ticks since boot; None if it has ended."""
+    """Start time of a process of this machine in ticks since boot; None if it has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1].split()
     except OSError:
@@ -328,17 +329,17 @@ def _born(pid: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
-def _holder_of(run_dir: Path) -> Holder | None:
-    """Who holds the run directory now, if anybody does and can be read."""
+def _current_owner(run_dir: Path) -> Owner | None:
+    """The owner of the run directory now; None if there is none or it cannot be read."""
     with contextlib.suppress(OSError):
         for name in _names(run_dir / FOLDER):
-            return _read_holder(run_dir / FOLDER / name)
+            return _read_owner(run_dir / FOLDER / name)
     return None
 
 
-def _read_holder(folder: Path) -> Holder | None:
-    """None if it is not there, or not what it should be."""
+def _read_owner(folder: Path) -> Owner | None:
+    """None if the file is missing or damaged."""
     try:
-        return Holder(**json.loads((folder / HOLDER).read_text()))
+        return Owner(**json.loads((folder / OWNER_FILE).read_text()))
     except (OSError, ValueError, TypeError):
         return None

@@ -1,8 +1,8 @@
-"""A stage that another run has trained in the very same way is adopted, not trained again.
+"""Reuse a stage that another run has trained in exactly the same way.
 
-In: the config of a run, and the run directory of another. Out: RUN/STAGE with the other's last
-checkpoint under the identity of this run, or nothing where any sample, knob or weight differs. Used
-by `emoverse ablate`, whose variants often differ in their second stage alone.
+In: the config of a run, and the run directory of another. Out: RUN/STAGE with the last checkpoint
+of the other run under the identity of this run, or nothing if any sample, knob or weight differs.
+Used by `emoverse ablate`, whose variants often differ in their second stage only.
 """
 
 import json
@@ -22,18 +22,18 @@ from emoverse.training.sample_audit import planned_audit
 from emoverse.training.stages import BASE, DONE, run_plan, stage_dir, starting_stage
 
 LOG, PLAN = "metrics.jsonl", Path("plan", "plan.json")
-BEHIND_PATHS = ("base", "start", "merged")  # of an identity: what the stage was built on
+WEIGHT_KEYS = ("base", "start", "merged")  # keys of an identity: the weights a stage starts from
 
 
-def adopt_stage(config: Config, stage: str, donor: Path) -> bool:
-    """Makes `stage` of this run from that of the run in `donor`; False if it is another training.
+def reuse_stage(config: Config, stage: str, donor: Path) -> bool:
+    """Copy `stage` from the run in `donor`; False if it was trained differently.
 
-    The same means: the same records with the same tasks in the same places of the same shards, the
-    same knobs of the stage, the same weights to start from, and nothing skipped or replaced. The
-    other stages may differ. A stage that has begun here is left as it is.
+    Equal are: records and tasks at every position, shards, knobs of the stage, starting weights;
+    and no step was skipped, no record replaced. The other stages may differ. A stage that has
+    begun here is left unchanged.
 
     Raises:
-        OtherRun, DamagedCheckpoint: the donor's checkpoint is not what its marker says.
+        OtherRun, DamagedCheckpoint: the donor's checkpoint is not the one that DONE names.
         RunInUse: another process trains this run.
     """
     own, marker, plan_json = stage_dir(config, stage), donor / stage / DONE, donor / PLAN
@@ -48,42 +48,43 @@ def adopt_stage(config: Config, stage: str, donor: Path) -> bool:
     index = open_index(config.data.shards, config.data.cache)
     plan = run_plan(config, index)
     shards = json.loads(plan_json.read_text(encoding="utf-8"))["index"]
-    # The hash of what was trained speaks of keys; that they stand for the same records is the
-    # fingerprint's business.
+    # The audit hash covers keys; the fingerprint shows that they name the same records.
     if shards != index.fingerprint or done["audit"] != planned_audit(plan.stages[stage], index):
         return False
-    found = read_checkpoint(handed_over(donor / stage))
+    saved = read_checkpoint(handed_over(donor / stage))
     identity = run_identity(config, stage, plan, starting_stage(config, stage))
-    theirs = found.state["identity"]
-    if found.state["accepted"] or any(theirs.get(k) != identity.get(k) for k in BEHIND_PATHS):
+    donor_identity = saved.state["identity"]
+    if saved.state["accepted"] or any(
+        donor_identity.get(key) != identity.get(key) for key in WEIGHT_KEYS
+    ):
         return False
     fingerprint = plan.stages[stage].fingerprint
-    lease = acquire(config.run.run_dir)
+    lock = acquire(config.run.run_dir)
     try:
-        with lease.writing() as work:
+        with lock.writing() as work:
             save_checkpoint(
                 own / "checkpoints",
-                params=found.params,
-                exp_avg=found.exp_avg,
-                exp_avg_sq=found.exp_avg_sq,
+                params=saved.params,
+                exp_avg=saved.exp_avg,
+                exp_avg_sq=saved.exp_avg_sq,
                 state={
-                    **found.state,
+                    **saved.state,
                     "identity": identity,
-                    "data": {**found.state["data"], "fingerprint": fingerprint},
+                    "data": {**saved.state["data"], "fingerprint": fingerprint},
                 },
                 keep=1,
                 work=work,
             )
             if (donor / stage / LOG).is_file():
                 shutil.copyfile(donor / stage / LOG, own / LOG)
-            adopted = {**done, "knobs": knobs, "adopted_from": str(donor)}
-            storage.publish_text(own / DONE, json.dumps(adopted, indent=1) + "\n", work=work)
+            marked = {**done, "knobs": knobs, "adopted_from": str(donor)}
+            storage.publish_text(own / DONE, json.dumps(marked, indent=1) + "\n", work=work)
     finally:
-        lease.release()
+        lock.release()
     return True
 
 
 def _of_stage(knobs: Mapping[str, Any], stage: str) -> dict[str, Any]:
-    """Without the other stages' data settings: they matter through the plan, which is compared."""
+    """Knobs without the data settings of other stages: the audit hash compares their effect."""
     other = [key for key in knobs if key.startswith("stages.") and key.split(".")[1] != stage]
     return {key: value for key, value in knobs.items() if key not in other}

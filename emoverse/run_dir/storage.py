@@ -1,19 +1,19 @@
-"""The file operations that make a checkpoint, one function each, so that tests can fail every one.
+"""The file operations of a save, one function each, so that tests can make every one fail.
 
-In: paths below the run directory. Out: files that are on the disk when they appear under their
-name. What is published is written elsewhere, forced to the disk, and renamed. Also the names of
-checkpoints, for readers too. No torch at import.
+In: paths below the run directory. Out: files that are on disk when they appear under their name:
+written to the work folder of the run lock, flushed, and renamed. (`data_shards.files` writes
+atomically where no run lock is needed.) Also the names of checkpoint folders. No torch at import.
 """
 
-import errno
-import os
 import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-# What a save is made of; tests replace these by functions that fail.
+from data_shards.files import flush_to_disk
+
+# The operations of a save; tests replace these by functions that fail.
 OPERATIONS = ("make_folder", "write_tensors", "write_text", "sync", "rename", "remove")
 
 _STEP = re.compile(r"step_(\d{6,})")
@@ -25,31 +25,31 @@ def step_name(step: int) -> str:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step that the name of a published checkpoint says."""
-    found = _STEP.fullmatch(checkpoint.name)
-    assert found is not None
-    return int(found[1])
+    """The step in the name of a published checkpoint."""
+    match = _STEP.fullmatch(checkpoint.name)
+    assert match is not None
+    return int(match[1])
 
 
 def published(root: Path) -> list[Path]:
-    """Checkpoints in `root`, newest first; a copy such as step_000500.bak is none of ours."""
+    """Checkpoints in `root`, newest first; a copy such as step_000500.bak does not count."""
     folders = [path for path in root.glob("step_*") if _STEP.fullmatch(path.name) and path.is_dir()]
     return sorted(folders, key=step_of, reverse=True)
 
 
 def make_folder(path: Path) -> None:
-    """A new folder; its parent exists."""
+    """Create a folder; its parent must exist."""
     path.mkdir()
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
-    """Tensors by name as safetensors.
+    """Write tensors by name as safetensors.
 
     Raises:
-        OSError: as for any file; the library has an error of its own for a full disk.
+        OSError: as for any file; the library raises its own type when the disk is full.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import save_file  # needs torch, which not every reader has loaded
+    from safetensors.torch import save_file  # torch: readers of names do without
 
     try:
         save_file(dict(tensors), path)
@@ -58,39 +58,30 @@ def write_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """A small text file."""
+    """Write a small text file."""
     path.write_text(text, encoding="utf-8")
 
 
 def sync(path: Path) -> None:
-    """Forces a file, or a folder's list of names, onto the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some network and user-space file systems have no such call for folders: they keep names
-        # in order by themselves, or not at all.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
-            raise
-    finally:
-        os.close(descriptor)
+    """Flush a file, or the names in a folder, to disk."""
+    flush_to_disk(path)
 
 
 def rename(source: Path, target: Path) -> None:
-    """Atomic; replaces a file, but no folder that holds anything."""
+    """Rename atomically; replaces a file, but never a folder with content."""
     source.rename(target)
 
 
 def remove(path: Path) -> None:
-    """A folder with all it holds."""
+    """Remove a folder and its content."""
     shutil.rmtree(path)
 
 
 def publish_text(path: Path, text: str, *, work: Path) -> None:
-    """Replaces a small file: made in `work`, forced to the disk, renamed. Readers see old or new.
+    """Replace a small file: written to `work`, flushed, renamed. Readers see old or new.
 
     Raises:
-        OSError: the disk is full or not writable; the old file is as it was.
+        OSError: the disk is full or not writable; the old file is unchanged.
     """
     temporary = work / f"{path.name}.tmp"
     write_text(temporary, text)

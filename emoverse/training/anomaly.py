@@ -1,8 +1,8 @@
-"""Anomaly checks for debugging: the first module that makes a number which is not finite.
+"""Anomaly checks for debugging: find the first module with a value that is not finite.
 
-In: a model. Out: NotFinite, which names the module and says whether its output or the gradient of
-its output went wrong. Autograd's own check runs beside it and names the operation behind a NaN.
-Every check waits for the device, so a training step becomes slow.
+In: a model. Out: `NotFinite`, which names the module and whether its output or the gradient of its
+output was not finite. The anomaly mode of autograd runs as well and names the operation behind a
+NaN. Every check waits for the device, so training becomes slow.
 """
 
 import contextlib
@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 
 class NotFinite(RuntimeError):
-    """A module made a number that is not finite."""
+    """The output of a module, or its gradient, is not finite."""
 
 
 @contextlib.contextmanager
 def anomaly_checks(model: nn.Module, *, on: bool) -> Iterator[None]:
-    """Inside, every forward and backward pass of `model` is checked; nothing if not `on`.
+    """Check every forward and backward pass of `model` inside the block, if `on`.
 
-    Inner modules end before the ones around them, so the first complaint is the narrowest.
+    Inner modules end before the modules that contain them, so the first error is the most precise.
     """
     with contextlib.ExitStack() as stack:
         if on:
@@ -37,7 +37,8 @@ def _check_output(name: str, module: nn.Module, inputs: Any, output: Any) -> Non
     for tensor in _tensors(output):
         _require_finite(tensor, f"the output of {name}")
         if tensor.requires_grad:
-            tensor.register_hook(partial(_check_gradient, name))
+            hook = partial(_check_gradient, name)
+            tensor.register_hook(hook)
 
 
 def _check_gradient(name: str, gradient: Tensor) -> None:
@@ -49,7 +50,7 @@ def _require_finite(tensor: Tensor, what: str) -> None:
     if bad:
         raise NotFinite(
             f"{what} is not finite in {bad:,} of {tensor.numel():,} values; train.detect_anomaly "
-            "ends a run here, without it the step is skipped and its samples are listed"
+            "ends the run here; without it the step is skipped and its samples are listed"
         )
 
 

@@ -1,8 +1,8 @@
-"""Bad numbers: a loss or a gradient norm that is not finite, or far above what it has been.
+"""The loss guard: skips a step whose loss or gradient norm is not finite, or a spike.
 
-In: loss and gradient norm of a step before its update, equal on all ranks. Out: a reason not to
-update, or None; and for a step that was not used, a file that names all that was in it.
-The state is a list of numbers, so a resumed run judges as the uninterrupted one.
+In: loss and gradient norm of a step before its update, equal on all ranks. Out: the reason to skip
+the update, or None; and for a skipped step, a file that lists its samples.
+The state is a list of numbers, so a resumed run decides as the uninterrupted one.
 """
 
 import json
@@ -14,54 +14,47 @@ from typing import Any
 
 from data_shards.plan.plan import Placement
 from data_shards.shards.index import ShardIndex
+from emoverse.engine.step_types import check_finite
 from emoverse.run_dir import storage
 
-WINDOW = 64  # steps whose median is the measure of a spike
-LEAST = 16  # steps before anything counts as a spike: the first ones of a stage fall steeply
+WINDOW = 64  # a spike is measured by the median of this many steps
+MIN_STEPS = 16  # before these nothing counts as a spike: at first the loss falls steeply
 
 
-def finite(loss: float, grad_norm: float) -> str | None:
-    """The least that is asked of a step: a reason not to use it, or None."""
-    for name, value in (("loss", loss), ("gradient norm", grad_norm)):
-        if not math.isfinite(value):
-            return f"{name} is not finite: {value}"
-    return None
-
-
-class Guard:
-    """Judges steps; every rank has one, and all of them see the same numbers."""
+class LossGuard:
+    """Checks each step. Every rank has one, and all of them see the same numbers."""
 
     def __init__(self, *, spike_factor: float | None) -> None:
-        """`spike_factor`: how often the median of the last steps is too much; None is no limit."""
+        """`spike_factor`: multiple of the median that counts as a spike; None for no limit."""
         self._factor = spike_factor
         self._recent: dict[str, list[float]] = {"loss": [], "gradient norm": []}
-        self.skipped: list[int] = []  # steps that were not used, counted from 1
+        self.skipped: list[int] = []  # 1-based steps
 
-    def judge(self, loss: float, grad_norm: float) -> str | None:
-        """Why a step with these numbers must not be used, None if it may."""
-        reason = finite(loss, grad_norm)
+    def check(self, loss: float, grad_norm: float) -> str | None:
+        """The reason to skip a step with these numbers, None to use it."""
+        reason = check_finite(loss, grad_norm)
         if reason is not None:
             return reason
-        found = {"loss": loss, "gradient norm": grad_norm}
-        for name, value in found.items():
+        values = {"loss": loss, "gradient norm": grad_norm}
+        for name, value in values.items():
             recent = self._recent[name]
-            if self._factor is not None and len(recent) >= LEAST:
+            if self._factor is not None and len(recent) >= MIN_STEPS:
                 usual = median(recent)
                 if value > self._factor * usual:
                     return (
                         f"{name} {value:.4g} is above train.spike_factor = {self._factor:g} times "
                         f"the median {usual:.4g} of the last {len(recent)} steps"
                     )
-        for name, value in found.items():
+        for name, value in values.items():
             self._recent[name] = [*self._recent[name], value][-WINDOW:]
         return None
 
     def state(self) -> dict[str, Any]:
-        """JSON values, exact."""
+        """JSON values, without loss of precision."""
         return {"recent": self._recent, "skipped": self.skipped}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Continues from `state()`."""
+        """Continue from `state()`."""
         self._recent = {name: list(values) for name, values in state["recent"].items()}
         self.skipped = list(state["skipped"])
 
@@ -69,16 +62,16 @@ class Guard:
 def describe_samples(
     index: ShardIndex, placed: Sequence[tuple[int, str, Placement, int, int]]
 ) -> list[dict[str, Any]]:
-    """Where each sample of a step lies; `placed`: position, key, placement, rank and pack."""
+    """Where each sample of a step is stored; `placed`: position, key, placement, rank, pack."""
     rows = []
-    for position, key, place, rank, pack in sorted(placed, key=lambda row: row[0]):
-        entry = index.entries(place.shard)[place.slot]
+    for position, key, placement, rank, pack in sorted(placed, key=lambda row: row[0]):
+        entry = index.entries(placement.shard)[placement.slot]
         rows.append(
             {
                 "position": position,
                 "key": key,
-                "task": place.task.value,
-                "shard": index.shards[place.shard].name,
+                "task": placement.task.value,
+                "shard": index.shards[placement.shard].name,
                 "offset": int(entry["offset"]),
                 "bytes": int(entry["size"]),
                 "rank": rank,
@@ -89,7 +82,7 @@ def describe_samples(
 
 
 def write_dump(path: Path, facts: Mapping[str, Any], *, work: Path) -> None:
-    """Publishes what is known about a bad step; what JSON has no number for is written as text.
+    """Publish what is known about a bad step; NaN and infinity are written as text.
 
     Raises:
         OSError: the disk is full or not writable.

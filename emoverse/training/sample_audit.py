@@ -1,13 +1,14 @@
-"""The books of a stage: how much of the plan was trained, which records were damaged, and a proof.
+"""The sample audit: proof that the ranks trained exactly the samples of the plan, each once.
 
-In: the batches that this rank trained. Out: the data part of a checkpoint's state, and an error if
-the ranks together trained anything but the plan's samples, each once.
-The proof is a sum modulo 2**64 of a hash per (position, record, task): it does not depend on order,
-ranks or packing, so what was trained can be compared with what the plan says.
+In: the batches that this rank trained. Out: the data part of a checkpoint's state (samples
+consumed, damaged records, audit hash), or an error if samples differ from the plan.
+The hash is the sum modulo 2**64 of a hash per (position, record, task). It does not depend on
+order, ranks or packing, so the sum over all ranks can be compared with that of the plan.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import chain
 from typing import Any
 
 import torch.distributed as dist
@@ -22,8 +23,8 @@ from emoverse.engine.distributed import RankError, World, sum_integers
 MODULUS = 1 << 64
 
 
-class Ledger:
-    """State of one rank; equal on all ranks after every public method (all collective)."""
+class SampleAudit:
+    """Audit of one rank. `add` and `verify` are collective; the results are equal on all ranks."""
 
     def __init__(
         self,
@@ -35,51 +36,51 @@ class Ledger:
     ) -> None:
         self._sampler, self._index, self._world = sampler, index, world
         self._max_damaged = max_damaged
-        self._closed_step = 0
-        self._closed = 0  # hash of all samples of the steps before `_closed_step`
-        self._open = 0  # this rank's samples since then
+        self._verified_step = 0
+        self._verified = 0  # hash of all samples of the steps before `_verified_step`
+        self._pending = 0  # hash of this rank's samples since then
 
     @property
-    def audit(self) -> str:
-        """Hash of everything trained up to the last closed account, 16 hex digits."""
-        return f"{self._closed:016x}"
+    def digest(self) -> str:
+        """Hash of all samples trained up to the last `verify`, 16 hex digits."""
+        return f"{self._verified:016x}"
 
     def load(self, state: Mapping[str, Any], step: int) -> None:
-        """Continues from what `close_account` returned.
+        """Continue from what `verify` returned.
 
         Raises:
-            ValueError: the state belongs to another plan, or its steps had another size.
+            ValueError: the state belongs to another plan or another batch size.
         """
-        reached = self._sampler.load_state(state)
-        if reached != step:
+        num_steps = self._sampler.load_state(state)
+        if num_steps != step:
             raise ValueError(
                 f"train.global_batch_size: the checkpoint's {step} steps took {state['consumed']} "
-                f"samples, which are {reached} steps of {self._sampler.global_batch_size}; a stage "
-                "keeps its batch size, also with --accept-changes: undo the change, or choose "
-                "another run.run_dir"
+                f"samples, which are {num_steps} steps of {self._sampler.global_batch_size}; a "
+                "stage keeps its batch size, even with --accept-changes: undo the change, or "
+                "choose another run.run_dir"
             )
-        self._closed_step, self._closed = step, int(state["audit"], 16)
+        self._verified_step, self._verified = step, int(state["audit"], 16)
 
     def add(self, packs: Sequence[Batch], *, num_damaged: int) -> list[Damage]:
-        """Enters one step's batches; `num_damaged` is the number of replaced records on all ranks.
+        """Record one step's batches; returns the damaged records of the step, on every rank.
 
-        Returns the damage of this step, on every rank.
+        `num_damaged`: replaced records on all ranks.
 
         Raises:
             RankError: more records were replaced than the config allows; on every rank.
         """
         for pack in packs:
             for position, key, task in zip(pack.positions, pack.keys, pack.tasks, strict=True):
-                self._open = (self._open + audit_hash(position, key, task)) % MODULUS
+                self._pending = (self._pending + audit_hash(position, key, task)) % MODULUS
         if not num_damaged:
             return []
-        mine = [damage for pack in packs for damage in pack.quarantine]
-        everyone: list[list[Damage]] = [mine] * self._world.world_size
+        own = [damage for pack in packs for damage in pack.quarantine]
+        by_rank: list[list[Damage]] = [own] * self._world.world_size
         if self._world.world_size > 1:
-            dist.all_gather_object(everyone, mine)
-        found = sorted((d for part in everyone for d in part), key=lambda d: d.position)
+            dist.all_gather_object(by_rank, own)
+        damaged = sorted(chain.from_iterable(by_rank), key=lambda damage: damage.position)
         quarantine = self._sampler.quarantine
-        for damage in found:
+        for damage in damaged:
             quarantine.append(asdict(damage))
             records = {entry["key"] for entry in quarantine}
             if len(records) > self._max_damaged:
@@ -89,52 +90,53 @@ class Ledger:
                     f"{damage.cause}; build the shards again, or raise data.max_damaged",
                     wrong_input=True,
                 )
-        return found
+        return damaged
 
-    def place(self, position: int) -> Placement:
-        """What was, or will be, trained at a position: the plan's record, or its substitute."""
+    def placement(self, position: int) -> Placement:
+        """The record trained at a position: that of the plan, or its substitute."""
         tried = sum(entry["position"] == position for entry in self._sampler.quarantine)
         plan = self._sampler.stage_plan
         return plan.substitute(position, tried) if tried else plan.at(position)
 
-    def close_account(self, step: int) -> dict[str, Any]:
-        """Compares what all ranks trained since the last account with the plan, up to `step` steps.
+    def verify(self, step: int) -> dict[str, Any]:
+        """Compare what all ranks trained since the last call with the plan, up to `step` steps.
 
         Returns the data part of the state: consumed samples, fingerprint, quarantine, audit.
 
         Raises:
             RuntimeError: on every rank, if they differ.
         """
-        expected_here = self._expected(step)
-        trained, expected = sum_integers(self._world, [self._open, expected_here])
+        trained, expected = sum_integers(self._world, [self._pending, self._expected(step)])
         if trained != expected:
+            first = self._verified_step
             raise RuntimeError(
-                f"audit: the ranks did not train what the plan says in steps {self._closed_step} "
-                f"to {step - 1}: hash {trained:016x}, the plan's is {expected:016x}; nothing was "
-                "saved, the last checkpoint is good"
+                f"audit: ranks did not train the planned samples in steps {first} to {step - 1}: "
+                f"hash {trained:016x}, expected {expected:016x}; nothing was saved, the last "
+                "checkpoint is good"
             )
-        self._closed = (self._closed + trained) % MODULUS
-        self._closed_step, self._open = step, 0
-        return {**self._sampler.state(step), "audit": self.audit}
+        self._verified = (self._verified + trained) % MODULUS
+        self._verified_step, self._pending = step, 0
+        return {**self._sampler.state(step), "audit": self.digest}
 
     def _expected(self, step: int) -> int:
-        """This rank's share of the plan's hash: every world_size-th position since the account."""
+        """This rank's share of the plan's hash: every world_size-th position since `verify`."""
         plan = self._sampler.stage_plan
         batch = self._sampler.global_batch_size
-        first = min(self._closed_step * batch, plan.num_samples)
+        first = min(self._verified_step * batch, plan.num_samples)
         last = min(step * batch, plan.num_samples)
         total = 0
         for position in range(first + self._world.rank, last, self._world.world_size):
-            place = self.place(position)
-            key = self._index.key(place.shard, place.slot)
-            total += audit_hash(position, key, place.task)
+            total += _placement_hash(self._index, position, self.placement(position))
         return total % MODULUS
 
 
 def planned_audit(plan: StagePlan, index: ShardIndex) -> str:
-    """`Ledger.audit` at the end of a stage in which no record was replaced."""
-    total = 0
-    for position in range(plan.num_samples):
-        place = plan.at(position)
-        total += audit_hash(position, index.key(place.shard, place.slot), place.task)
+    """`SampleAudit.digest` at the end of a stage in which no record was replaced."""
+    positions = range(plan.num_samples)
+    total = sum(_placement_hash(index, position, plan.at(position)) for position in positions)
     return f"{total % MODULUS:016x}"
+
+
+def _placement_hash(index: ShardIndex, position: int, placement: Placement) -> int:
+    key = index.key(placement.shard, placement.slot)
+    return audit_hash(position, key, placement.task)

@@ -1,7 +1,9 @@
-"""One stage made ready: what a rank reads and builds on its own, and what the stage starts from.
+"""What a stage needs before its first step: data, model, and the point where it starts.
 
-In: the config, this rank's world. Out: `Parts`, without any collective. A stage starts from the
-base, from an earlier stage, or where it was left.
+In: the config, this rank's world. Out: a `StageSetup`, built by each rank without any collective.
+The order: index and plan -> sampler -> identity -> newest checkpoint, which must match the
+identity -> model -> sample audit and loss guard, which continue from the checkpoint -> loader.
+Which weights the stage starts from is decided here and explained in run_dir/lineage.py.
 """
 
 import json
@@ -15,24 +17,23 @@ from data_shards.plan.plan import Plan
 from data_shards.plan.sampler import WeightedTaskSampler
 from data_shards.shards.index import ShardIndex
 from data_shards.shards.open import open_index
-from emoverse.config.schema import Config
-from emoverse.data.loader import StepLoader
-from emoverse.data.pipeline import build_loader
+from emoverse.config.schema import Config, StageSection
+from emoverse.data.loader import StepLoader, build_loader
 from emoverse.engine.distributed import World
 from emoverse.engine.optim import lr_factor, warmup_steps
 from emoverse.models.architecture import load_architecture
 from emoverse.models.emoverse import EmoVerse, build_model
 from emoverse.run_dir import checkpoint
-from emoverse.run_dir.lineage import adapters_below, label_of
+from emoverse.run_dir.lineage import adapters_below, require_same_parent
 from emoverse.run_dir.run_files import decisive_knobs, run_identity
-from emoverse.training.loss_guard import Guard
-from emoverse.training.sample_audit import Ledger
-from emoverse.training.stages import BASE, DONE, run_plan, stage_dir, starting_stage
+from emoverse.training.loss_guard import LossGuard
+from emoverse.training.sample_audit import SampleAudit
+from emoverse.training.stages import DONE, run_plan, stage_dir, starting_stage
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Parts:
-    """What a rank can read and build on its own, without any collective."""
+class StageSetup:
+    """A stage as one rank has read and built it."""
 
     config: Config
     stage: str
@@ -41,14 +42,24 @@ class Parts:
     sampler: WeightedTaskSampler
     model: EmoVerse
     loader: StepLoader
-    ledger: Ledger
-    guard: Guard
+    audit: SampleAudit
+    loss_guard: LossGuard
     identity: dict[str, Any]
     start_step: int
     resume_from: Path | None  # checkpoint of this stage
-    parent: Path | None  # folder of the stage that hands over
-    accepted: list[dict[str, Any]]  # changes of data, settings or base that the user wanted
-    notes: list[str]  # for the user, said when the stage begins
+    parent: Path | None  # folder of the stage that it starts from
+    accepted: list[dict[str, Any]]  # changes of data, settings or base that the user accepted
+    notes: list[str]  # for the user, logged when the stage begins
+
+    @property
+    def section(self) -> StageSection:
+        """The config of this stage."""
+        return self.config.stages[self.stage]
+
+    @property
+    def folder(self) -> Path:
+        """The folder of this stage in the run directory."""
+        return stage_dir(self.config, self.stage)
 
     @property
     def num_steps(self) -> int:
@@ -58,27 +69,26 @@ class Parts:
     def lr_factor(self, step: int) -> float:
         """Learning rate of 0-based `step` as a share of its peak.
 
-        A step that was not used does not move the schedule.
+        Skipped steps do not advance the schedule.
         """
-        step -= len(self.guard.skipped)
-        optim = self.config.stages[self.stage].optim
+        optim = self.section.optim
         return lr_factor(
-            step,
+            step - len(self.loss_guard.skipped),
             num_steps=self.num_steps,
             warmup=warmup_steps(optim.warmup, self.num_steps),
             min_ratio=optim.min_lr_ratio,
         )
 
 
-def read_parts(
+def set_up_stage(
     config: Config, stage: str, world: World, *, resume: bool, accept_changes: bool
-) -> Parts:
-    """Data, model and what to start from; every rank for itself.
+) -> StageSetup:
+    """Read the data, build the model, and find where to start; every rank for itself.
 
-    `accept_changes`: go on from a checkpoint of other data, settings or base, and note it.
+    `accept_changes`: continue from a checkpoint of other data, settings or base, and record it.
 
     Raises:
-        ValueError, FileNotFoundError: what the user can put right.
+        ValueError, FileNotFoundError: what the user can correct.
     """
     notes: list[str] = []
     parent = starting_stage(config, stage)
@@ -97,19 +107,20 @@ def read_parts(
     changes: list[str] = []
     identity = run_identity(config, stage, plan, parent, changes if accept_changes else None)
     root = stage_dir(config, stage) / "checkpoints"
-    folder = checkpoint.find_checkpoint(root, notes.append)
-    state = None if folder is None else checkpoint.read_state(folder)
-    if folder is not None and state is not None:
+    resume_from = checkpoint.find_checkpoint(root, notes.append)
+    state: dict[str, Any] | None = None
+    if resume_from is not None:
         if not resume:
             raise ValueError(
-                f"{root} holds checkpoints, but the stage was to start afresh; choose another "
-                "run.run_dir, or remove the stage's folder"
+                f"{root} holds checkpoints, but the stage was to start from scratch; choose "
+                "another run.run_dir, or remove the stage's folder"
             )
+        state = checkpoint.read_state(resume_from)
         if accept_changes:
             changes += checkpoint.differences(state["identity"], identity)
             state["data"]["fingerprint"] = plan.stages[stage].fingerprint
         else:
-            checkpoint.check_identity(state["identity"], identity, folder)
+            checkpoint.check_identity(state["identity"], identity, resume_from)
     model = build_model(
         config.model.base,
         config.model,
@@ -117,18 +128,18 @@ def read_parts(
         dtype=torch.bfloat16 if config.model.precision == "bf16" else torch.float32,
         seed=config.run.seed,
         adapters=adapters_below(config, stage, config.run.run_dir, notes.append),
-        # Cached features need the whole tower now; they are for small models.
+        # Cached features need the whole vision tower now; they are for small models.
         defer=config.train.zero_stage == 3 and not config.model.cache_features,
     ).train()
     if config.train.recompute:
         model.recompute_activations()
-    ledger = Ledger(sampler, index, world, max_damaged=config.data.max_damaged)
-    guard = Guard(spike_factor=config.train.spike_factor)
-    start_step, accepted = _go_on(state, ledger, guard)
+    audit = SampleAudit(sampler, index, world, max_damaged=config.data.max_damaged)
+    loss_guard = LossGuard(spike_factor=config.train.spike_factor)
+    start_step, accepted = _restore(state, audit, loss_guard)
     if changes:
         accepted = [*accepted, {"step": start_step, "changes": changes}]
-        notes.append(f"goes on in spite of changes, as --accept-changes says: {'; '.join(changes)}")
-    return Parts(
+        notes.append(f"continues with changes, by --accept-changes: {'; '.join(changes)}")
+    return StageSetup(
         config=config,
         stage=stage,
         index=index,
@@ -136,69 +147,42 @@ def read_parts(
         sampler=sampler,
         model=model,
         loader=build_loader(config, index, sampler, model),
-        ledger=ledger,
-        guard=guard,
+        audit=audit,
+        loss_guard=loss_guard,
         identity=identity,
         start_step=start_step,
-        resume_from=folder,
+        resume_from=resume_from,
         parent=parent,
         accepted=accepted,
         notes=notes,
     )
 
 
-def _go_on(
-    state: dict[str, Any] | None, ledger: Ledger, guard: Guard
+def _restore(
+    state: dict[str, Any] | None, audit: SampleAudit, loss_guard: LossGuard
 ) -> tuple[int, list[dict[str, Any]]]:
-    """The step to go on at, and the changes accepted so far; the books go on from `state`."""
+    """Restore audit and guard; returns the step to start at and the changes accepted so far."""
     if state is None:
         return 0, []
     step = int(state["step"])
-    ledger.load(state["data"], step)
-    # Checkpoints of the first version have neither; nothing was skipped or accepted in them.
-    guard.load(state.get("guard", guard.state()))
+    audit.load(state["data"], step)
+    # Checkpoints of the first version lack both keys; nothing was skipped or accepted in them.
+    loss_guard.load(state.get("guard", loss_guard.state()))
     return step, state.get("accepted", [])
 
 
 def is_done(config: Config, stage: str, *, accept_changes: bool = False) -> bool:
-    """Is the stage finished, with the settings of this config?
+    """Whether the stage is finished, with the settings of this config.
 
     Raises:
-        OtherRun: it is finished, but with other settings, which are listed; or the stage that it
-            started from was trained again since.
+        OtherRun: it was finished with other settings, which are listed; or the stage that it
+            started from has been trained again since.
     """
-    marker: Path = stage_dir(config, stage) / DONE
+    marker = stage_dir(config, stage) / DONE
     if not marker.is_file():
         return False
-    done = json.loads(marker.read_text())
     if not accept_changes:
+        done = json.loads(marker.read_text())
         checkpoint.check_identity(done["knobs"], decisive_knobs(config, stage), marker)
-        _require_same_parent(config, stage)
+        require_same_parent(config.run.run_dir, stage, config.stages[stage].start_from)
     return True
-
-
-def _require_same_parent(config: Config, stage: str) -> None:
-    """A finished stage is that of the weights which the stage before it now holds.
-
-    Where either has lost its checkpoints, to make room, there is nothing to compare.
-    """
-    start = config.stages[stage].start_from
-    if start == BASE:
-        return
-    try:
-        own, parent = (_last_checkpoint(stage_dir(config, name)) for name in (stage, start))
-        trained_on, now = checkpoint.read_state(own)["identity"]["start"], label_of(parent)
-    except FileNotFoundError:
-        return
-    if trained_on != now:
-        folder = stage_dir(config, stage)
-        raise checkpoint.OtherRun(
-            f"{folder / DONE}: {stage} was trained from {trained_on}, but {start} has been trained "
-            f"again since and is now {now}; remove {folder} to train {stage} from there, or "
-            f"restore that {start}, or give --accept-changes to keep {stage} all the same"
-        )
-
-
-def _last_checkpoint(folder: Path) -> Path:
-    done = json.loads((folder / DONE).read_text())
-    return folder / "checkpoints" / str(done["checkpoint"])

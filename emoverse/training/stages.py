@@ -1,28 +1,29 @@
-"""What a stage is to the plan, and how one stage hands over to the next.
+"""What a stage is: its samples in the plan, its folder, and the stage whose weights it starts from.
 
 In: the config, the shard index. Out: the plan of the whole run, the stages to train in order, and
-what each of them starts from. Where: between the config and the training loop; no torch.
+the folder of the stage that each of them starts from. No torch.
 
-The hand-over: a stage passes on what was trained, adapters and projector. The next one trains the
-adapters further (`adapter: continue`) or merges them into the base and begins new ones (`merge`).
-Optimiser moments start anew unless `optimizer: continue` asks for them; the learning-rate schedule
-and the position always do, since the tasks, their rates and the records have changed.
+A stage hands over what it trained: adapters and projector. The next stage trains the same adapters
+further (`adapter: continue`) or merges them into the base and adds new ones (`adapter: merge`).
+Optimiser moments are reset unless `optimizer: continue`. The learning-rate schedule and the
+position in the data always restart, since tasks, rates and records differ between stages.
+`run_dir/lineage.py` reads and checks these weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from data_shards.plan.plan import Plan, StageSpec, plan_stages
 from data_shards.shards.index import ShardIndex
 from emoverse.config.errors import did_you_mean
-from emoverse.config.schema import Config
+from emoverse.config.schema import Config, StageSection
 
 BASE = "base"
 DONE = "DONE"
 
 
-def stage_specs(config: Config) -> tuple[StageSpec, ...]:
-    """The stages as the plan wants them, in the order of training."""
+def stage_specs(stages: Mapping[str, StageSection]) -> tuple[StageSpec, ...]:
+    """The stages as input of the plan, in the order of training."""
     return tuple(
         StageSpec(
             name=name,
@@ -33,19 +34,19 @@ def stage_specs(config: Config) -> tuple[StageSpec, ...]:
             shortage=stage.shortage,
             epoch_tasks=stage.epoch_tasks,
         )
-        for name, stage in config.stages.items()
+        for name, stage in stages.items()
     )
 
 
 def run_plan(config: Config, index: ShardIndex) -> Plan:
-    """The plan of all stages together.
+    """The plan of all stages.
 
     It does not depend on which stages are trained now, so a stage trained alone sees the same
-    samples as in a run of all.
+    samples as in a run of all stages.
     """
     return plan_stages(
         index,
-        stage_specs(config),
+        stage_specs(config.stages),
         seed=config.run.seed,
         block_shards=config.data.block_shards,
     )
@@ -88,10 +89,10 @@ def starting_stage(config: Config, stage: str) -> Path | None:
     return folder
 
 
-def merged_into(config: Config, stage: str) -> tuple[str, ...]:
-    """The earlier stages whose adapters are merged into the base of `stage`, in turn."""
-    section = config.stages[stage]
+def merged_into(stages: Mapping[str, StageSection], stage: str) -> tuple[str, ...]:
+    """The earlier stages whose adapters are merged into the base of `stage`, in order."""
+    section = stages[stage]
     if section.start_from == BASE:
         return ()
-    before = merged_into(config, section.start_from)
+    before = merged_into(stages, section.start_from)
     return (*before, section.start_from) if section.adapter == "merge" else before

@@ -1,4 +1,4 @@
-"""Where a run may run: the clusters of configs/cluster/, apart from what is trained.
+"""Clusters, configs/cluster/: where a run may run, separate from what is trained.
 
 In: a YAML file and `cluster.KEY=VALUE` overrides. Out: a checked `Cluster`. No torch, no submitit.
 """
@@ -82,15 +82,15 @@ class Cluster(Section):
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """The overrides of the cluster, without their prefix, and those of the run."""
-    mine = [word.removeprefix(PREFIX) for word in words if word.startswith(PREFIX)]
-    return mine, [word for word in words if not word.startswith(PREFIX)]
+    own = [word.removeprefix(PREFIX) for word in words if word.startswith(PREFIX)]
+    return own, [word for word in words if not word.startswith(PREFIX)]
 
 
 def load_cluster(path: Path, overrides: Sequence[str] = ()) -> Cluster:
     """Reads a cluster file.
 
     Raises:
-        ConfigError: all mistakes, with their lines. ValueError: what only a person can know.
+        ConfigError: all mistakes, with their lines. ValueError: values that contradict each other.
     """
     cluster = load_model(Cluster, [path], overrides)
     if cluster.executor == "local" and cluster.nodes > 1:
@@ -106,11 +106,11 @@ def load_cluster(path: Path, overrides: Sequence[str] = ()) -> Cluster:
 
 
 def check_account(cluster: Cluster) -> list[str]:
-    """Somebody has said who pays.
+    """An account is set.
 
     Raises:
-        ValueError: nobody has; a job without an account may be refused hours later, or charged to
-            the wrong project.
+        ValueError: none is; a job without an account may be refused hours later, or charged to the
+            wrong project.
     """
     given = cluster.account or os.environ.get(ACCOUNT_VARIABLE)
     if cluster.executor == "slurm" and not given:

@@ -1,8 +1,8 @@
-"""What can be known before GPUs are asked for: does this run have all that it needs?
+"""Checks before GPUs are requested: does this run have everything that it requires?
 
 In: the config, the parts to run, and on a login node the cluster. Out: notes for the reader, or one
-ValueError that lists every problem with its way out. Runs before anything is queued and again in
-rank 0 of the job, whose node may see other disks; what needs all nodes is `engine/health.py`. No
+ValueError that lists every problem and how to solve it. Runs before anything is queued and again in
+rank 0 of the job, whose node may see other disks; `engine/health.py` checks all nodes together. No
 torch, unless an earlier run has to be compared.
 """
 
@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from data_shards.shards.open import open_index
-from emoverse.config.schema import Config
-from emoverse.estimate.memory import GIB, memory_need
+from emoverse.config.schema import Config, TrainSection
+from emoverse.estimate.memory import GIB, estimate_memory
 from emoverse.models.architecture import base_folder, load_architecture, parameter_counts
 from emoverse.run_dir import storage
 from emoverse.training.stages import DONE, run_plan, stage_dir
@@ -36,7 +36,7 @@ def check_run(
     """Checks what one host can see of a run; returns notes.
 
     parts: stages to train, or eval. checksums: also read every shard's index files and compare.
-    accept_changes: settings that differ from what the run directory holds are the user's wish.
+    accept_changes: settings may differ from those in the run directory.
 
     Raises:
         ValueError: all problems, one per line.
@@ -105,25 +105,25 @@ def check_shards(config: Config, knob: str, *, checksums: bool) -> list[str]:
 
 
 def check_plan(config: Config) -> list[str]:
-    """The records can give what the rates ask for. Silent where there are no shards at all."""
+    """The records suffice for the rates. Silent without shards; `check_shards` reports it."""
     with contextlib.suppress(FileNotFoundError):
         run_plan(config, open_index(config.data.shards, config.data.cache))
     return []
 
 
 def check_owner(config: Config, stages: Sequence[str]) -> list[str]:
-    """What the run directory holds already was trained with these settings."""
+    """What the run directory already holds was trained with these settings."""
     notes = []
     for stage in stages:
         folder = stage_dir(config, stage)
-        found = _trained_with(folder)
-        if found is None:
+        trained = _trained_with(folder)
+        if trained is None:
             continue
         # Heavy imports, for the rare case that there is something to compare.
         from emoverse.run_dir.checkpoint import check_identity
         from emoverse.run_dir.run_files import decisive_knobs
 
-        where, knobs = found
+        where, knobs = trained
         expected = decisive_knobs(config, stage)
         check_identity({name: knobs.get(name) for name in expected}, expected, where)
         notes.append(f"{stage}: {'done' if where.name == DONE else f'resumes from {where.name}'}")
@@ -136,7 +136,7 @@ def _trained_with(folder: Path) -> tuple[Path, dict[str, object]] | None:
     if marker.is_file():
         return marker, json.loads(marker.read_text())["knobs"]
     for checkpoint in storage.published(folder / "checkpoints"):
-        with contextlib.suppress(OSError, ValueError, KeyError):  # resuming says what is damaged
+        with contextlib.suppress(OSError, ValueError, KeyError):  # resuming reports the damage
             return checkpoint, json.loads((checkpoint / "state.json").read_text())["identity"]
     return None
 
@@ -148,7 +148,7 @@ def check_disk(config: Config, stages: Sequence[str]) -> list[str]:
     probe = folder / f".preflight-{host}-{os.getpid()}"
     try:
         with probe.open("w") as file:
-            file.write("written to see whether it can be\n")
+            file.write("a test whether the folder can be written\n")
             os.fsync(file.fileno())
         probe.rename(probe.with_suffix(".moved")).unlink()
     except OSError as error:
@@ -157,11 +157,11 @@ def check_disk(config: Config, stages: Sequence[str]) -> list[str]:
             "on a disk that all nodes share and may write"
         ) from error
     free = shutil.disk_usage(folder).free
-    need = sum(_bytes_to_come(config, stage) for stage in stages) + OTHER_BYTES
-    if free < need:
+    required = sum(_bytes_to_come(config, stage) for stage in stages) + OTHER_BYTES
+    if free < required:
         raise ValueError(
             f"run.run_dir: {folder} has {free / 2**30:.1f} GiB free, the checkpoints of "
-            f"{', '.join(stages) or 'the run'} need {need / 2**30:.1f} GiB; make room, lower "
+            f"{', '.join(stages) or 'the run'} need {required / 2**30:.1f} GiB; make room, lower "
             "train.keep_checkpoints, or choose another disk"
         )
     return []
@@ -176,20 +176,20 @@ def checkpoint_bytes(config: Config) -> int:
 
 
 def _bytes_to_come(config: Config, stage: str) -> int:
-    """What a stage will add to the disk: a job that resumes finds most of its checkpoints there."""
+    """What a stage will add to the disk; a job that resumes has most of its checkpoints already."""
     folder = stage_dir(config, stage)
     if (folder / DONE).is_file():
         return 0
-    there = 0
+    existing = 0
     for path in folder.glob("checkpoints/step_*/*"):
         with contextlib.suppress(OSError):
-            there += path.stat().st_size
-    return max(0, checkpoint_bytes(config) - there)
+            existing += path.stat().st_size
+    return max(0, checkpoint_bytes(config) - existing)
 
 
-def check_ranks(config: Config, cluster: Cluster) -> list[str]:
+def check_ranks(train: TrainSection, cluster: Cluster) -> list[str]:
     """Every rank has at least one sample of each step."""
-    ranks, batch = cluster.num_ranks, config.train.global_batch_size
+    ranks, batch = cluster.num_ranks, train.global_batch_size
     if ranks > batch:
         raise ValueError(
             f"train.global_batch_size: found {batch}, but the job has {ranks} ranks "
@@ -200,23 +200,23 @@ def check_ranks(config: Config, cluster: Cluster) -> list[str]:
 
 
 def check_memory(config: Config, cluster: Cluster) -> list[str]:
-    """What a GPU must hold in any case fits: weights, and the states of what is trained.
+    """Weights and optimiser states fit into a GPU.
 
-    Activations come on top; their estimate, which errs, is only told.
+    Activations come on top; their estimate is not exact, so it only gives a note.
     """
     if cluster.gpu_memory_gib is None or not cluster.gpus_per_node:
         return []
-    found = memory_need(config, cluster.num_ranks)
-    need, total = found.states / GIB, found.total / GIB
-    if need > cluster.gpu_memory_gib:
+    estimate = estimate_memory(config, cluster.num_ranks)
+    states, total = estimate.states / GIB, estimate.total / GIB
+    if states > cluster.gpu_memory_gib:
         raise ValueError(
             f"cluster.gpu_memory_gib: found {cluster.gpu_memory_gib:g}, but weights and optimiser "
-            f"states alone take {need:.1f} GiB per rank; use larger GPUs, train.zero_stage=3 with "
-            "more ranks, or train.offload=all"
+            f"states alone take {states:.1f} GiB per rank; use larger GPUs, train.zero_stage=3 "
+            "with more ranks, or train.offload=all"
         )
     fits = total <= cluster.gpu_memory_gib
     return [
-        f"memory per GPU, estimated: {total:.1f} of {cluster.gpu_memory_gib:g} GiB, {need:.1f} of "
-        "them weights and optimiser states"
-        + ("" if fits else "; it may run out, emoverse plan says what would fit")
+        f"memory per GPU, estimated: {total:.1f} of {cluster.gpu_memory_gib:g} GiB, {states:.1f} "
+        "of which are weights and optimiser states"
+        + ("" if fits else "; it may run out, emoverse plan shows what would fit")
     ]

@@ -1,8 +1,8 @@
-"""Freezing what a queued job will run: its code and its config, copied into the run directory.
+"""Freezing the code of a queued job: a copy of the packages in the run directory.
 
-In: this program's own packages and a resolved config. Out: RUN/jobs/code-HASH/ and
-RUN/jobs/config-HASH.yaml; equal content has one name and is written once. Later edits, of the
-working copy or of a config file, do not reach a job that waits or is requeued.
+In: this program's own packages. Out: RUN/jobs/code-HASH/; equal content has one name and is written
+once. Later edits of the working copy do not reach a job that waits or is requeued. The config is
+frozen beside it, by `schema.freeze_config`.
 """
 
 import hashlib
@@ -11,7 +11,6 @@ import shutil
 from pathlib import Path
 
 import launch
-from emoverse.config.schema import Config, to_yaml
 from launch.slurm.job_log import JOBS
 
 PACKAGES = ("data_shards", "emoverse", "launch")
@@ -35,7 +34,7 @@ def code_hash(root: Path) -> str:
 
 
 def code_folder(run_dir: Path) -> Path:
-    """Where the snapshot of the present code lies, or will lie."""
+    """Where the snapshot of the current code is, or will be."""
     return run_dir.resolve() / JOBS / f"code-{code_hash(source_root())}"
 
 
@@ -44,7 +43,8 @@ def freeze_code(run_dir: Path) -> Path:
     folder = code_folder(run_dir)
     if folder.is_dir():
         return folder
-    temporary = _beside(folder)
+    # A name that no other launch uses at the same time, on any host.
+    temporary = folder.with_name(f".{folder.name}-{os.uname().nodename}-{os.getpid()}")
     for package in PACKAGES:
         shutil.copytree(source_root() / package, temporary / package, ignore=LEFT_OUT)
     try:
@@ -52,26 +52,5 @@ def freeze_code(run_dir: Path) -> Path:
     except OSError:
         if not folder.is_dir():
             raise
-        shutil.rmtree(temporary)  # another launch has made the same meanwhile
+        shutil.rmtree(temporary)  # another launch has written the same copy meanwhile
     return folder
-
-
-def _beside(path: Path) -> Path:
-    """A name that no other launch uses at the same time, on any machine."""
-    return path.with_name(f".{path.name}-{os.uname().nodename}-{os.getpid()}")
-
-
-def config_file(config: Config) -> Path:
-    """Where the frozen config of this run lies, or will lie."""
-    name = hashlib.sha256(to_yaml(config).encode()).hexdigest()[:12]
-    return config.run.run_dir.resolve() / JOBS / f"config-{name}.yaml"
-
-
-def freeze_config(config: Config) -> Path:
-    """Writes the resolved config; returns its file."""
-    path = config_file(config)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _beside(path)
-    temporary.write_text(to_yaml(config), encoding="utf-8")
-    temporary.replace(path)
-    return path

@@ -1,10 +1,10 @@
 """The verb `launch`: a run, or an array of runs, as a chain of jobs on a cluster.
 
 (1) runs       the config, once per variant and seed, each with a run directory of its own
-(2) preflight  everything that is wrong, before anything is queued
-(3) freeze     code and config into the run directory: what waits is not what you edit
+(2) preflight  reports everything that is wrong, before anything is queued
+(3) freeze     code and config into the run directory, so that later edits do not reach the jobs
 (4) submit     stage1 -> stage2 -> evaluate through submitit, each waiting for the one before
-The jobs run `launch.worker`, the same as behind `sbatch slurm/stage1.sh`.
+The jobs run `launch.worker`, as `sbatch slurm/stage1.sh` does.
 """
 
 import contextlib
@@ -24,10 +24,11 @@ import submitit
 from submitit.core.utils import FailedJobError
 from submitit.helpers import DelayedSubmission, clean_env, environment_variables
 
+from emoverse.config.schema import Config, freeze_config, frozen_path
 from emoverse.training.stages import BASE, DONE, stage_dir
 from launch.slurm import job_log, snapshot
 from launch.slurm.cluster import NO_ACCOUNT, Cluster, check_account
-from launch.slurm.job_log import EVAL
+from launch.slurm.job_log import EVAL, JOBS
 from launch.slurm.preflight import check_memory, check_ranks, collect, run_checks
 from launch.slurm.variants import Run
 
@@ -35,9 +36,9 @@ TEST_TIMEOUT_S = 60
 
 
 class TrainJob:
-    """What submitit pickles: the command line of the worker, nothing else.
+    """What submitit pickles: only the command line of the worker.
 
-    All state is on the disk, so a checkpoint of this object is the object itself.
+    All state is on disk, so a checkpoint of this object is the object itself.
     """
 
     def __init__(self, words: Sequence[str]) -> None:
@@ -55,7 +56,7 @@ class TrainJob:
         return code
 
     def checkpoint(self) -> DelayedSubmission:
-        """Called when a signal comes before the worker listens: nothing is lost, run it again."""
+        """Called if a signal comes before the worker handles signals: the job just runs again."""
         return DelayedSubmission(TrainJob(self.words))
 
 
@@ -68,19 +69,19 @@ class Step:
 
     @property
     def scores(self) -> bool:
-        """Is this the evaluation?"""
+        """True for the evaluation."""
         return self.parts == (EVAL,)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chain:
-    """All that one call of `launch` is about."""
+    """Everything that one call of `launch` submits."""
 
     cluster: Cluster
     cluster_file: Path
     runs: tuple[Run, ...]
     steps: tuple[Step, ...]
-    accept_changes: bool = False  # jobs go on although settings differ from those of before
+    accept_changes: bool = False  # resume although settings differ from the checkpoint's
 
     @property
     def home(self) -> Path:
@@ -89,7 +90,7 @@ class Chain:
 
 
 def steps_of(cluster: Cluster, stages: Sequence[str], *, evaluate: bool) -> tuple[Step, ...]:
-    """The links of the chain; the local executor knows no dependencies and has one link."""
+    """The links of the chain; the local executor has no dependencies, so there is one link."""
     parts = [*stages, *([EVAL] if evaluate else [])]
     if cluster.executor == "local":
         return (Step(name="-".join(parts), parts=tuple(parts)),)
@@ -97,30 +98,30 @@ def steps_of(cluster: Cluster, stages: Sequence[str], *, evaluate: bool) -> tupl
 
 
 def unfinished(chain: Chain) -> Chain:
-    """The chain without stages that every run has finished; they wait in no queue.
+    """The chain without stages that every run has finished.
 
-    One that starts from an unfinished stage stays: its job finds out whether it is still right.
+    A finished stage that starts from an unfinished one stays: its job checks whether it is valid.
     """
 
-    def needed(run: Run, part: str) -> bool:
+    def is_required(run: Run, part: str) -> bool:
         if part == EVAL or not (stage_dir(run.config, part) / DONE).is_file():
             return True
         start = run.config.stages[part].start_from
-        return start != BASE and needed(run, start)
+        return start != BASE and is_required(run, start)
 
-    left = [
+    remaining = [
         step
         for step in chain.steps
-        if any(needed(r, part) for r in chain.runs for part in step.parts)
+        if any(is_required(run, part) for run in chain.runs for part in step.parts)
     ]
-    return replace(chain, steps=tuple(left))
+    return replace(chain, steps=tuple(remaining))
 
 
-# What is asked of the scheduler ----------------------------------------------------------------
+# Parameters of a job ---------------------------------------------------------------------------
 
 
 def shared_parameters(chain: Chain, step: Step) -> dict[str, Any]:
-    """What submitit calls by one name for every executor."""
+    """The parameters that submitit has for every executor, by its names."""
     cluster, score = chain.cluster, chain.cluster.evaluate
 
     def pick(own: int | None, other: int) -> int:
@@ -139,7 +140,7 @@ def shared_parameters(chain: Chain, step: Step) -> dict[str, Any]:
 
 
 def slurm_parameters(chain: Chain, code: Path, dependency: str | None) -> dict[str, Any]:
-    """What only SLURM knows, by submitit's names; unset ones are left out."""
+    """The parameters for SLURM only, by submitit's names; unset ones are left out."""
     cluster = chain.cluster
     given = {
         "account": None if cluster.account == NO_ACCOUNT else cluster.account,
@@ -154,8 +155,8 @@ def slurm_parameters(chain: Chain, code: Path, dependency: str | None) -> dict[s
         "signal_delay_s": cluster.signal_s,
         "array_parallelism": cluster.array_parallelism,
         "setup": [*cluster.setup, *_exports(cluster, code)],
-        # submitit leaves out what ends a job whose rank has died, and what 22.05 and later need
-        # to give the step the cores of the job.
+        # submitit sets neither: the first ends a job whose rank has died, the second gives the
+        # step the cores of the job, which SLURM 22.05 and later do not by themselves.
         "srun_args": [
             "--kill-on-bad-exit=1",
             f"--cpus-per-task={cluster.cpus_per_task}",
@@ -170,7 +171,7 @@ def slurm_parameters(chain: Chain, code: Path, dependency: str | None) -> dict[s
 
 
 def job_environment(cluster: Cluster, code: Path) -> dict[str, str]:
-    """Environment of the ranks: the frozen code wins over whatever lies in the working folder."""
+    """Environment of the ranks; the frozen code takes precedence over the working folder."""
     return {
         **cluster.environment,
         "PYTHONPATH": str(code),
@@ -191,7 +192,7 @@ def job_of(chain: Chain, run: Run, step: Step) -> TrainJob:
     """The worker's command line for one run."""
     return TrainJob(
         [
-            str(snapshot.config_file(run.config)),
+            str(frozen_path(run.config, jobs_folder(run.config))),
             *(f"--stage={part}" for part in step.parts if part != EVAL),
             *(["--evaluate"] if EVAL in step.parts else []),
             *(["--accept-changes"] if chain.accept_changes else []),
@@ -199,6 +200,11 @@ def job_of(chain: Chain, run: Run, step: Step) -> TrainJob:
             f"--max-requeues={chain.cluster.max_requeues}",
         ]
     )
+
+
+def jobs_folder(config: Config) -> Path:
+    """Where the frozen code and config of a run's jobs are, as an absolute path."""
+    return config.run.run_dir.resolve() / JOBS
 
 
 def log_folder(chain: Chain, step: Step) -> Path:
@@ -209,7 +215,7 @@ def log_folder(chain: Chain, step: Step) -> Path:
 # The exact script, without a scheduler ---------------------------------------------------------
 
 
-class _Scribe(submitit.SlurmExecutor):
+class _ScriptWriter(submitit.SlurmExecutor):
     """Writes the script that SlurmExecutor would submit, also where there is no SLURM."""
 
     @classmethod
@@ -217,7 +223,7 @@ class _Scribe(submitit.SlurmExecutor):
         return 2
 
     def script(self, num_jobs: int) -> str:
-        """The text of the sbatch file; more than one job make an array."""
+        """The text of the sbatch file; more than one job is an array."""
         if num_jobs > 1:
             self.parameters["map_count"] = num_jobs
         return str(self._make_submission_file_text(self._submitit_command_str, ""))
@@ -225,34 +231,34 @@ class _Scribe(submitit.SlurmExecutor):
 
 def script_of(chain: Chain, step: Step, code: Path, dependency: str | None) -> str:
     """The exact text that sbatch gets for a step."""
-    with tempfile.TemporaryDirectory() as elsewhere:  # nothing may be made in the run directory
-        scribe = _Scribe(Path(elsewhere), python=_python(chain.cluster))
-        scribe.folder = log_folder(chain, step)
-        scribe.update_parameters(
-            **scribe._convert_parameters(shared_parameters(chain, step)),
+    with tempfile.TemporaryDirectory() as elsewhere:  # leaves the run directory untouched
+        writer = _ScriptWriter(Path(elsewhere), python=_python(chain.cluster))
+        writer.folder = log_folder(chain, step)
+        writer.update_parameters(
+            **writer._convert_parameters(shared_parameters(chain, step)),
             **slurm_parameters(chain, code, dependency),
         )
-        return scribe.script(len(chain.runs))
+        return writer.script(len(chain.runs))
 
 
 def _python(cluster: Cluster) -> str:
     return cluster.python or shlex.quote(sys.executable)
 
 
-# The whole way ---------------------------------------------------------------------------------
+# Preflight and submission ----------------------------------------------------------------------
 
 
 def preflight(chain: Chain) -> list[str]:
-    """Everything that can be known before jobs are queued; notes.
+    """Every check that is possible before jobs are queued; returns notes.
 
     Raises:
-        ValueError: all that is wrong.
+        ValueError: all problems together.
     """
     parts = [part for step in chain.steps for part in step.parts]
     checks: list[Callable[[], list[str]]] = [partial(check_account, chain.cluster)]
     for run in chain.runs:
         checks += [
-            partial(check_ranks, run.config, chain.cluster),
+            partial(check_ranks, run.config.train, chain.cluster),
             partial(check_memory, run.config, chain.cluster),
             *run_checks(run.config, parts, accept_changes=chain.accept_changes, checksums=True),
         ]
@@ -263,7 +269,7 @@ def preflight(chain: Chain) -> list[str]:
 
 
 def ask_slurm(chain: Chain, step: Step) -> list[str]:
-    """SLURM's own opinion of a script: partition, account, limits, nodes of this kind."""
+    """Lets SLURM check a script: partition, account, limits, nodes of this kind."""
     if shutil.which("sbatch") is None:
         raise ValueError(
             "sbatch is not on PATH: call `emoverse launch` on a login node of the cluster, look at "
@@ -280,10 +286,10 @@ def ask_slurm(chain: Chain, step: Step) -> list[str]:
             timeout=TEST_TIMEOUT_S,
         )
     if done.returncode:
-        said = " ".join(done.stderr.split())
+        reason = " ".join(done.stderr.split())
         cluster = chain.cluster
         raise ValueError(
-            f"sbatch would refuse the job of {step.name}: {said} (partition {cluster.partition}, "
+            f"sbatch would refuse the job of {step.name}: {reason} (partition {cluster.partition}, "
             f"account {cluster.account}, qos {cluster.qos}, {cluster.nodes} nodes; correct "
             f"{chain.cluster_file} or override cluster.KEY=VALUE)"
         )
@@ -291,17 +297,17 @@ def ask_slurm(chain: Chain, step: Step) -> list[str]:
 
 
 def dry_run(chain: Chain) -> list[dict[str, Any]]:
-    """Per step its name and the exact script; what a job waits for stands as <id of STEP>."""
-    told, dependency = [], None
+    """Per step its name and the exact script; <id of STEP> stands for a job that is waited for."""
+    scripts, dependency = [], None
     for step in chain.steps:
         if chain.cluster.executor == "slurm":
             script = script_of(chain, step, snapshot.code_folder(chain.home), dependency)
         else:
             words = [shlex.join(job_of(chain, run, step).words) for run in chain.runs]
             script = "\n".join(f"python -m launch.worker {line}" for line in words)
-        told.append({"step": step.name, "runs": len(chain.runs), "script": script})
+        scripts.append({"step": step.name, "runs": len(chain.runs), "script": script})
         dependency = f"{_after(chain)}:<id of {step.name}>"
-    return told
+    return scripts
 
 
 def _after(chain: Chain) -> str:
@@ -310,19 +316,19 @@ def _after(chain: Chain) -> str:
 
 
 def submit(chain: Chain) -> list[dict[str, Any]]:
-    """Queues the whole chain, or nothing; returns the jobs as they are noted in RUN/jobs/."""
+    """Queues the whole chain, or nothing; returns the jobs as they are recorded in RUN/jobs/."""
     code = snapshot.freeze_code(chain.home)
     for run in chain.runs:
-        snapshot.freeze_config(run.config)
-    told: list[dict[str, Any]] = []
+        freeze_config(run.config, jobs_folder(run.config))
+    submitted: list[dict[str, Any]] = []
     queued: list[str] = []
     dependency = None
     try:
         for step in chain.steps:
-            found = _submit_step(chain, step, code, dependency)
-            queued += [job.job_id for job in found]
-            first = found[0].job_id.split("_")[0]
-            for run, job in zip(chain.runs, found, strict=True):
+            jobs = _submit_step(chain, step, code, dependency)
+            queued += [job.job_id for job in jobs]
+            first = jobs[0].job_id.split("_")[0]
+            for run, job in zip(chain.runs, jobs, strict=True):
                 facts = {
                     "parts": list(step.parts),
                     "run": run.config.run.name,
@@ -333,13 +339,15 @@ def submit(chain: Chain) -> list[dict[str, Any]]:
                     "minutes": shared_parameters(chain, step)["timeout_min"],
                 }
                 job_log.write_submission(run.config.run.run_dir, job.job_id, **facts)
-                told.append({"job": job.job_id, "run_dir": str(run.config.run.run_dir), **facts})
+                submitted.append(
+                    {"job": job.job_id, "run_dir": str(run.config.run.run_dir), **facts}
+                )
             dependency = f"{_after(chain)}:{first}"
     except (FailedJobError, OSError, subprocess.SubprocessError) as error:
         if queued and chain.cluster.executor == "slurm":
             subprocess.run(["scancel", *queued], check=False)
         raise ValueError(f"the scheduler refused a job, so none is queued: {error}") from error
-    return told
+    return submitted
 
 
 def _submit_step(
@@ -354,13 +362,13 @@ def _submit_step(
         local_max_num_timeout=cluster.max_requeues,
         local_python=_python(cluster),
     )
-    special = slurm_parameters(chain, code, dependency)
+    for_slurm = slurm_parameters(chain, code, dependency)
     executor.update_parameters(
         **shared_parameters(chain, step),
-        **{f"slurm_{name}": value for name, value in special.items()},
+        **{f"slurm_{name}": value for name, value in for_slurm.items()},
         local_setup=list(cluster.setup),
     )
-    if cluster.executor == "local":  # a knob that AutoExecutor does not pass on
+    if cluster.executor == "local":  # AutoExecutor does not pass this parameter on
         executor._executor.update_parameters(signal_delay_s=cluster.signal_s)
     # A local job inherits our environment; SLURM's script sets it.
     environment = job_environment(cluster, code) if cluster.executor == "local" else {}
@@ -370,7 +378,7 @@ def _submit_step(
 
 @contextlib.contextmanager
 def _outside_of_jobs(extra: Mapping[str, str]) -> Iterator[None]:
-    """Submitting from inside a job must not pass on what describes that job.
+    """Submitting from inside a job must not pass on what dewriters that job.
 
     What the user or the site has set for sbatch stays.
     """

@@ -16,7 +16,7 @@ from emoverse.config.yaml_source import split_words
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """One run of a launch; `home` is the folder that all runs of the launch share."""
+    """One run of a launch; `home` is the folder of all runs of the launch."""
 
     config: Config
     home: Path
@@ -53,16 +53,16 @@ def make_runs(
         own = [*overrides, *words, f"run.name={name}-{label}", f"run.run_dir={home / label}"]
         runs.append(Run(config=load_config([*paths, *files], own), home=home, base_name=name))
         names.append(label)
-    twice = sorted({label for label in names if names.count(label) > 1})
-    if twice:
+    repeated = sorted({label for label in names if names.count(label) > 1})
+    if repeated:
         raise ValueError(
-            f"two runs would share the run directory {home / twice[0]}; give every variant and "
+            f"two runs would share the run directory {home / repeated[0]}; give every variant and "
             "every seed once"
         )
     return tuple(runs)
 
 
 def _slug(word: str) -> str:
-    """`stages.stage1.rates.fer=1/5` as part of a folder's name: `rates.fer_1_5`."""
+    """An override in a folder's name: `stages.stage1.rates.fer=1/5` becomes `rates.fer_1_5`."""
     key, _, value = word.partition("=")
     return re.sub(r"[^A-Za-z0-9.]+", "_", f"{'.'.join(key.split('.')[-2:])}_{value}").strip("_")

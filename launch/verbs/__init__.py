@@ -1,4 +1,4 @@
-"""One module per verb of the `emoverse` command line.
+"""The verbs of `emoverse` about models and runs; those about shard folders are in `data`.
 
-Each has `add_arguments(parser)` and `run(args)`; `launch.cli` dispatches.
+Each has `add_arguments(parser)` and `run(args)`, which returns the exit code for `launch.cli`.
 """

@@ -1,8 +1,8 @@
 """The verb `ablate`: the paper's ablations from one config, here or as a job array, and the tables.
 
 In: a config and the overlays of configs/ablations/, one per variant. Out: HOME/VARIANT/ run
-directories, HOME/ablations.json and ablations.html, HOME being the config's run_dir. Every step is
-a command of the front door and resumes, so the same command goes on after a kill.
+directories, HOME/ablations.json and ablations.html; HOME is the config's run_dir. Every step is an
+`emoverse` command that resumes, so the same command resumes after a kill.
 """
 
 import argparse
@@ -17,12 +17,12 @@ from typing import Any
 from data_shards.files import write_atomically
 from emoverse.config.errors import did_you_mean
 from emoverse.config.schema import Config, load_config
-from emoverse.config.yaml_source import split_words
 from emoverse.paper.ablation_page import render_ablations
 from emoverse.paper.ablation_tables import ablation_json, ablation_text
 from emoverse.paper.tables import TABLES, states_of, variants
-from emoverse.training.shutdown import EXIT_STOPPED
-from launch.subcommands import StepError, run_step
+from launch.exit_codes import STOPPED
+from launch.subcommands import SubcommandError, run_subcommand
+from launch.verb_tools import add_json, config_words, print_result
 
 BASE, STAGES = "base", ("stage1", "stage2")
 NUMBERS = tuple(table.number for table in TABLES)
@@ -30,17 +30,17 @@ NUMBERS = tuple(table.number for table in TABLES)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Variant:
-    """One run: its config, and the words of `train` and `evaluate` behind the verb."""
+    """One run: its config, and its `train` and `evaluate` commands as words."""
 
     name: str
     config: Config
-    stages: tuple[str, ...]  # that it trains
+    stages: tuple[str, ...]  # to train
     train: tuple[str, ...]
     evaluate: tuple[str, ...]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's arguments."""
+    """The config, which variants, and where they run."""
     parser.add_argument(
         "config",
         nargs="+",
@@ -73,18 +73,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--collect", action="store_true", help="only make the tables of what is evaluated"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the commands, run nothing")
+    add_json(parser)
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Train, evaluate and collect; the tables, or the commands with --dry-run.
+def run(args: argparse.Namespace) -> int:
+    """Train, evaluate and collect; print the tables."""
+    return print_result(ablate(args), args, report_text)
+
+
+def ablate(args: argparse.Namespace) -> dict[str, Any]:
+    """Train, evaluate and collect; returns the tables, or the commands with --dry-run.
 
     Raises ValueError and FileNotFoundError for wrong input, before anything is trained.
     """
     if args.parallel < 1:
         raise ValueError(f"--parallel: must be 1 or more, found {args.parallel}")
-    paths, overrides = split_words(args.config)
-    if not paths:
-        raise ValueError(f"a config file is needed before the overrides {' '.join(overrides)}")
+    paths, overrides = config_words(args.config)
     tables = tuple(args.table or ())
     home = load_config(paths, overrides).run.run_dir
     chosen = _chosen(tables, args.variant)
@@ -92,11 +96,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.dry_run:
         commands = [words for plan in plans for words in (plan.train, plan.evaluate)]
         return {"home": str(home), "commands": [list(words) for words in commands], "ok": True}
-    failed: dict[str, str] = {}
     if args.cluster is not None and not args.collect:
         overlays = [str(overlay_of(args, paths, name)) for name in chosen]
         words = [word for overlay in overlays for word in ("--variant", overlay)]
-        run_step(["launch", str(args.cluster), *args.config, *words], said_to=sys.stderr)
+        run_subcommand(["launch", str(args.cluster), *args.config, *words], echo_to=sys.stderr)
         return {"home": str(home), "submitted": list(chosen), "ok": True}
     failed = _run_all(plans, args.parallel)
     try:
@@ -191,18 +194,18 @@ def _stages_needed(config: Config, states: Sequence[str]) -> list[str]:
 
 
 def _run_all(plans: Sequence[Variant], parallel: int) -> dict[str, str]:
-    """Why variants failed, by name; a failure leaves the others alone.
+    """Run all variants; returns why some failed, by name. A failure does not stop the others.
 
-    Raises SystemExit(75) when one was stopped: the same command goes on.
+    Raises SystemExit(75) when one was stopped: the same command resumes.
     """
     with ThreadPoolExecutor(parallel) as pool:
         futures = {plan.name: pool.submit(_run_variant, plan) for plan in plans}
     failed = {}
     for name, future in futures.items():
         error = future.exception()
-        if isinstance(error, StepError):
-            if error.code == EXIT_STOPPED:
-                raise SystemExit(EXIT_STOPPED)
+        if isinstance(error, SubcommandError):
+            if error.code == STOPPED:
+                raise SystemExit(STOPPED)
             failed[name] = str(error)
         elif error is not None:
             raise error
@@ -213,13 +216,14 @@ def _run_variant(plan: Variant) -> None:
     folder = plan.config.run.run_dir
     _share(plan, folder.parent)
     for words in (plan.evaluate,) if _is_trained(plan) else (plan.train, plan.evaluate):
-        run_step(words, quiet_log=folder / f"ablate-{words[0]}.log", said_to=sys.stderr)
+        log_file = folder / f"ablate-{words[0]}.log"
+        run_subcommand(words, log_file=log_file, echo_to=sys.stderr)
 
 
 def _is_trained(plan: Variant) -> bool:
-    """Are all its stages finished? Then there is no need to start ranks that find that out.
+    """Whether all its stages are finished, so that no ranks need to start.
 
-    Stages that were trained with other settings are the training's business, which refuses them.
+    False for stages that were trained with other settings: the training refuses them.
     """
     from emoverse.training.stage_build import is_done
 
@@ -230,10 +234,10 @@ def _is_trained(plan: Variant) -> bool:
 
 
 def _share(plan: Variant, home: Path) -> None:
-    """What variants have in common is computed once: frozen features, and stages that are equal.
+    """Reuse what variants have in common: frozen features, and stages that are equal.
 
-    A stage is taken from any variant that has finished the very same training; t1 and t3 often
-    begin with the first stage of m2se. Where none has, the variant trains it itself.
+    A stage is taken from any variant that has finished the same training; t1 and t3 often begin
+    with the first stage of m2se. Otherwise the variant trains it itself.
     """
     config, folder = plan.config, plan.config.run.run_dir
     cache = folder / "cache"
@@ -242,16 +246,16 @@ def _share(plan: Variant, home: Path) -> None:
         folder.mkdir(exist_ok=True)
         if not (cache.exists() or cache.is_symlink()):
             cache.symlink_to(Path("..", cache.name))
-    from emoverse.run_dir.stage_reuse import adopt_stage  # torch, which a dry run does not need
+    from emoverse.run_dir.stage_reuse import reuse_stage  # torch, which a dry run does not need
 
     for stage in plan.stages:
         for donor in (home / name for name in variants() if name != plan.name):
             try:
-                adopted = adopt_stage(config, stage, donor)
-            except ValueError as error:  # a damaged donor costs time, no more
+                reused = reuse_stage(config, stage, donor)
+            except ValueError as error:  # a damaged donor only costs time
                 print(f"{plan.name}: {stage} is not taken from {donor}: {error}", file=sys.stderr)
                 continue
-            if adopted:
+            if reused:
                 print(
                     f"{plan.name}: {stage} is that of {donor}, not trained again", file=sys.stderr
                 )

@@ -1,38 +1,32 @@
-"""The verb `evaluate`: what to evaluate, in how many processes, and the result as text.
+"""The verb `evaluate`: answers and scores a run, a checkpoint, a base model or a file of answers.
 
-In: a run, a checkpoint, a base model or a file of answers. Out: eval/STATE/{predictions.jsonl,
-metrics.json} and a table. `python -m launch.verbs.evaluate` is one rank of several, as the rank
-variables say. Importing this file does not import torch.
+Out: eval/STATE/{predictions.jsonl, metrics.json} and a table. With --processes the ranks are
+`launch.worker`. Importing this file does not import torch.
 """
 
 import argparse
 import contextlib
 import json
-import os
-import signal
 import sys
-import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from data_shards.tasks import TASKS, Task
+from emoverse.config.schema import freeze_config
 from emoverse.config.yaml_source import split_words
 from emoverse.evaluation.parsing import MODES
 from emoverse.evaluation.target import Target, name_of, resolve, states_of
-from emoverse.training.shutdown import EXIT_STOPPED as STOPPED
+from launch.exit_codes import DONE, STOPPED, WRONG_INPUT
 from launch.local import run_ranks
-from launch.worker import DONE, FAULT, WRONG_INPUT
+from launch.verb_tools import add_json, print_result
 
 if TYPE_CHECKING:
     from data_shards.annotate.endpoint import Endpoint
 
-TIMEOUT_S = 1800.0  # of one collective: as long as another rank may need for its batch
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's arguments."""
+    """The target, which states of it, and how answers are read."""
     parser.add_argument(
         "target",
         type=Path,
@@ -58,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--parser",
         choices=MODES,
         default=MODES[0],
-        help="tolerant reads other forms of an answer and says so, strict only the exact one",
+        help="tolerant reads other forms of an answer and counts them, strict only the exact one",
     )
     parser.add_argument(
         "--paper", action="store_true", help="also show what the authors' script would print"
@@ -80,9 +74,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--judge-key-env", default="", metavar="VAR", help="environment variable with its key"
     )
+    add_json(parser)
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> int:
+    """Evaluate and print the scores."""
+    return print_result(evaluate(args), args, paper_and_report_text if args.paper else report_text)
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Evaluate; {state: metrics}. Raises ValueError and FileNotFoundError for wrong input."""
     if args.processes < 1:
         raise ValueError(f"--processes: must be 1 or more, found {args.processes}")
@@ -91,8 +91,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.judge:
         from data_shards.annotate.endpoint import Endpoint
 
-        # Before anything is answered: wrong settings are told at once.
-        # Room for a judge that explains its integer: an answer that is cut is none.
+        # Before anything is answered, so that wrong settings are reported at once.
+        # Room for a judge that explains its integer: a truncated answer is invalid.
         endpoint = Endpoint(
             base_url=args.judge, model=args.judge_model, key_env=args.judge_key_env, max_tokens=512
         )
@@ -169,20 +169,22 @@ def target_of(args: argparse.Namespace) -> Target:
 
 def _run_ranks(args: argparse.Namespace, target: Target) -> dict[str, Any]:
     """Several local ranks; their results are read from the files that rank 0 writes."""
-    command = [sys.executable, "-m", "launch.verbs.evaluate", str(args.target), *args.config]
-    command += ["--parser", args.parser]
-    command += [word for state in args.which or () for word in ("--which", state)]
-    command += ["--fresh"] if args.fresh else []
-    command += ["--out", str(args.out)] if args.out else []
+    assert target.config is not None
     logs = target.out / "eval" / "logs"
     logs.mkdir(parents=True, exist_ok=True)
+    frozen = freeze_config(target.config, logs.absolute())
+    command = [sys.executable, "-m", "launch.worker", str(frozen), "--end-with-input"]
+    command += [f"--evaluate-target={args.target}", f"--parser={args.parser}"]
+    command += [f"--which={state}" for state in args.which or ()]
+    command += ["--answer-again"] if args.fresh else []
+    command += [f"--out={args.out}"] if args.out else []
     with contextlib.redirect_stdout(sys.stderr):  # stdout belongs to the result
         code = run_ranks(command, num_ranks=args.processes, logs=logs)
     if code == STOPPED:
         raise SystemExit(STOPPED)
     if code != DONE:
         error = ValueError if code == WRONG_INPUT else RuntimeError
-        raise error(f"the ranks failed; what every rank said: {logs}/rank_*.log")
+        raise error(f"the ranks failed; logs of all ranks: {logs}/rank_*.log")
     states = [name_of(target, state) for state in states_of(target, lambda text: None)]
     files = {state: target.out / "eval" / state / "metrics.json" for state in states}
     return {state: json.loads(path.read_text(encoding="utf-8")) for state, path in files.items()}
@@ -192,7 +194,7 @@ def _run_ranks(args: argparse.Namespace, target: Target) -> dict[str, Any]:
 
 
 def report_text(states: Mapping[str, Any]) -> str:
-    """One line per state and task: the task's first metric with its interval, and the rules'."""
+    """One line per state and task: its primary metric with interval, and that of the baselines."""
     lines = [
         f"{'state':<10}{'task':<6}{'metric':<20}{'score':>7}  {'95 %':<14}{'clips':>6}"
         f"{'unread':>8}  rules"
@@ -200,17 +202,22 @@ def report_text(states: Mapping[str, Any]) -> str:
     for state, metrics in states.items():
         for task, row in metrics["tasks"].items():
             name = row["primary"]
-            found = row["metrics"][name]
+            score = row["metrics"][name]
             rules = ", ".join(
                 f"{rule} {_number(scores[name]['value'])}"
                 for rule, scores in row["baselines"].items()
             )
-            interval = f"{_number(found['low'])}..{_number(found['high'])}"
+            interval = f"{_number(score['low'])}..{_number(score['high'])}"
             lines.append(
-                f"{state:<10}{task:<6}{name:<20}{_number(found['value']):>7}  {interval:<14}"
+                f"{state:<10}{task:<6}{name:<20}{_number(score['value']):>7}  {interval:<14}"
                 f"{row['n']:>6}{row['unparseable']:>8}  {rules}"
             )
     return "\n".join(lines)
+
+
+def paper_and_report_text(states: Mapping[str, Any]) -> str:
+    """The table, then what the authors' script would print."""
+    return f"{report_text(states)}\n{paper_text(states)}"
 
 
 def paper_text(states: Mapping[str, Any]) -> str:
@@ -222,56 +229,18 @@ def paper_text(states: Mapping[str, Any]) -> str:
             if row["paper"] is None:
                 continue
             differences[task] = row["paper"]["differences"]
-            for one in row["paper"]["script"]:
-                values = ", ".join(f"{k} {_number(v)}" for k, v in one["values"].items())
-                text = values or f"undefined: {one['undefined']}"
-                lines.append(f"{state:<10}{task:<6}{one['function']:<20} {text}")
+            for result in row["paper"]["script"]:
+                values = ", ".join(f"{k} {_number(v)}" for k, v in result["values"].items())
+                text = values or f"undefined: {result['undefined']}"
+                lines.append(f"{state:<10}{task:<6}{result['function']:<20} {text}")
             lines.append(
                 f"{'':<16}{row['paper']['counted_otherwise']} of {row['n']} answers are right in "
                 "one way of counting only"
             )
-    for task, found in differences.items():
-        lines += [f"{task}: the script {text}" for text in found]
+    for task, texts in differences.items():
+        lines += [f"{task}: the script {text}" for text in texts]
     return "\n".join(["the authors' script on the same answers:", *lines])
 
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
-
-
-# One rank --------------------------------------------------------------------------------------
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Evaluates as the rank that the environment says. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m launch.verbs.evaluate", description=__doc__)
-    add_arguments(parser)
-    args = parser.parse_args(argv)
-    # Every answered batch is on disk: there is nothing to save, the same command goes on.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(number, _stop_at_once)
-    from emoverse.engine import distributed
-    from emoverse.engine.deepspeed_engine import start_process_group
-    from emoverse.evaluation.evaluate import run_target
-
-    try:
-        world = distributed.read_world()
-        start_process_group(world, timeout_s=TIMEOUT_S)
-        run_target(target_of(args), world=world, mode=args.parser, fresh=args.fresh)
-        distributed.shutdown()
-        return DONE
-    except Exception as error:
-        wrong_input = isinstance(error, distributed.WRONG_INPUT)
-        code = int(getattr(error, "exit_code", WRONG_INPUT if wrong_input else FAULT))
-        if code == FAULT:
-            traceback.print_exc()
-        print(f"emoverse evaluate: {error}", file=sys.stderr)
-        return code
-
-
-def _stop_at_once(number: int, frame: FrameType | None) -> None:
-    os._exit(STOPPED)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""The verb `launch`: its arguments, and what it tells; the work is `launch/slurm/submit.py`."""
+"""The verb `launch`: submits stages and evaluation to a cluster (`launch.slurm.submit`)."""
 
 import argparse
 from collections.abc import Mapping
@@ -9,11 +9,12 @@ from emoverse.config.yaml_source import split_words
 from emoverse.training.stages import stages_to_train
 from launch.slurm.cluster import Cluster, load_cluster, split_overrides
 from launch.slurm.variants import make_runs
+from launch.verb_tools import add_json, print_result
 from launch.worker import FLAGS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Cluster, config, and what of it."""
+    """The cluster, the config, and which stages, variants and seeds of it."""
     parser.add_argument(
         "cluster", type=Path, metavar="CLUSTER", help="where to run: a file of configs/cluster/"
     )
@@ -45,13 +46,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="print every script exactly, submit nothing"
     )
+    add_json(parser)
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Submits, or with --dry-run says what would be submitted.
+def run(args: argparse.Namespace) -> int:
+    """Submit, or with --dry-run show what would be submitted."""
+    return print_result(submit_jobs(args), args, report_text)
+
+
+def submit_jobs(args: argparse.Namespace) -> dict[str, Any]:
+    """Submit the jobs and return them, or with --dry-run their scripts.
 
     Raises:
-        ValueError, FileNotFoundError: what is wrong, before anything is queued.
+        ValueError, FileNotFoundError: wrong input, before anything is queued.
     """
     paths, words = split_words(args.config)
     if not paths:
@@ -59,12 +66,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             f"a config file is needed after the cluster file {args.cluster}, for example "
             "configs/emoverse_4b.yaml"
         )
-    mine, overrides = split_overrides(words)
-    cluster = _without_nodes(load_cluster(args.cluster, mine), args.exclude)
+    of_cluster, overrides = split_overrides(words)
+    cluster = _without_nodes(load_cluster(args.cluster, of_cluster), args.exclude)
     runs = make_runs(paths, overrides, variants=args.variant, seeds=_seeds(args.seeds))
     stages = stages_to_train(runs[0].config, args.stage)
 
-    from launch.slurm import submit  # submitit is not needed to tell a wrong config
+    from launch.slurm import submit  # submitit is not needed to report a wrong config
 
     evaluate = not args.no_evaluate and args.stage is None
     chain = submit.Chain(
@@ -94,12 +101,12 @@ def _seeds(text: str) -> list[int]:
 
 
 def _without_nodes(cluster: Cluster, nodes: str) -> Cluster:
-    excluded = ",".join(part for part in (cluster.exclude, nodes) if part)
+    excluded = ",".join(names for names in (cluster.exclude, nodes) if names)
     return cluster.model_copy(update={"exclude": excluded or None})
 
 
 def report_text(report: Mapping[str, Any]) -> str:
-    """What was submitted, where its log will be, and what comes next."""
+    """The jobs, their logs, and the next command."""
     lines = list(report["notes"])
     for script in report.get("scripts", ()):
         array = f", an array of {script['runs']}" if script["runs"] > 1 else ""
@@ -111,7 +118,7 @@ def report_text(report: Mapping[str, Any]) -> str:
     if "scripts" in report:
         lines.append("nothing was submitted; the same command without --dry-run submits")
     elif not report["jobs"]:
-        lines.append("all of it is done already, nothing to submit")
+        lines.append("everything is done already, nothing to submit")
     else:
         lines.append(f"next: emoverse status {report['run_dir']}")
     return "\n".join(lines)

@@ -1,9 +1,10 @@
-"""What a run will do, before anything heavy is imported: the verb `plan`.
+"""The verb `plan`: what a run will train, before anything heavy is imported.
 
 In: the config and the index of its shards. Out: pools, samples per task, steps and trainable
-parameters, as JSON values or as text, and on wish every planned sample in order. No torch.
+parameters, as JSON values or as text; optionally every planned sample in order. No torch.
 """
 
+import argparse
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,19 +13,36 @@ from typing import Any
 from data_shards.plan.plan import Plan, StagePlan
 from data_shards.shards.index import ShardIndex
 from data_shards.shards.open import open_index
-from emoverse.config.schema import Config, StageSection
-from emoverse.estimate.flops import work_report, work_text
+from emoverse.config.schema import Config, StageSection, load_config
+from emoverse.estimate.flops import flops_report, flops_text
 from emoverse.estimate.memory import memory_report, memory_text
 from emoverse.models.architecture import load_architecture, parameter_counts
 from emoverse.training.stages import run_plan
-from launch.save_advice import advice_text, save_advice
+from launch.verb_tools import add_config, add_json, config_words, print_result
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The config, and where to write the sampling order."""
+    add_config(parser)
+    parser.add_argument(
+        "--order", type=Path, metavar="FILE", help="also write one JSON line per planned sample"
+    )
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the plan."""
+    index, plan, report = make_plan(load_config(*config_words(args.config)))
+    if args.order is not None:
+        write_order(args.order, index, plan)
+    return print_result(report, args, plan_text)
 
 
 def make_plan(config: Config) -> tuple[ShardIndex, Plan, dict[str, Any]]:
     """The index, the plan of all stages, and the report as JSON values.
 
-    Raises FileNotFoundError or ValueError when shards or model sizes are missing, or when the
-    records cannot give what the rates ask for.
+    Raises FileNotFoundError or ValueError when shards or model sizes are missing, or when there are
+    too few records for the rates.
     """
     architecture = load_architecture(config.model.base)
     parameters = parameter_counts(architecture, config.model.lora, config.model.projector)
@@ -42,17 +60,11 @@ def make_plan(config: Config) -> tuple[ShardIndex, Plan, dict[str, Any]]:
         "zero_stage": config.train.zero_stage,
         "parameters": parameters,
         "memory": memory_report(config, architecture),
-        "work": work_report(
+        "work": flops_report(
             config, architecture, sum(stage.num_samples for stage in plan.stages.values())
         ),
         "visual_tokens_per_clip": config.data.frames_per_clip
         * architecture.visual_tokens_per_frame,
-        "saving": save_advice(
-            config.run.run_dir,
-            trainable=parameters["trainable"],
-            global_batch_size=config.train.global_batch_size,
-            save_every=config.train.save_every,
-        ),
         "stages": {
             name: _stage_report(config, stage, plan.stages[name])
             for name, stage in config.stages.items()
@@ -87,8 +99,8 @@ def _stage_report(config: Config, stage: StageSection, plan: StagePlan) -> dict[
 
 
 def plan_text(report: Mapping[str, Any]) -> str:
-    """The report as a page for a terminal."""
-    parts = report["parameters"]
+    """The report as text."""
+    parameters = report["parameters"]
     lines = [
         f"run {report['run']} -> {report['run_dir']}",
         f"shards {report['shards']}: {report['records']:,} records",
@@ -96,32 +108,32 @@ def plan_text(report: Mapping[str, Any]) -> str:
         f"process(es), ZeRO-{report['zero_stage']}; "
         f"{report['visual_tokens_per_clip']:,} visual tokens per clip",
         "",
-        f"parameters {parts['total']:,} (vit {parts['vit']:,}, projector {parts['projector']:,}, "
-        f"llm {parts['llm']:,})",
-        f"trainable  {parts['trainable']:,} (" + _trainable_parts(parts) + ")",
+        f"parameters {parameters['total']:,} (vit {parameters['vit']:,}, "
+        f"projector {parameters['projector']:,}, llm {parameters['llm']:,})",
+        f"trainable  {parameters['trainable']:,} ({_trainable_shares(parameters)})",
     ]
-    lines += ["", *memory_text(report["memory"]), work_text(report["work"])]
+    lines += ["", *memory_text(report["memory"]), flops_text(report["work"])]
     for name, stage in report["stages"].items():
         lines += ["", *_stage_text(name, stage)]
-    lines += ["", advice_text(report["saving"]), "", f"plan {report['plan_fingerprint']}"]
+    lines += ["", f"plan {report['plan_fingerprint']}"]
     return "\n".join(lines)
 
 
-def _trainable_parts(parts: Mapping[str, int]) -> str:
-    adapters = parts["lora_llm"] + parts["lora_projector"]
+def _trainable_shares(parameters: Mapping[str, int]) -> str:
+    adapters = parameters["lora_llm"] + parameters["lora_projector"]
     shares = {
-        "adapters of the llm": parts["lora_llm"],
-        "adapters of the projector": parts["lora_projector"],
-        "projector": parts["trainable"] - adapters,
+        "adapters of the llm": parameters["lora_llm"],
+        "adapters of the projector": parameters["lora_projector"],
+        "projector": parameters["trainable"] - adapters,
     }
     return ", ".join(f"{name} {count:,}" for name, count in shares.items() if count) or "nothing"
 
 
 def _stage_text(name: str, stage: Mapping[str, Any]) -> list[str]:
     pool = stage["pool"]
-    drawn = f"{pool['take']:,} records" if "take" in pool else _rest_text(pool["rest_of"])
+    pool_text = f"{pool['take']:,} records" if "take" in pool else _rest_text(pool["rest_of"])
     lines = [
-        f"{name}: from {stage['start_from']}, pool {drawn}, {stage['epochs']} epoch(s) of "
+        f"{name}: from {stage['start_from']}, pool {pool_text}, {stage['epochs']} epoch(s) of "
         f"{stage['samples_per_epoch']:,} samples = {stage['samples']:,} samples in "
         f"{stage['steps']:,} steps",
         "  per epoch:",

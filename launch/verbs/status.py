@@ -1,4 +1,4 @@
-"""The verb `status`: where a run stands, from its own files; the scheduler is asked if it is there.
+"""The verb `status`: the progress of a run, from its own files and from the scheduler.
 
 In: a run directory, or a folder of runs that were launched together. Out: per run its stages
 (progress, rate, ETA, last checkpoint) and its jobs (state, log), as JSON or text. No torch.
@@ -14,10 +14,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from data_shards.progress import format_duration
 from emoverse.config.schema import Config, load_config
 from emoverse.run_dir import storage
-from emoverse.training.stages import DONE
+from emoverse.training.stages import DONE as DONE_FILE
+from launch.exit_codes import DONE, STOPPED
 from launch.slurm.job_log import EVAL, JOBS, JobRecord, read_jobs
+from launch.verb_tools import add_json, print_result
 
 SQUEUE_TIMEOUT_S = 10
 SQUEUE_FORMAT = "%i|%T|%M|%L|%N|%r"
@@ -29,25 +32,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "run", type=Path, metavar="RUN", help="run directory, or a folder of variants"
     )
+    add_json(parser)
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Where the runs stand.
+def run(args: argparse.Namespace) -> int:
+    """Print the status."""
+    return print_result(status_of(args.run), args, report_text)
+
+
+def status_of(folder: Path) -> dict[str, Any]:
+    """The status of a run, or of all runs in a folder.
 
     Raises:
         FileNotFoundError: the folder holds no run.
     """
     # A run directory may also hold the variants of a later launch.
-    folders = [folder for folder in (args.run, *sorted(args.run.glob("*"))) if _is_run(folder)]
-    if not folders:
+    run_dirs = [path for path in (folder, *sorted(folder.glob("*"))) if _is_run(path)]
+    if not run_dirs:
         raise FileNotFoundError(
-            f"{args.run}: no run here; a run directory has a config.yaml or a {JOBS} folder, give "
+            f"{folder}: no run here; a run directory has a config.yaml or a {JOBS} folder, give "
             "the one that run.run_dir names"
         )
     live = ask_squeue()
     return {
         "scheduler": "answers" if live is not None else "does not answer; from files alone",
-        "runs": [run_status(folder, live) for folder in folders],
+        "runs": [run_status(run_dir, live) for run_dir in run_dirs],
     }
 
 
@@ -56,7 +65,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def run_status(run_dir: Path, live: Mapping[str, Mapping[str, str]] | None) -> dict[str, Any]:
-    """One run; `live` is what the scheduler says by job id, None if it is away."""
+    """One run; `live`: the scheduler's row per job id, None if it does not answer."""
     config = _config(run_dir)
     stages = list(config.stages) if config else []
     stages += [
@@ -64,29 +73,29 @@ def run_status(run_dir: Path, live: Mapping[str, Mapping[str, str]] | None) -> d
         for path in sorted(run_dir.glob("*/metrics.jsonl"))
         if path.parent.name not in stages
     ]
-    told = {stage: stage_status(run_dir / stage) for stage in stages}
-    told_jobs = [job_status(record, live) for record in read_jobs(run_dir)]
+    progress = {stage: stage_status(run_dir / stage) for stage in stages}
+    jobs = [job_status(record, live) for record in read_jobs(run_dir)]
     return {
         "run_dir": str(run_dir),
-        "stages": told,
+        "stages": progress,
         "evaluated": sorted(path.parent.name for path in run_dir.glob(f"{EVAL}/*/metrics.json")),
-        "jobs": told_jobs,
-        "next": _next(run_dir, told, told_jobs),
+        "jobs": jobs,
+        "next": _next(run_dir, progress, jobs),
     }
 
 
 def _config(run_dir: Path) -> Config | None:
     """The run's config: of its first start, or as it was frozen for the queue."""
-    found = [run_dir / "config.yaml", *sorted((run_dir / JOBS).glob("config-*.yaml"))]
-    return next((load_config([path]) for path in found if path.is_file()), None)
+    paths = [run_dir / "config.yaml", *sorted((run_dir / JOBS).glob("config-*"))]
+    return next((load_config([path]) for path in paths if path.is_file()), None)
 
 
 def stage_status(folder: Path) -> dict[str, Any]:
-    """Progress of a stage out of metrics.jsonl, its checkpoints and DONE."""
+    """Progress of a stage from metrics.jsonl, its checkpoints and DONE."""
     lines = _last_lines(folder / "metrics.jsonl")
     interval, start = lines.get("interval", {}), lines.get("start", {})
     steps = [storage.step_of(path) for path in storage.published(folder / "checkpoints")]
-    done = (folder / DONE).is_file()
+    done = (folder / DONE_FILE).is_file()
     return {
         "state": "done" if done else "begun" if lines else "not begun",
         "step": lines.get("step", start).get("step", 0),
@@ -100,10 +109,10 @@ def stage_status(folder: Path) -> dict[str, Any]:
 
 
 def _last_lines(path: Path) -> dict[str, dict[str, Any]]:
-    """The last record of each kind; `start` may lie before the tail and is looked for apart."""
-    found: dict[str, dict[str, Any]] = {}
+    """The last record of each kind; `start` may lie before the tail, so line 1 is read as well."""
+    last: dict[str, dict[str, Any]] = {}
     if not path.is_file():
-        return found
+        return last
     with path.open("rb") as file:
         head = file.readline()
         file.seek(max(0, path.stat().st_size - TAIL_BYTES))
@@ -113,8 +122,8 @@ def _last_lines(path: Path) -> dict[str, dict[str, Any]]:
             record = json.loads(line)
         except ValueError:
             continue  # cut by the start of the tail, or being written
-        found[record["kind"]] = record
-    return found
+        last[record["kind"]] = record
+    return last
 
 
 def _age(path: Path) -> float | None:
@@ -122,7 +131,7 @@ def _age(path: Path) -> float | None:
 
 
 def job_status(record: JobRecord, live: Mapping[str, Mapping[str, str]] | None) -> dict[str, Any]:
-    """One job: what the scheduler says, or else what its files say."""
+    """One job: as the scheduler reports it, else as its files do."""
     last, starts = record.last or {}, record.starts
     row = (live or {}).get(record.job, {})
     if record.submitted.get("executor") == "local":
@@ -133,14 +142,14 @@ def job_status(record: JobRecord, live: Mapping[str, Mapping[str, str]] | None) 
     if row:
         state = row["state"].lower()
     elif ended:
-        state = {0: "done", 75: "stopped"}.get(last["code"], f"failed with {last['code']}")
+        state = {DONE: "done", STOPPED: "stopped"}.get(last["code"], f"failed with {last['code']}")
     elif gone:
-        state = "ended by force or cancelled: no end noted, and it is not there any more"
+        state = "killed or cancelled: no end recorded, and it no longer exists"
     elif not last:
         state = "submitted, not begun"
     else:
         running = last["event"] == "start"
-        state = "begun, no end noted" if running else "stopped and requeued"
+        state = "begun, no end recorded" if running else "stopped and requeued"
     return {
         "job": record.job,
         "parts": record.submitted.get("parts") or (starts[-1]["parts"] if starts else []),
@@ -157,7 +166,7 @@ def job_status(record: JobRecord, live: Mapping[str, Mapping[str, str]] | None) 
 
 
 def ask_squeue() -> dict[str, dict[str, str]] | None:
-    """All jobs that the scheduler knows by id, None if it is away."""
+    """All jobs of the scheduler by id, None if it does not answer."""
     if shutil.which("squeue") is None:
         return None
     try:
@@ -183,15 +192,15 @@ def ask_squeue() -> dict[str, dict[str, str]] | None:
     }
 
 
-def _next(run_dir: Path, stages: Mapping[str, Any], told: Sequence[Mapping[str, Any]]) -> str:
-    """What a person does now, as far as can be told."""
-    active = [job["job"] for job in told if job["active"]]
+def _next(run_dir: Path, stages: Mapping[str, Any], jobs: Sequence[Mapping[str, Any]]) -> str:
+    """What the user does next."""
+    active = [job["job"] for job in jobs if job["active"]]
     if active:
         return f"wait for {', '.join(active)}"
     if stages and all(stage["state"] == "done" for stage in stages.values()):
         report = run_dir / "report.html"
         return f"open {report}" if report.is_file() else f"emoverse evaluate {run_dir}"
-    return "submit again to go on; the same command resumes"
+    return "submit again; the same command resumes"
 
 
 # As text ---------------------------------------------------------------------------------------
@@ -200,14 +209,14 @@ def _next(run_dir: Path, stages: Mapping[str, Any], told: Sequence[Mapping[str, 
 def report_text(report: Mapping[str, Any]) -> str:
     """A few lines per run."""
     lines = [f"scheduler: {report['scheduler']}"]
-    for one in report["runs"]:
-        lines += ["", f"{one['run_dir']}"]
-        lines += [f"  {_stage_line(name, stage)}" for name, stage in one["stages"].items()]
-        if one["evaluated"]:
-            lines.append(f"  evaluated: {', '.join(one['evaluated'])}")
-        for job in one["jobs"]:
+    for status in report["runs"]:
+        lines += ["", f"{status['run_dir']}"]
+        lines += [f"  {_stage_line(name, stage)}" for name, stage in status["stages"].items()]
+        if status["evaluated"]:
+            lines.append(f"  evaluated: {', '.join(status['evaluated'])}")
+        for job in status["jobs"]:
             lines += [f"  {line}" for line in _job_lines(job)]
-        lines.append(f"  next: {one['next']}")
+        lines.append(f"  next: {status['next']}")
     return "\n".join(lines)
 
 
@@ -221,11 +230,11 @@ def _stage_line(name: str, stage: Mapping[str, Any]) -> str:
     if stage["samples_per_s"]:
         parts.append(f"{stage['samples_per_s']:.1f} samples/s")
     if stage["eta_s"] is not None:
-        parts.append(f"{_duration(stage['eta_s'])} to go")
+        parts.append(f"{format_duration(stage['eta_s'])} left")
     saved = stage["checkpoint_step"]
     parts.append("no checkpoint yet" if saved is None else f"checkpoint at step {saved}")
     if stage["last_line_s_ago"] is not None and stage["state"] != "done":
-        parts.append(f"last word {_duration(stage['last_line_s_ago'])} ago")
+        parts.append(f"last line {format_duration(stage['last_line_s_ago'])} ago")
     return ", ".join(parts)
 
 
@@ -242,12 +251,4 @@ def _job_lines(job: Mapping[str, Any]) -> list[str]:
 
 def _since(stamp: str) -> str:
     then = datetime.strptime(stamp, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
-    return f"{_duration((datetime.now(UTC) - then).total_seconds())} ago"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return (
-        f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
-    )
+    return f"{format_duration((datetime.now(UTC) - then).total_seconds())} ago"

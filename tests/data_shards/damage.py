@@ -291,7 +291,7 @@ def content_kinds(outside: Path) -> list[Kind]:
         kind("label not in its list", fields(emotion="glee"), "read", "emotion: must be one"),
         kind("absurd number of frames", fields(num_frames=10**300), "read", "num_frames"),
         kind("absurd sentiment", fields(sentiment=10**400), "read", "sentiment"),
-        kind("promised frames", fields(num_frames=999), "decode", "999 frames promised"),
+        kind("promised frames", fields(num_frames=999), "decode", "must have 999 frames"),
         kind("video cut", video(lambda mp4: mp4[: len(mp4) // 2]), "decode", "mp4: "),
         kind("video empty", sealed(mp4=b""), "read", "non-empty mp4"),
         kind("video of garbage", sealed(mp4=b"garbage!" * 999), "decode", "mp4: cannot decode"),

@@ -23,6 +23,7 @@ from data_shards.shards.index import ShardIndex
 from data_shards.shards.reader import ShardReader
 from data_shards.shards.record import Record, Video
 from data_shards.stream import (
+    Damage,
     DamagedSample,
     Sample,
     StepStream,
@@ -215,10 +216,8 @@ def test_extracted_frames_serve_the_same_views(built: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("how", ["exact", "fast", "tiles", "extracted"])
-def test_frames_can_be_decoded_to_where_they_should_lie(
-    built: Path, tmp_path: Path, how: str
-) -> None:
-    """Reading and decoding apart give what `stream[step]` gives, in the memory that was named."""
+def test_frames_can_be_decoded_into_given_memory(built: Path, tmp_path: Path, how: str) -> None:
+    """`read` and `decode` give what `stream[step]` gives, in the given memory."""
     options = {"fast": {"resize": "fast"}, "tiles": {"peak_tiles": 4}}.get(how, {})
     folder, view = built, replace(VIEW, **options)
     if how == "extracted":
@@ -226,19 +225,20 @@ def test_frames_can_be_decoded_to_where_they_should_lie(
         jpegs = BuildOptions(frames="extracted", frames_per_clip=4, frame_size=28)
         build_shards(make_records(), folder, options=jpegs, provenance={})
     stream = open_stream(folder, view=view)
-    waited = Counter[str]()
+    kinds = Counter[str]()
     for step in range(len(stream)):
         for whole, sample in zip(stream[step], stream.read(step), strict=True):
             assert identity(whole) == identity(sample) and whole.frames is not None
-            waited[f"{sample.view} {sample.waiting}"] += 1
-            if sample.waiting:
-                assert sample.frames is None
-                out = np.zeros((sample.waiting, 28, 28, 3), np.uint8)
-                sample = stream.decode(sample, out)
-                assert sample.frames is out
-            np.testing.assert_array_equal(sample.frames, whole.frames)
-    # How many tiles there will be only decoding tells.
-    assert waited == {"clip 4": 8, "peak 0" if how == "tiles" else "peak 1": 8}
+            kinds[f"{sample.view} {sample.undecoded}"] += 1
+            frames = sample.frames
+            if sample.undecoded:
+                assert frames is None
+                out = np.zeros((sample.undecoded, 28, 28, 3), np.uint8)
+                frames = stream.decode(sample, out)
+                assert frames is out
+            np.testing.assert_array_equal(frames, whole.frames)
+    # The number of tiles is known only after decoding.
+    assert kinds == {"clip 4": 8, "peak 0" if how == "tiles" else "peak 1": 8}
 
 
 def damage(folder: Path, keys: set[str]) -> None:
@@ -295,6 +295,33 @@ def test_a_video_that_does_not_decode_is_damage(
         open_stream(folder, on_damage="replace")[0]
 
 
+def test_media_damage_is_a_value_that_can_be_substituted(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    victim, *_ = (sample for sample in open_stream(folder).read(1) if sample.view == "clip")
+    media = victim.record.media
+    assert isinstance(media, Video)
+
+    def broken(mp4: bytes, indices: Any, **options: Any) -> Any:
+        if mp4 == media.mp4:
+            raise DamagedVideo("the frame at 7 is corrupt")
+        return decode_frames(mp4, indices, **options)
+
+    monkeypatch.setattr(stream_module, "decode_frames", broken)
+    stream = open_stream(folder, on_damage="replace")
+    found = stream.decode(victim)
+    assert isinstance(found, Damage) and found.cause == "mp4: the frame at 7 is corrupt"
+    assert (found.position, found.task, found.key) == identity(victim)
+    other = stream.substitute(victim, found)
+    assert other.quarantine == (found,) and other.undecoded and other.task is victim.task
+    assert other.record.key != victim.record.key
+    whole = next(sample for sample in stream[1] if sample.position == victim.position)
+    np.testing.assert_array_equal(stream.complete(other).frames, whole.frames)
+    assert identity(whole) == identity(other) and whole.quarantine == other.quarantine
+    with pytest.raises(DamagedSample, match=r"the frame at 7 is corrupt; set data\.on_damage"):
+        open_stream(folder).substitute(victim, found)
+
+
 def test_damage_is_replaced_by_the_same_task(folder: Path) -> None:
     before = all_samples(open_stream(folder))
     victims = {sample.record.key for sample in before if sample.position in (0, 1, 5)}
@@ -319,7 +346,7 @@ def test_damage_is_replaced_by_the_same_task(folder: Path) -> None:
 def test_substitutes_are_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the number of attempts, or by the records that the task has."""
     damage(folder, {record.key for record in make_records()})
-    with pytest.raises(DamagedSample, match=r"is damaged: .*; .*that could stand in for task"):
+    with pytest.raises(DamagedSample, match=r"is damaged: .*; .*substitutes for task"):
         open_stream(folder, on_damage="replace")[0]
     monkeypatch.setattr(stream_module, "MAX_ATTEMPTS", 2)
     with pytest.raises(DamagedSample, match="2 substitutes are damaged too; build the shards"):

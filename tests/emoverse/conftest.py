@@ -1,15 +1,18 @@
-"""Fixtures of the training tests: several ranks by fork, and a tiny whole run directory's inputs.
+"""Fixtures of the training tests: several ranks by fork, and tiny runs from inputs to weights.
 
 `run_ranks(work, world_size)` forks ranks that meet through a file, so a two-rank test takes a
 fraction of a second; a rank that hangs is killed at the time limit and fails the test.
 """
 
+import contextlib
 import json
 import multiprocessing
+import os
 import pickle
+import signal
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,11 +28,12 @@ from data_shards.media.video import encode_mp4
 from data_shards.shards.record import Record, Turn, Video
 from data_shards.tasks import EMOTIONS, TASKS, Pair, build_query, format_answer
 from emoverse.config.schema import Config, load_config
-from emoverse.engine.distributed import World, shutdown
+from emoverse.engine.distributed import RankError, World, shutdown
 from emoverse.models.emoverse import build_model
 from emoverse.models.internvl.checkpoint import build_native, export_checkpoint
 from emoverse.models.internvl.released_config import new_config
 from emoverse.nano.train_tokenizer import train_tokenizer
+from emoverse.training.stage_build import StageSetup
 
 CPU = torch.device("cpu")
 
@@ -236,3 +240,77 @@ def tiny_config(tiny_inputs: TinyInputs, tmp_path: Path) -> Callable[..., Config
         return load_config([path], overrides)
 
     return make
+
+
+# Training it ----------------------------------------------------------------------------------
+
+AtStep = Callable[..., contextlib.AbstractContextManager[None]]
+
+
+@pytest.fixture
+def train_rank() -> Callable[..., str]:
+    """`train_rank(config, world, "stage1", resume=False)`: one rank, in a group; its outcome."""
+    from emoverse.training import shutdown
+    from emoverse.training.train import TrainOptions, train_stages
+
+    def train(config: Config, world: World, *stages: str, **options: Any) -> str:
+        with shutdown.listen() as flag:
+            given = TrainOptions(**options)
+            return train_stages(config, stages or ("stage1",), world, options=given, flag=flag)
+
+    return train
+
+
+@pytest.fixture
+def train(
+    run_ranks: Callable[..., list[Any]], train_rank: Callable[..., str]
+) -> Callable[..., list[Any]]:
+    """`train(config, "stage1", "stage2", world_size=2, resume=False)`: trains in forked ranks.
+
+    Returns per rank "done", "stopped", or (reason, whether the input is wrong) of a `RankError`.
+    """
+
+    def train(config: Config, *stages: str, world_size: int = 2, **options: Any) -> list[Any]:
+        def work(world: World) -> Any:
+            try:
+                return train_rank(config, world, *stages, **options)
+            except RankError as error:
+                return str(error), error.wrong_input
+
+        return run_ranks(work, world_size)
+
+    return train
+
+
+@pytest.fixture
+def at_step(monkeypatch: pytest.MonkeyPatch) -> AtStep:
+    """`with at_step(3, act)`: inside, every rank calls `act(setup)` during 0-based step 3."""
+
+    @contextlib.contextmanager
+    def patched(step: int, act: Callable[[StageSetup], None]) -> Iterator[None]:
+        original = StageSetup.lr_factor
+
+        def lr_factor(self: StageSetup, current: int) -> float:
+            if current == step:
+                act(self)
+            return original(self, current)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(StageSetup, "lr_factor", lr_factor)
+            yield
+
+    return patched
+
+
+@pytest.fixture
+def stop_at(at_step: AtStep) -> AtStep:
+    """`with stop_at(3, on_rank=1)`: inside, one rank gets a stop signal during 0-based step 3."""
+
+    def stop(step: int, *, on_rank: int = 0) -> contextlib.AbstractContextManager[None]:
+        def act(setup: StageSetup) -> None:
+            if setup.sampler.rank == on_rank:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        return at_step(step, act)
+
+    return stop

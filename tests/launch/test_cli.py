@@ -11,6 +11,7 @@ from ruamel.yaml import YAML
 from data_shards.shards.index import ShardIndex
 from data_shards.tasks import TASKS
 from launch import cli
+from launch.verbs import plan
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = ROOT / "tests" / "emoverse" / "good_config.yaml"
@@ -41,13 +42,18 @@ def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "verb", [*cli.VERBS, "annotate fer", "annotate reasons", "build synthetic"]
+    "verb",
+    [
+        *cli.VERBS,
+        *("annotate fer", "annotate reasons", "build synthetic"),
+        *("convert export", "convert import"),
+    ],
 )
 def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = call(capsys, *verb.split(), "--help")
     assert code == 0
     assert "usage: emoverse" in out
-    if verb not in ("train", "annotate", "build", "convert"):
+    if verb not in ("train", "annotate", "build", "convert", "demo"):
         assert "--json" in out
 
 
@@ -117,9 +123,8 @@ def test_a_fault_shows_its_traceback_and_ends_with_1(
     def fail(args: object) -> int:
         raise RuntimeError("the disk is on fire")
 
-    fire = cli.Verb(summary="", configure=lambda parser: None, handle=fail)
-    monkeypatch.setitem(cli.VERBS, "plan", fire)
-    code, _, err = call(capsys, "plan")
+    monkeypatch.setattr(plan, "run", fail)
+    code, _, err = call(capsys, "plan", "a.yaml")
     assert code == 1
     assert "Traceback" in err and "RuntimeError: the disk is on fire" in err
 
@@ -132,14 +137,13 @@ def test_a_failing_disk_or_network_is_told_in_one_line(
         error.add_note("while the plan was written")
         raise error
 
-    full = cli.Verb(summary="", configure=lambda parser: None, handle=fail)
-    monkeypatch.setitem(cli.VERBS, "plan", full)
+    monkeypatch.setattr(plan, "run", fail)
     line = (
         "emoverse plan: [Errno 28] No space left on device: '/runs/a/plan.json'; while the plan "
         "was written\n"
     )
-    assert call(capsys, "plan") == (1, "", line)
-    code, _, err = call(capsys, "--debug", "plan")
+    assert call(capsys, "plan", "a.yaml") == (1, "", line)
+    code, _, err = call(capsys, "--debug", "plan", "a.yaml")
     assert code == 1 and err.startswith("Traceback") and err.endswith(line)
 
 

@@ -1,8 +1,8 @@
-"""Which rank is this: every launcher's environment, whole and half set."""
+"""Which rank is this: every launcher's environment, whole and partly set."""
 
 import pytest
 
-from launch.context import RANK_VARIABLES, Door, find_door, first_host
+from launch.context import RANK_VARIABLES, RankContext, first_host, read_context
 
 FIVE = {
     "RANK": "3",
@@ -31,66 +31,79 @@ SUBMITIT = {
 
 
 def test_nobody_means_one_process() -> None:
-    door = find_door({"HOME": "/x"})
-    assert door == Door(launcher="nobody")
+    context = read_context({"HOME": "/x"})
+    assert context == RankContext(launcher="none")
     environ = {"HOME": "/x"}
-    door.export(environ)
+    context.export(environ)
     assert environ == {"HOME": "/x"}
 
 
 def test_srun() -> None:
-    door = find_door(SRUN)
-    assert (door.launcher, door.rank, door.local_rank, door.world_size) == ("slurm", 3, 1, 4)
-    assert (door.address, door.job, door.start) == ("gpu003", "4711", 2)
-    assert 1024 < door.port < 32768
+    context = read_context(SRUN)
+    assert (context.launcher, context.rank, context.local_rank, context.world_size) == (
+        "slurm",
+        3,
+        1,
+        4,
+    )
+    assert (context.address, context.job, context.num_restarts) == ("gpu003", "4711", 2)
+    assert 1024 < context.port < 32768
     environ = dict(SRUN)
-    door.export(environ)
-    assert [environ[name] for name in RANK_VARIABLES] == ["3", "1", "4", "gpu003", str(door.port)]
+    context.export(environ)
+    assert [environ[name] for name in RANK_VARIABLES] == [
+        "3",
+        "1",
+        "4",
+        "gpu003",
+        str(context.port),
+    ]
 
 
 def test_all_ranks_of_a_step_meet_at_the_same_place() -> None:
-    doors = [find_door(SRUN | {"SLURM_PROCID": str(rank)}) for rank in range(4)]
-    assert len({(door.address, door.port) for door in doors}) == 1
+    contexts = [read_context(SRUN | {"SLURM_PROCID": str(rank)}) for rank in range(4)]
+    assert len({(context.address, context.port) for context in contexts}) == 1
     # Two steps of a job, and two jobs, may share a node.
     others = [SRUN | {"SLURM_STEP_ID": "1"}, SRUN | {"SLURM_JOB_ID": "4712"}]
-    assert len({find_door(environ).port for environ in (SRUN, *others)}) == 3
+    assert len({read_context(environ).port for environ in (SRUN, *others)}) == 3
 
 
 def test_the_tasks_of_an_array_have_names_of_their_own() -> None:
     array = {"SLURM_ARRAY_JOB_ID": "4700", "SLURM_ARRAY_TASK_ID": "11"}
-    assert find_door(SRUN | array).job == "4700_11"
+    assert read_context(SRUN | array).job == "4700_11"
 
 
 def test_an_address_that_the_user_has_chosen_is_kept() -> None:
-    door = find_door(SRUN | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"})
-    assert (door.address, door.port) == ("10.0.0.1", 1234)
+    context = read_context(SRUN | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"})
+    assert (context.address, context.port) == ("10.0.0.1", 1234)
 
 
 def test_torchrun_wins_over_slurm_and_nobody_is_requeued() -> None:
-    door = find_door(SRUN | FIVE)
-    assert (door.launcher, door.address, door.job) == ("variables", "head", None)
+    context = read_context(SRUN | FIVE)
+    assert (context.launcher, context.address, context.job) == ("variables", "head", None)
     environ = SRUN | FIVE
-    door.export(environ)
+    context.export(environ)
     assert environ == SRUN | FIVE
 
 
 def test_submitit_on_this_machine() -> None:
-    door = find_door(SUBMITIT)
-    assert (door.launcher, door.rank, door.world_size) == ("submitit", 1, 2)
-    assert (door.address, door.job) == ("127.0.0.1", "987")
+    context = read_context(SUBMITIT)
+    assert (context.launcher, context.rank, context.world_size) == ("submitit", 1, 2)
+    assert (context.address, context.job) == ("127.0.0.1", "987")
 
 
 @pytest.mark.parametrize("missing", RANK_VARIABLES)
 def test_half_set_rank_variables(missing: str) -> None:
     environ = {name: value for name, value in FIVE.items() if name != missing}
-    with pytest.raises(ValueError, match=f"half set: .* are set, {missing} are not; set all five"):
-        find_door(environ)
+    with pytest.raises(
+        ValueError, match=f"partly set: .* are set, {missing} are not; set all five"
+    ):
+        read_context(environ)
 
 
 @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "WORLD_SIZE"])
 def test_a_lone_rank_variable_inside_a_step(name: str) -> None:
-    with pytest.raises(ValueError, match=f"half set: {name} are set"):
-        find_door(SRUN | {name: "1"})
+    with pytest.raises(ValueError, match=f"partly set: {name} are set"):
+        read_context(SRUN | {name: "1"})
 
 
 @pytest.mark.parametrize(
@@ -99,26 +112,26 @@ def test_a_lone_rank_variable_inside_a_step(name: str) -> None:
 def test_half_a_step(missing: str) -> None:
     environ = {name: value for name, value in SRUN.items() if name != missing}
     with pytest.raises(ValueError, match=f"{missing} are not; srun sets them"):
-        find_door(environ)
+        read_context(environ)
 
 
 @pytest.mark.parametrize("missing", [name for name in SUBMITIT if "GLOBALID" not in name])
 def test_half_a_submitit_job(missing: str) -> None:
     environ = {name: value for name, value in SUBMITIT.items() if name != missing}
     with pytest.raises(ValueError, match=f"{missing} are not; submitit's local executor"):
-        find_door(environ)
+        read_context(environ)
 
 
 def test_a_batch_shell_without_srun_does_not_wait_for_ever() -> None:
     environ = {name: value for name, value in SRUN.items() if "STEP" not in name}
     with pytest.raises(ValueError, match=r"SLURM_NTASKS=4 but .* not started by srun"):
-        find_door(environ)
-    assert find_door(environ | {"SLURM_NTASKS": "1"}).world_size == 1
+        read_context(environ)
+    assert read_context(environ | {"SLURM_NTASKS": "1"}).world_size == 1
 
 
 def test_numbers_are_numbers() -> None:
     with pytest.raises(ValueError, match="SLURM_PROCID must be an integer, found 'one'"):
-        find_door(SRUN | {"SLURM_PROCID": "one"})
+        read_context(SRUN | {"SLURM_PROCID": "one"})
 
 
 @pytest.mark.parametrize(

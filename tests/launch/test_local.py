@@ -13,13 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from emoverse.config.schema import Config, load_config
-from emoverse.config.yaml_source import split_words
+from emoverse.config.schema import Config, load_config, load_frozen
 from emoverse.training.shutdown import STOP_SIGNALS
 from launch import cli, local, worker
+from launch.exit_codes import FAULT, STOPPED, WRONG_INPUT
 from launch.local import exit_code, rank_environment, run_local, run_ranks
 from launch.progress import Screen
-from launch.worker import FAULT, STOPPED, WRONG_INPUT
 
 ROOT = Path(worker.__file__).parents[1]
 
@@ -98,6 +97,7 @@ def test_a_full_disk_does_not_silence_rank_0() -> None:
     assert shown.getvalue() == "one\ntwo\n"
 
 
+@pytest.mark.promise(5)
 def test_one_failing_rank_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "GRACE_AFTER_FAILURE_S", 0.3)
     command = script(
@@ -117,6 +117,7 @@ def test_one_failing_rank_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert not is_alive(int(pid))
 
 
+@pytest.mark.promise(6)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2])
 @pytest.mark.parametrize("handles", [True, False])
 def test_a_signal_reaches_all_ranks(tmp_path: Path, number: signal.Signals, handles: bool) -> None:
@@ -167,6 +168,7 @@ def test_a_signal_while_a_rank_starts_or_leaves_is_no_fault(
     assert run_ranks(command, num_ranks=2, logs=tmp_path) == STOPPED
 
 
+@pytest.mark.promise(5)
 def test_ranks_do_not_outlive_their_launcher(tmp_path: Path) -> None:
     rank = script(
         f"""
@@ -215,13 +217,13 @@ def test_a_run_directory_may_hold_an_equals_sign(
     asked: list[list[str]] = []
     monkeypatch.setattr(local, "run_ranks", lambda command, **_: asked.append(list(command)) or 0)
     assert run_local(config, stages=["stage1"]) == 0
-    assert load_config(*split_words(worker.parse(asked[0][3:]).config)) == config
+    assert worker.read_config(worker.parse(asked[0][3:]).config) == config
 
 
 def test_a_second_launcher_does_not_change_what_the_ranks_of_the_first_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It will be refused by the lease; until then it must not touch the config of the first."""
+    """The run lock will refuse it; until then it must not touch the config of the first."""
     asked: list[str] = []
     monkeypatch.setattr(local, "run_ranks", lambda command, **_: asked.append(command[3]) or 0)
     first, second = (
@@ -230,7 +232,7 @@ def test_a_second_launcher_does_not_change_what_the_ranks_of_the_first_read(
     )
     for config in (first, second, first):
         assert run_local(config, stages=["stage1"]) == 0
-    assert [load_config([Path(name)]) for name in asked] == [first, second, first]
+    assert [load_frozen(Path(name)) for name in asked] == [first, second, first]
     assert len(list((tmp_path / "stage1/logs").iterdir())) == 2
 
 
@@ -267,7 +269,7 @@ def test_no_stage_begins_after_a_signal(
     assert run_local(debug_config(tmp_path), stages=["stage1", "stage2"]) == STOPPED
     assert [line.split()[4] for line in asked.read_text().splitlines()] == ["stage1"]
     said = capfd.readouterr().out
-    assert "stage2 is not begun; the same command goes on (SIGUSR2)" in said
+    assert "stage2 is not begun; the same command resumes (SIGUSR2)" in said
 
 
 def test_the_time_limit_is_that_of_all_stages(
@@ -280,7 +282,7 @@ def test_the_time_limit_is_that_of_all_stages(
     assert spent == sorted(spent) and spent[0] == 0 and len(spent) <= 4 and spent[-1] < 3.05
     assert all(later - earlier > 0.7 for earlier, later in pairwise(spent))
     said = capfd.readouterr().out
-    assert "stage1 is not begun; the same command goes on (time limit of 0.05 minutes)" in said
+    assert "stage1 is not begun; the same command resumes (time limit of 0.05 minutes)" in said
 
 
 def test_importing_the_worker_does_not_import_torch() -> None:

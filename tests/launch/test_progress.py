@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from launch import progress
-from launch.progress import Progress, Screen, draw, shown
+from launch.progress import Screen, StageProgress, bar_text, stage_screen
 
 
 def write(path: Path, *records: dict[str, Any], mode: str = "a") -> None:
@@ -23,7 +23,7 @@ START = {"kind": "start", "num_steps": 40, "step": 0}
 
 def test_how_far_a_stage_is(tmp_path: Path) -> None:
     path = tmp_path / "stage1" / "metrics.jsonl"
-    bar = Progress(path)
+    bar = StageProgress(path)
     assert bar.text(200) == ""
     path.parent.mkdir()
     write(path, START)
@@ -33,7 +33,7 @@ def test_how_far_a_stage_is(tmp_path: Path) -> None:
     write(path, {"kind": "interval", "step": 20, "loss": 1.25, "eta_s": 3725})
     with path.open("a") as file:
         file.write('{"kind": "step", "step": 21, "lo')
-    assert bar.text(200).endswith("] 20/40 50.0% loss 1.25 eta 1:02:05")
+    assert bar.text(200).endswith("] 20/40 50.0% loss 1.25 eta 1h02m")
     with path.open("a") as file:
         file.write('ss": 1.0}\n')
     assert " 21/40 " in bar.text(200) and len(bar.text(30)) == 29
@@ -41,9 +41,9 @@ def test_how_far_a_stage_is(tmp_path: Path) -> None:
     assert bar.text(200) == ""
 
 
-def test_a_resumed_stage_writes_the_file_anew(tmp_path: Path) -> None:
+def test_a_resumed_stage_replaces_the_file(tmp_path: Path) -> None:
     path = tmp_path / "stage1.jsonl"
-    bar = Progress(path)
+    bar = StageProgress(path)
     write(path, START, {"kind": "step", "step": 30, "loss": 1.0})
     assert " 30/40 " in bar.text(99)
     other = tmp_path / "new"
@@ -66,7 +66,7 @@ def test_lines_stay_above_the_bar() -> None:
 def test_no_bar_in_a_log(tmp_path: Path) -> None:
     stream = io.StringIO()
     write(tmp_path / "m", START, {"kind": "step", "step": 30, "loss": 1.0})
-    with shown(tmp_path / "m", stream) as screen:
+    with stage_screen(tmp_path / "m", stream) as screen:
         screen.line("text\n")
     assert stream.getvalue() == "text\n"
 
@@ -79,7 +79,7 @@ def test_a_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     parent, child = pty.openpty()
     found = ""
     with os.fdopen(child, "w") as terminal:
-        with shown(tmp_path / "m", terminal) as screen:
+        with stage_screen(tmp_path / "m", terminal) as screen:
             screen.line("text\n")
             while "loss" not in found:  # the terminal hands over what was written piece by piece
                 found += os.read(parent, 10_000).decode()
@@ -90,4 +90,4 @@ def test_a_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_bar_is_full_at_the_end() -> None:
-    assert "#" * progress.WIDTH in draw({"name": "s", "step": 5, "num_steps": 5, "loss": 0.0})
+    assert "#" * progress.WIDTH in bar_text({"name": "s", "step": 5, "num_steps": 5, "loss": 0.0})

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from emoverse.kernels.adapter_types import LoraInput, scaled_mm
 from emoverse.kernels.triton_ops.common import dropout_arguments, dropped, padded_rank, upcast
-from emoverse.kernels.types import LoraInput, scaled_mm
 
 PLAIN, NORMED, ACTIVATED = 0, 1, 2
 _NORMED, _ACTIVATED = tl.constexpr(NORMED), tl.constexpr(ACTIVATED)

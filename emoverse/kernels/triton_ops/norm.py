@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from emoverse.kernels.adapter_types import LoraInput, NormOutput
 from emoverse.kernels.triton_ops.common import dropout_arguments, dropped, padded_rank, upcast
 from emoverse.kernels.triton_ops.lora import FREE, NORMED, through_a, weight_gradient
-from emoverse.kernels.types import LoraInput, NormOutput
 
 BLOCK_T, BLOCK_D = 16, 128
 

@@ -1,6 +1,5 @@
-"""The verb annotate fer: from ready csv files, and from a shard folder by running OpenFace."""
+"""FER labels from ready csv files, and from a shard folder by running OpenFace."""
 
-import argparse
 import json
 import re
 import sys
@@ -10,12 +9,13 @@ import numpy as np
 import pytest
 
 from data_shards.annotate.action_units import FerOptions
-from data_shards.annotate.fer import add_arguments, report_text, run
+from data_shards.annotate.fer import annotate_folder
 from data_shards.annotate.openface import INTENSITY_AUS, PRESENCE_AUS, Faces, write_openface
 from data_shards.build.build import build_shards
 from data_shards.media.video import encode_mp4
 from data_shards.shards.record import Record, Video
 from data_shards.tasks import Task
+from launch import cli
 
 # A stand-in for OpenFace's program, same arguments, same file: a row per frame of the clip, a
 # smile in the third; no file for a grey clip.
@@ -61,20 +61,15 @@ def smile() -> Faces:
     )
 
 
-def parse(*arguments: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return parser.parse_args(list(arguments))
-
-
-def test_command(tmp_path: Path) -> None:
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_openface(tmp_path / "a.csv", smile())
     write_openface(tmp_path / "b.csv", smile(), spaced=False)
     lines = [{"key": k, "emotion": e} for k, e in (("a", "joy"), ("b", "fear"), ("c", "joy"))]
     emotions = "\n".join(json.dumps(line) for line in lines)
     (tmp_path / "emotions.jsonl").write_text(emotions + "\n\n")
-    report = run(parse(str(tmp_path)))
-    assert report == {
+    words = ["annotate", "fer", str(tmp_path)]
+    assert cli.main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
         "out": str(tmp_path / "fer.jsonl"),
         "clips": 3,
         "annotated": 1,
@@ -89,18 +84,21 @@ def test_command(tmp_path: Path) -> None:
             "phrases": ["Cheek Raiser", "Lip Corner Puller"],
         }
     ]
-    assert report_text(report).splitlines() == [
+    assert cli.main(words) == 0
+    assert capsys.readouterr().out.splitlines() == [
         f"1 of 3 clips annotated -> {tmp_path / 'fer.jsonl'}",
         "  1 not annotated: no-common-au",
         "  1 not annotated: no-csv",
     ]
     out = tmp_path / "other.jsonl"
-    again = run(parse(str(tmp_path), "--out", str(out), "--on-empty", "neutral", "--ties", "last"))
-    assert again["annotated"] == 2 and len(out.read_text().splitlines()) == 2
+    more = ["--out", str(out), "--on-empty", "neutral", "--ties", "last", "--json"]
+    assert cli.main([*words, *more]) == 0
+    assert json.loads(capsys.readouterr().out)["annotated"] == 2
+    assert len(out.read_text().splitlines()) == 2
 
 
 def test_command_defaults_are_the_papers_reading() -> None:
-    args = parse("dir")
+    args = cli.parse(["annotate", "fer", "dir"])
     for name in FerOptions.__dataclass_fields__:
         value = getattr(args, name)
         assert (tuple(value) if isinstance(value, list) else value) == getattr(FerOptions(), name)
@@ -120,18 +118,18 @@ def test_command_defaults_are_the_papers_reading() -> None:
         ),
     ],
 )
-def test_command_refuses(tmp_path: Path, text: str, message: str) -> None:
+def test_damaged_emotions_are_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "emotions.jsonl").write_text(text)
     with pytest.raises(ValueError, match=re.escape(message)):
-        run(parse(str(tmp_path)))
+        annotate_folder(tmp_path)
     assert not list(tmp_path.glob("fer*"))
 
 
-def test_command_needs_its_files(tmp_path: Path) -> None:
+def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="none: no such folder; give a shard folder"):
-        run(parse(str(tmp_path / "none")))
+        annotate_folder(tmp_path / "none")
     with pytest.raises(FileNotFoundError, match=r"emotions\.jsonl: no such file; give a JSONL of"):
-        run(parse(str(tmp_path)))
+        annotate_folder(tmp_path)
 
 
 # --- a shard folder
@@ -177,11 +175,14 @@ def shards(tmp_path: Path) -> Path:
 
 
 def test_openface_measures_the_clips_of_a_shard_folder(
-    shards: Path, program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shards: Path,
+    program: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     csvs = tmp_path / "csv"
-    words = [str(shards), "--csv", str(csvs), "--openface", str(program)]
-    report = run(parse(*words))
+    report = annotate_folder(shards, csv_folder=csvs, openface=str(program))
     assert report["openface"] == {"failed": 1, "measured": 2}
     assert (report["clips"], report["annotated"]) == (3, 2)
     assert report["not_annotated"] == {"no-csv": 1}
@@ -196,10 +197,13 @@ def test_openface_measures_the_clips_of_a_shard_folder(
     ]
     # Again, found by its name: what is there is kept.
     monkeypatch.setenv("PATH", str(program.parent))
-    again = run(parse(str(shards), "--csv", str(csvs), "--group-speakers", "skip"))
+    words = ["annotate", "fer", str(shards), "--csv", str(csvs), "--group-speakers", "skip"]
+    assert cli.main([*words, "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
     assert again["openface"] == {"failed": 1, "there": 2}
     assert again["annotated"] == 1 and again["not_annotated"]["group-speaker"] == 1
-    assert "  OpenFace: 2 there" in report_text(again).splitlines()
+    assert cli.main(words) == 0
+    assert "  OpenFace: 2 there" in capsys.readouterr().out.splitlines()
 
 
 def test_without_openface_ready_csv_files_serve(
@@ -207,13 +211,13 @@ def test_without_openface_ready_csv_files_serve(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
     with pytest.raises(ValueError, match="a shard folder needs --csv FOLDER"):
-        run(parse(str(shards)))
+        annotate_folder(shards)
     csvs = tmp_path / "csv"
     with pytest.raises(FileNotFoundError, match="FaceLandmarkVidMulti is not on the PATH; install"):
-        run(parse(str(shards), "--csv", str(csvs), "--faces", "multi"))
+        annotate_folder(shards, csv_folder=csvs, faces="multi")
     with pytest.raises(FileNotFoundError, match="--openface: no program nowhere; give the path of"):
-        run(parse(str(shards), "--csv", str(csvs), "--openface", "nowhere"))
+        annotate_folder(shards, csv_folder=csvs, openface="nowhere")
     csvs.mkdir()
     write_openface(csvs / "a.csv", smile())
-    report = run(parse(str(shards), "--csv", str(csvs)))
+    report = annotate_folder(shards, csv_folder=csvs)
     assert (report["annotated"], report["not_annotated"]) == (1, {"no-csv": 2})

@@ -282,7 +282,7 @@ def test_options_are_checked(changes: dict[str, Any], message: str) -> None:
 def test_a_key_comes_once_in_a_file(tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl"
     path.write_text('{"key": "a", "reason": "x"}\n' * 2)
-    with pytest.raises(ValueError, match=r"d\.jsonl:2: key a: must come once, found it twice"):
+    with pytest.raises(ValueError, match=r"d\.jsonl:2: key a: must be unique, found it twice"):
         read_texts(path, "reason")
     path.write_text('{"key": "a"}\n')
     with pytest.raises(ValueError, match=r"d\.jsonl:1: reason: must be text, found None"):

@@ -183,7 +183,7 @@ def test_the_verb_says_which_file_has_changed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("data_shards.build.cli.Progress", lambda total, unit: stop_at(3))
+        patch.setattr("data_shards.build.source_build.Progress", lambda total, unit: stop_at(3))
         assert cli.main(swift) == 75
     (tmp_path / "0.mp4").write_bytes(other_clip())
     assert cli.main(swift) == 0

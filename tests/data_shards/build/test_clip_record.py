@@ -84,7 +84,7 @@ def test_a_span_without_a_frame_is_damaged_media(film: Path) -> None:
     for start, end in ((9.0, 10.0), (1.0, 1.0), (1.04, 1.06)):
         result = make_record(pending(film, clip=Clip(path=film, start_s=start, end_s=end)))
         assert isinstance(result, Skipped) and result.reason == "media-damaged"
-        assert f"{start:.3f} to {end:.3f} s: no frame is shown there" in result.detail
+        assert f"{start:.3f} to {end:.3f} s: no frame is shown in the span" in result.detail
         with pytest.raises(DamagedVideo, match="no frame is shown"):
             cut_clip(film, start, end, copy=True)
 
@@ -142,7 +142,7 @@ def test_a_still_is_the_peak_or_the_middle(film: Path) -> None:
     assert numbers(mp4_of(record)) == [41]
     assert numbers(mp4_of(make_record(pending(film, still=True)))) == [FRAMES // 2]
     outside = make_record(pending(film, peak_frame=99, still=True))
-    assert isinstance(outside, Skipped) and "frame 99 asked" in outside.detail
+    assert isinstance(outside, Skipped) and "frame 99 requested" in outside.detail
 
 
 @pytest.mark.parametrize(

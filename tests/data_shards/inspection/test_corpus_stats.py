@@ -1,6 +1,5 @@
 """Table I beside the real annotation files, without any media."""
 
-import argparse
 import json
 import re
 from collections.abc import Callable
@@ -17,7 +16,6 @@ from data_shards.inspection.counts import (
     TABLE_ONE,
     table_rows,
 )
-from data_shards.inspection.stats import add_arguments, run
 from data_shards.inspection.stats_page import page
 from launch import cli
 
@@ -165,22 +163,21 @@ def test_command_on_the_real_files(
     assert (tmp_path / "s.html").read_text().startswith("<!doctype html>")
 
 
-def parsed(*words: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return parser.parse_args(list(words))
-
-
 @pytest.mark.parametrize("words", [(), ("some", "--meld", "other")])
-def test_one_kind_of_folder_is_asked_for(words: tuple[str, ...]) -> None:
-    with pytest.raises(ValueError, match="give either a shard folder or annotation folders"):
-        run(parsed(*words))
+def test_one_kind_of_folder_is_asked_for(
+    words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["stats", *words]) == 2
+    assert "give either a shard folder or annotation folders" in capsys.readouterr().err
 
 
-def test_a_page_needs_a_folder(tmp_path: Path, make_index: Callable[..., Any]) -> None:
+def test_a_page_needs_a_folder(
+    tmp_path: Path, make_index: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     make_index(tmp_path / "s", {("msa", "er"): 3})
-    with pytest.raises(FileNotFoundError, match="--html: no folder"):
-        run(parsed(str(tmp_path / "s"), "--index-only", "--html", str(tmp_path / "no" / "x.html")))
+    page = str(tmp_path / "no" / "x.html")
+    assert cli.main(["stats", str(tmp_path / "s"), "--index-only", "--html", page]) == 2
+    assert "--html: no folder" in capsys.readouterr().err
 
 
 def test_unknown_parts_make_no_total() -> None:

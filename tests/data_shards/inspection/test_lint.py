@@ -1,6 +1,5 @@
 """Lint finds every kind of damage, names shard, key, byte and cause, and goes on to the next."""
 
-import argparse
 import hashlib
 import io
 import json
@@ -17,7 +16,7 @@ import pytest
 
 from data_shards.build.build import BuildOptions, build_shards
 from data_shards.build.curation import Amendments, read_curation
-from data_shards.inspection.lint import ContentLimits, add_arguments, lint, report_text, run
+from data_shards.inspection.lint import ContentLimits, lint
 from data_shards.media.video import encode_mp4
 from data_shards.shards.index import ENTRY_DTYPE, ShardIndex, sidecar
 from data_shards.shards.record import Record, Turn, Video, to_members
@@ -302,10 +301,10 @@ def test_no_folder_is_wrong_input(tmp_path: Path) -> None:
         lint(tmp_path)
 
 
-def test_command(folder: Path) -> None:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    report = run(parser.parse_args([str(folder), "--decode"]))
+def test_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["lint", str(folder)]
+    assert cli.main([*words, "--decode", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
     assert report == {
         "ok": True,
         "folder": str(folder),
@@ -315,16 +314,22 @@ def test_command(folder: Path) -> None:
         "problems": [],
         "warnings": report["warnings"],
     }
-    assert report_text(report).endswith(f"{folder}: 2 shards, 6 records, 6 decoded: ok, 5 odd")
+    assert cli.main([*words, "--decode"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"{folder}: 2 shards, 6 records, 6 decoded: ok, 5 suspicious"
+    assert cli.main([*words, "--strict"]) == 1
+    capsys.readouterr()
     overwrite(folder / "shard-000000.tar", 700, b"\xff\xff")
     (folder / "stray.tar").write_bytes(b"")
-    lines = report_text(run(parser.parse_args([str(folder)]))).splitlines()
+    assert cli.main(words) == 1
+    lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "stray.tar: is not listed in index.json"
     assert lines[1].startswith("shard-000000.tar clip-0 at byte 0: checksum must be")
-    assert lines[2].startswith("odd: shard-000000.tar clip-2")
-    assert lines[-1] == f"{folder}: 2 shards, 6 records: 2 problem(s), 4 odd"
+    assert lines[2].startswith("suspicious: shard-000000.tar clip-2")
+    assert lines[-1] == f"{folder}: 2 shards, 6 records: 2 problem(s), 4 suspicious"
     (folder / "index.json").write_text("{")
-    assert "must be JSON" in report_text(run(parser.parse_args([str(folder)]))).splitlines()[0]
+    assert cli.main(words) == 1
+    assert "must be JSON" in capsys.readouterr().out.splitlines()[0]
 
 
 # ----------------------------------------------------------------------------- content of records

@@ -1,6 +1,6 @@
 """Preview shows the texts that training uses, from an index, a plain folder of tars or one tar."""
 
-import argparse
+import json
 import struct
 import tarfile
 from dataclasses import replace
@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_shards.build.build import BuildOptions, build_shards
-from data_shards.inspection.preview import add_arguments, preview, report_text, run
+from data_shards.inspection.preview import preview
 from data_shards.media.mp4 import mp4_seconds
 from data_shards.shards.record import Record, Turn
 from data_shards.tasks import INSTRUCTION, Pair, Task
+from launch import cli
 from tests.builders import make_clip, make_record
 
 
@@ -140,18 +141,18 @@ def test_duration_never_raises(content: bytes) -> None:
     mp4_seconds(content)
 
 
-def test_command(folder: Path) -> None:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    report = run(parser.parse_args([str(folder), "-n", "2"]))
-    text = report_text(report)
+def test_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["preview", str(folder), "-n", "2"]) == 0
+    text = capsys.readouterr().out
     assert "clip-0  [test/train]  6 frames, 0.75 s, video, " in text
     assert "  msa   q: The person says: Well. <sentiment> Please" in text
     assert "        a: Negative." in text
     assert "  notes identity=3" in text
     assert "peak 2, video" in text
     assert "\n          2. Bob: No way." in text
-    none = run(parser.parse_args([str(folder), "--task", "eri"]))
-    assert (none, report_text(none)) == ({"records": []}, "no such record")
+    assert cli.main(["preview", str(folder), "--task", "eri"]) == 0
+    assert capsys.readouterr().out == "no such record\n"
+    assert cli.main(["preview", str(folder), "--task", "eri", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"records": []}
     with pytest.raises(SystemExit):
-        parser.parse_args([str(folder), "--task", "asr"])
+        cli.main(["preview", str(folder), "--task", "asr"])

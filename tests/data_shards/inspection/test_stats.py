@@ -1,6 +1,5 @@
 """Statistics: counts per task, class and label, and lengths, by hand-made records."""
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +7,11 @@ import pytest
 
 from data_shards.build.build import build_shards
 from data_shards.inspection.counts import cause_position, summary
-from data_shards.inspection.stats import add_arguments, report_text, run, stats
+from data_shards.inspection.stats import stats
 from data_shards.shards.record import Record, Turn
 from data_shards.tasks import Pair, Task
+from launch import cli
+from launch.verbs.data.stats import report_text
 from tests.builders import make_record
 
 
@@ -114,10 +115,9 @@ def test_place_of_a_cause() -> None:
     ]
 
 
-def test_command(folder: Path) -> None:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    lines = report_text(run(parser.parse_args([str(folder)]))).splitlines()
+def test_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["stats", str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
     squeezed = [" ".join(line.split()) for line in lines]
     assert squeezed[0].startswith(f"{folder}: 5 records in 2 shards, ")
     for expected in (
@@ -131,7 +131,8 @@ def test_command(folder: Path) -> None:
         "frames 4 4.8 4 7.2 8",
     ):
         assert expected in squeezed
-    short = report_text(run(parser.parse_args([str(folder), "--index-only"])))
+    assert cli.main(["stats", str(folder), "--index-only"]) == 0
+    short = capsys.readouterr().out
     assert "anger" not in short and "entries per task" in short
 
 

@@ -229,9 +229,9 @@ def test_encoding_refuses_bad_frames(frames: np.ndarray, rule: str) -> None:
 
 def test_too_few_frames_are_damage() -> None:
     mp4 = encode_mp4(moving_frames(10), 25)
-    with pytest.raises(DamagedVideo, match="frame 10 asked, the video has 10 frames"):
+    with pytest.raises(DamagedVideo, match="frame 10 requested, the video has 10 frames"):
         decode_frames(mp4, [0, 10])
-    with pytest.raises(ValueError, match="need frame numbers of 0 or more"):
+    with pytest.raises(ValueError, match="indices must be 0 or more"):
         decode_frames(mp4, [-1])
 
 

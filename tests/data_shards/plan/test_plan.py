@@ -166,7 +166,7 @@ def test_substitutes_are_pure_and_of_the_same_task(memory_table: Any, case: Any)
             try:
                 place = stage.substitute(position, attempt)
             except ValueError as error:
-                assert f"stand in for task {wanted.task} were tried" in str(error)
+                assert f"substitutes for task {wanted.task} were tried" in str(error)
                 break
             assert place == stage.substitute(position, attempt)
             assert (place.task, place.epoch) == (wanted.task, wanted.epoch)

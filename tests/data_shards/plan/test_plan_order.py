@@ -123,7 +123,7 @@ def test_positions_and_attempts_have_limits(memory_table: Any) -> None:
         stage.substitute(0, 0)
     records = {address(stage.at(0)), *(address(stage.substitute(0, n)) for n in (1, 2))}
     assert len(records) == 3
-    with pytest.raises(ValueError, match="all 2 samples that could stand in for task er"):
+    with pytest.raises(ValueError, match="all 2 substitutes for task er"):
         stage.substitute(0, 3)
 
 

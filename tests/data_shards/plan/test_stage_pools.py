@@ -15,12 +15,10 @@ MSA, ER, FER, ERI, ECPE = TASKS
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"take": 0}, r"stages\.stage1\.pool\.take: must be at least 1, found 0"),
-        ({"rest_of": ("x",)}, r"stages\.stage1\.pool: must have either take or rest_of"),
-        ({"epochs": 0}, r"stages\.stage1\.epochs: must be at least 1, found 0"),
-        ({"shortage": "hope"}, r"stages\.stage1\.shortage: must be one of .*, found 'hope'"),
-        ({"epoch_tasks": "mix"}, r"stages\.stage1\.epoch_tasks: must be one of .*found 'mix'"),
-        ({"rates": ((ER, Fraction(1, 3)),)}, r"stages\.stage1\.rates: must sum to exactly 1"),
+        (
+            {"rates": ((ER, Fraction(1, 3)),)},
+            r"stages\.stage1\.rates: the rates .* sum to exactly 1",
+        ),
         (
             {"rates": ((ER, Fraction(1, 2)), (ER, Fraction(1, 2)))},
             r"stages\.stage1\.rates: must name a task only once, found er, er",

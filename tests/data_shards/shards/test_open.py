@@ -111,7 +111,7 @@ def test_a_server_that_never_answers_well_is_an_error(server: Any, tmp_path: Pat
 def test_what_is_missing_or_larger_is_said_at_once(
     server: Any, folder: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(FileNotFoundError, match=r"none/index\.json: the server answers 404"):
+    with pytest.raises(FileNotFoundError, match=r"none/index\.json: the server responds 404"):
         open_index(f"{server.url}/none", options(tmp_path))
     index = open_index(server.url, options(tmp_path))
     with (folder / "shard-000002.tar").open("ab") as tar:
@@ -119,7 +119,7 @@ def test_what_is_missing_or_larger_is_said_at_once(
     with pytest.raises(ValueError, match=r"shard-000002\.tar: must have \d+ bytes .* sends more"):
         ShardReader(index.folder, index).read(2, 0)
     assert sum(server.requests.values()) < 8
-    with pytest.raises(ValueError, match=r"nothing here opens gopher:// .*pip install -e \.\[s3\]"):
+    with pytest.raises(ValueError, match=r"no driver opens gopher:// .*pip install -e \.\[s3\]"):
         open_index("gopher://host/a", options(tmp_path))
 
 

@@ -155,7 +155,7 @@ def test_answers() -> None:
         ({"tasks": ()}, "tasks: must be one to five tasks in the order msa, er, fer, eri, ecpe"),
         ({"tasks": (Task.ER, Task.MSA)}, "tasks: must be one to five tasks in the order"),
         ({"tasks": (Task.ER, Task.ER)}, "tasks: must be one to five tasks in the order"),
-        ({"notes": {"x": None}}, "notes.x: must be text, a number or a truth value, found None"),
+        ({"notes": {"x": None}}, "notes.x: must be text, a number or true/false, found None"),
         ({"notes": {"x": float("inf")}}, "notes.x: must be a finite number, found inf"),
         ({"media": Video(mp4=b"")}, "media: must have a non-empty mp4"),
         ({"media": Frames(jpegs=())}, "media: must have one or more non-empty frames"),

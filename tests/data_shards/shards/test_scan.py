@@ -139,9 +139,9 @@ def test_what_is_wrong_is_named(folder: Path, records: list[Record], tmp_path: P
     refuse(folder, r"train\.0\.tar: member '.*' at byte \d+ claims .* cut short")
     end = whole.index(b"clip_2.json") - 1024  # exactly between two records
     path.write_bytes(whole[:end])
-    refuse(folder, rf"train\.0\.tar: it ends at byte {end} without a tar's end mark: cut short")
+    refuse(folder, rf"train\.0\.tar: ends at byte {end} without the end mark of a tar")
     path.write_bytes(b"")
-    refuse(folder, r"it ends at byte 0 without a tar's end mark")
+    refuse(folder, r"ends at byte 0 without the end mark of a tar")
     path.write_bytes(b"garbage!" * 1000)
     refuse(folder, r"train\.0\.tar: at byte 0: no tar header")
     write_tar(path, [records[0], records[1], records[0]])

@@ -10,8 +10,18 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from data_shards.tasks import TASKS, Task
+from emoverse.config import schema
 from emoverse.config.errors import ConfigError
-from emoverse.config.schema import Config, load_config, to_yaml
+from emoverse.config.schema import (
+    Config,
+    freeze_config,
+    from_json,
+    frozen_path,
+    load_config,
+    load_frozen,
+    to_json,
+    to_yaml,
+)
 from emoverse.config.values import parse_rate
 from emoverse.config.yaml_source import ExactFloat, resolve_scalar, split_words
 from emoverse.engine import rank_faults
@@ -164,9 +174,23 @@ def test_the_resolved_config_alone_is_the_same_config(
     config = Config.model_validate(tree)
     path = tmp_path_factory.mktemp("config") / "resolved.yaml"
     path.write_text(to_yaml(config), encoding="utf-8")
-    again = load_config([path])
-    assert again == config
-    assert to_yaml(again) == to_yaml(config)
+    for again in (load_config([path]), from_json(to_json(config))):
+        assert again == config
+        assert to_yaml(again) == to_yaml(config)
+
+
+def test_a_frozen_config_is_loaded_without_the_rules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launcher has checked it; workers neither walk YAML nor check it across fields."""
+    config = load("stages.stage1.rates.fer=0.4")
+    path = freeze_config(config, tmp_path)
+    assert path == frozen_path(config, tmp_path)
+    monkeypatch.setattr(schema, "load_model", lambda *_, **__: pytest.fail("must not be called"))
+    assert load_frozen(path) == config
+    path.write_text(path.read_text()[:-9])
+    with pytest.raises(ValueError, match=r"config-.*\.json: not a frozen config of this version"):
+        load_frozen(path)
 
 
 anything = st.recursive(

@@ -2,6 +2,7 @@
 
 import io
 import math
+from dataclasses import replace
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -17,8 +18,8 @@ from emoverse.data.collate import (
     Batch,
     FrameShape,
     collate,
-    make_batches,
     pack,
+    plan_packs,
     zero_batch,
 )
 from emoverse.data.encode import Example
@@ -58,6 +59,10 @@ def steps(draw: st.DrawFn) -> list[Example]:
     return [example(n, *shape) for n, shape in enumerate(draw(st.lists(shapes, max_size=9)))]
 
 
+def batches_of(step: list[Example], pack_tokens: int, mode: LossMode) -> list[Batch]:
+    return [collate(group, mode) for group in plan_packs(step, pack_tokens, SHAPE)]
+
+
 def losses(batch: Batch) -> torch.Tensor:
     """Weighted losses of a causal stand-in for a model that only sees its own segment."""
     generator = torch.Generator().manual_seed(0)
@@ -75,7 +80,7 @@ def losses(batch: Batch) -> torch.Tensor:
 @settings(max_examples=60, deadline=None)
 @given(steps(), st.integers(25, 120), st.sampled_from(MODES))
 def test_packed_equals_unpacked(step: list[Example], pack_tokens: int, mode: LossMode) -> None:
-    packed = make_batches(step, pack_tokens=pack_tokens, loss_mode=mode, frame_shape=SHAPE)
+    packed = batches_of(step, pack_tokens, mode)
     alone = [collate([one], mode) for one in step]
 
     def total(batches: list[Batch]) -> float:
@@ -95,7 +100,7 @@ def test_packed_equals_unpacked(step: list[Example], pack_tokens: int, mode: Los
 def test_batches_hold_the_step_once_and_their_weights_sum_to_the_normaliser(
     step: list[Example], pack_tokens: int, mode: LossMode
 ) -> None:
-    batches = make_batches(step, pack_tokens=pack_tokens, loss_mode=mode, frame_shape=SHAPE)
+    batches = batches_of(step, pack_tokens, mode)
     assert sorted(p for batch in batches for p in batch.positions) == list(range(len(step)))
     for batch in batches:
         check_shapes(batch)
@@ -164,6 +169,10 @@ def test_frames_stand_in_the_order_of_their_places() -> None:
     assert step[0].pixels_F is not None and step[2].pixels_F is not None
     expected = np.concatenate([step[0].pixels_F, step[2].pixels_F])
     assert np.array_equal(batch.pixels.numpy(), expected)
+    undecoded = [replace(one, pixels_F=None) for one in step]
+    given = collate(undecoded, "sample", expected)
+    assert given.pixels is not None
+    assert given.pixels.data_ptr() == expected.__array_interface__["data"][0], "not copied"
 
 
 def test_features_instead_of_pixels() -> None:
@@ -182,9 +191,8 @@ def test_features_instead_of_pixels() -> None:
 
 @pytest.mark.parametrize("shape", [SHAPE, FEATURE_SHAPE])
 def test_text_only_pack_gets_a_filler(shape: FrameShape) -> None:
-    (batch,) = make_batches(
-        [example(0, 3, 2), example(1, 2, 1)], pack_tokens=8, loss_mode="sample", frame_shape=shape
-    )
+    (group,) = plan_packs([example(0, 3, 2), example(1, 2, 1)], 8, shape)
+    batch = collate(group, "sample")
     check_shapes(batch)
     assert batch.positions == (0, 1)
     assert batch.normaliser == 2.0

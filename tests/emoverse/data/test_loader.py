@@ -4,7 +4,6 @@ import dataclasses
 import multiprocessing
 import os
 import signal
-from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -22,23 +21,21 @@ from data_shards.shards.reader import ShardReader
 from data_shards.shards.record import Record, Video
 from data_shards.stream import Damage, DamagedSample, Sample, StepStream, ViewOptions
 from data_shards.tasks import Task
-from emoverse.data.collate import Batch, FrameShape, make_batches
-from emoverse.data.encode import EncodeOptions, encode_sample
-from emoverse.data.loader import LoaderOptions, StepLoader
-from emoverse.data.shared_memory import Desk, SharedRing
-from emoverse.data.tokenizer import Tokenizer
+from emoverse.data.collate import Batch
+from emoverse.data.loader import StepLoader
+from emoverse.data.pipeline import BatchPipeline, SampleStream
 from emoverse.data.workers import PoolOptions, WorkerDied
-from emoverse.nano.train_tokenizer import train_tokenizer
 
-SIZE, TOKENS, NUM_STEPS = 4, 2, 5
+SIZE, NUM_STEPS = 4, 5
+Plain = Callable[[list[Batch]], list[dict[str, Any]]]
 
 
-class Steps:
+class Stream:
     """Step n has n samples of a pure function; `trouble` runs before a step is made."""
 
     def __init__(self, trouble: Callable[[int], None] = lambda step: None) -> None:
         self.trouble = trouble
-        self.watch: Callable[[str], object] = lambda record: None
+        self.report: Callable[[str], object] = lambda record: None
 
     def __len__(self) -> int:
         return NUM_STEPS
@@ -47,14 +44,20 @@ class Steps:
         self.trouble(step)
         return [sample(10 * step + n) for n in range(step)]
 
-    def decode(self, sample: Sample, out: np.ndarray | None = None) -> Sample:
-        assert sample.waiting and out is not None
+    def decode(self, sample: Sample, out: np.ndarray | None = None) -> np.ndarray:
+        assert sample.undecoded and out is not None
         out[:] = sample.position
-        return dataclasses.replace(sample, frames=out, waiting=0)
+        return out
+
+    def substitute(self, sample: Sample, damage: Damage) -> Sample:
+        raise AssertionError("nothing is damaged")
+
+    def complete(self, sample: Sample) -> Sample:
+        raise AssertionError("nothing is damaged, and no features are stored")
 
 
 def sample(position: int) -> Sample:
-    """At odd positions the frames still wait."""
+    """At odd positions the frames are not decoded yet."""
     record = Record(
         key=f"r{position}",
         source="test",
@@ -73,55 +76,28 @@ def sample(position: int) -> Sample:
         record=record,
         view="clip",
         frames=None if position % 2 else frames,
-        waiting=2 * (position % 2),
+        undecoded=2 * (position % 2),
     )
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return train_tokenizer(["I won! Positive."] * 9, tmp_path_factory.mktemp("t"), vocab_size=310)
-
-
 @pytest.fixture
-def build(tokenizer: Tokenizer) -> Callable[..., StepLoader]:
-    def build_loader(steps: Steps, workers: int, pack_tokens: int = 600) -> StepLoader:
-        return StepLoader(
-            steps,
-            tokenizer,
-            EncodeOptions(template="phi3-chat", tokens_per_frame=TOKENS, image_size=SIZE),
-            LoaderOptions(
-                pack_tokens=pack_tokens,
-                pool=PoolOptions(workers=workers, step_bytes=4 * 2 * SIZE * SIZE * 3),
-            ),
-            frame_shape=FrameShape(
-                image_context_id=tokenizer.image_context_id,
-                tokens_per_frame=TOKENS,
-                image_size=SIZE,
-            ),
-        )
+def build(pipeline_of: Callable[..., BatchPipeline]) -> Callable[..., StepLoader]:
+    def build_loader(stream: SampleStream, workers: int, pack_tokens: int = 600) -> StepLoader:
+        pool = PoolOptions(workers=workers, step_bytes=4 * 2 * SIZE * SIZE * 3)
+        return StepLoader(pipeline=pipeline_of(stream, pack_tokens), pool=pool)
 
     return build_loader
 
 
-def plain(packs: list[Batch]) -> list[dict[str, Any]]:
-    """Batches as comparable values."""
-    return [
-        {
-            field.name: value.tolist() if isinstance(value, torch.Tensor) else value
-            for field in dataclasses.fields(batch)
-            for value in [getattr(batch, field.name)]
-        }
-        for batch in packs
-    ]
-
-
 @pytest.mark.parametrize("workers", [1, 2])
-def test_workers_change_nothing(build: Callable[..., StepLoader], workers: int) -> None:
-    alone = build(Steps(), 0)
+def test_workers_change_nothing(
+    build: Callable[..., StepLoader], plain: Plain, workers: int
+) -> None:
+    alone = build(Stream(), 0)
     assert len(alone) == NUM_STEPS
     steps = [plain(packs) for packs in alone.iterate(0)]
-    assert steps == [plain(packs) for packs in build(Steps(), workers).iterate(0)]
-    assert steps == [plain(alone.batches(step)) for step in range(NUM_STEPS)]
+    assert steps == [plain(packs) for packs in build(Stream(), workers).iterate(0)]
+    assert steps == [plain(alone.pipeline.batches(step)) for step in range(NUM_STEPS)]
     assert [sum(len(pack["keys"]) for pack in packs) for packs in steps] == [0, 1, 2, 3, 4]
     assert steps[0] == []
     assert len(steps[4]) > 1
@@ -132,8 +108,10 @@ def test_workers_change_nothing(build: Callable[..., StepLoader], workers: int) 
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_resume_is_a_start_step(build: Callable[..., StepLoader], workers: int) -> None:
-    loader = build(Steps(), workers)
+def test_resume_is_a_start_step(
+    build: Callable[..., StepLoader], plain: Plain, workers: int
+) -> None:
+    loader = build(Stream(), workers)
     whole = [plain(packs) for packs in loader.iterate(0)]
     assert [plain(packs) for packs in loader.iterate(3)] == whole[3:]
     assert [plain(packs) for packs in loader.iterate(1, 3)] == whole[1:3]
@@ -143,12 +121,12 @@ def test_resume_is_a_start_step(build: Callable[..., StepLoader], workers: int) 
 def test_generators_of_the_training_stay_untouched(build: Callable[..., StepLoader]) -> None:
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    list(build(Steps(), 1).iterate(0))
+    list(build(Stream(), 1).iterate(0))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_zero_batch(build: Callable[..., StepLoader]) -> None:
-    batch = build(Steps(), 0).zero_batch()
+    batch = build(Stream(), 0).zero_batch()
     assert batch.normaliser == 0 and batch.num_images == 1
 
 
@@ -168,7 +146,7 @@ def test_errors_keep_kind_and_message(build: Callable[..., StepLoader], workers:
         FileNotFoundError("shard s.tar is gone"),
         ZeroDivisionError("a fault"),
     ):
-        packs = build(Steps(fail_with(error)), workers).iterate(2)
+        packs = build(Stream(fail_with(error)), workers).iterate(2)
         assert len(next(packs)) > 0
         with pytest.raises(type(error)) as caught:
             next(packs)
@@ -189,34 +167,34 @@ def test_an_error_that_does_not_pickle_keeps_its_message(build: Callable[..., St
         raise Unpicklable("this", "that")
 
     with pytest.raises(ValueError, match=r"this and that \(Unpicklable could not be pickled"):
-        list(build(Steps(trouble), 1).iterate(0))
+        list(build(Stream(trouble), 1).iterate(0))
 
 
 def test_too_small_packs_are_an_error(build: Callable[..., StepLoader]) -> None:
     with pytest.raises(ValueError, match=r"data\.pack_tokens must be at least as long"):
-        list(build(Steps(), 0, pack_tokens=20).iterate(0))
+        list(build(Stream(), 0, pack_tokens=20).iterate(0))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2])
 def test_workers_outlive_the_signals_of_a_scheduler(
-    build: Callable[..., StepLoader], tmp_path: Path, number: signal.Signals
+    build: Callable[..., StepLoader], plain: Plain, tmp_path: Path, number: signal.Signals
 ) -> None:
     def trouble(step: int) -> None:
         (tmp_path / f"{os.getpid()}").touch()
 
-    packs = build(Steps(trouble), 1).iterate(0)
+    packs = build(Stream(trouble), 1).iterate(0)
     seen = [plain(next(packs))]
     children = {child.pid for child in multiprocessing.active_children()}
     (worker,) = (int(path.name) for path in tmp_path.iterdir())
     assert worker in children
     os.kill(worker, number)
     seen += [plain(rest) for rest in packs]
-    assert seen == [plain(rest) for rest in build(Steps(), 0).iterate(0)]
+    assert seen == [plain(rest) for rest in build(Stream(), 0).iterate(0)]
 
 
 def test_stopping_early_ends_the_workers(build: Callable[..., StepLoader]) -> None:
     before = {child.pid for child in multiprocessing.active_children()}
-    packs = build(Steps(), 2).iterate(0)
+    packs = build(Stream(), 2).iterate(0)
     next(packs)
     assert len(multiprocessing.active_children()) >= len(before) + 2
     packs.close()  # type: ignore[attr-defined]
@@ -265,92 +243,17 @@ def test_ranks_and_workers_share_the_plan_from_real_shards(
     assert all(b.pixels is not None and b.pixels.shape[1:] == (SIZE, SIZE, 3) for b in alone[0])
 
 
-@pytest.mark.parametrize("peak_tiles", [1, 4])
-def test_frames_are_decoded_to_their_place_also_where_media_are_damaged(
-    build: Callable[..., StepLoader],
-    tokenizer: Tokenizer,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    peak_tiles: int,
-) -> None:
-    """Packs first, pictures then: the batches of samples that were decoded beforehand.
-
-    A substitute for a clip that does not decode has another length and maybe another number of
-    frames, so that the packs of its step have to be made again: once, however many there are.
-    """
-    index = build_shards(
-        map(damaged_record, range(24)), tmp_path / "shards", provenance={}, max_records_per_shard=9
-    )
-    half = Fraction(1, 2)
-    spec = StageSpec(name="stage1", rates=((Task.MSA, half), (Task.FER, half)), take=18)
-    stage = plan_stages(index, [spec], seed=1).stages["stage1"]
-    sampler = WeightedTaskSampler(stage, index, global_batch_size=6, rank=0, world_size=1)
-    view = ViewOptions(num_frames=2, image_size=SIZE, peak_tiles=peak_tiles)
-    stream = StepStream(sampler, ShardReader(tmp_path / "shards", index), view, on_damage="replace")
-    loader = build(stream, 0, pack_tokens=500)
-    ring = SharedRing(1, 6 * 5 * SIZE * SIZE * 3)
-    decoded: list[int] = []  # positions
-    replaced = packs = 0
-    decode = stream.decode
-
-    def note(sample: Sample, out: np.ndarray | None = None) -> Sample:
-        decoded.append(sample.position)
-        return decode(sample, out)
-
-    monkeypatch.setattr(stream, "decode", note)
-    for step in range(len(stream)):
-        samples = stream[step]
-        encode = EncodeOptions(template="phi3-chat", tokens_per_frame=TOKENS, image_size=SIZE)
-        expected = make_batches(
-            [encode_sample(one, tokenizer, encode) for one in samples],
-            pack_tokens=500,
-            loss_mode="sample",
-            frame_shape=FrameShape(
-                image_context_id=tokenizer.image_context_id,
-                tokens_per_frame=TOKENS,
-                image_size=SIZE,
-            ),
-        )
-        desk = Desk(ring, [0])
-        desk.begin()
-        decoded.clear()
-        found = loader.batches(step, desk)
-        tries = Counter({one.position: 2 + one.replaced for one in samples})
-        assert Counter(decoded) <= tries, "a damaged clip makes no more than one pass in vain"
-        assert plain(found) == plain(expected) == plain(loader.batches(step))
-        for batch in found:
-            assert batch.pixels is not None and ring.place(batch.pixels.numpy(), 0) is not None
-        replaced += sum(one.replaced for one in samples)
-        packs = max(packs, len(found))
-    assert replaced >= 4 and packs >= 3
-
-
-def damaged_record(number: int) -> Record:
-    """Every second one with a peak frame, every fourth one with a picture that is no picture."""
-    clip = np.random.default_rng(number).integers(0, 255, (4, 32, 64, 3)).astype(np.uint8)
-    mp4 = bytearray(encode_mp4(clip, 25))
-    if number % 4 < 2:
-        start = mp4.index(b"mdat") + 4
-        mp4[start + 40 : start + 900] = bytes(860)
-    return dataclasses.replace(
-        sample(number).record,
-        tasks=(Task.MSA, Task.FER) if number % 2 else (Task.MSA,),
-        expressions=("Smile",) * (number % 2) or None,
-        peak_frame=2 if number % 2 else None,
-        num_frames=4,
-        media=Video(mp4=bytes(mp4)),
-    )
-
-
+@pytest.mark.promise(2)
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_worker_killed_at_any_step_changes_nothing(
     build: Callable[..., StepLoader],
+    plain: Plain,
     tmp_path: Path,
     workers: int,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """kill -9 in the middle of a step, once: the same batches, and a line that says so."""
-    expected = [plain(packs) for packs in build(Steps(), 0).iterate(0)]
+    expected = [plain(packs) for packs in build(Stream(), 0).iterate(0)]
     for victim in range(NUM_STEPS):
 
         def die_once(step: int, victim: int = victim) -> None:
@@ -359,11 +262,10 @@ def test_a_worker_killed_at_any_step_changes_nothing(
                 marker.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        found = [plain(packs) for packs in build(Steps(die_once), workers).iterate(0)]
+        found = [plain(packs) for packs in build(Stream(die_once), workers).iterate(0)]
         assert found == expected
-        assert (
-            f"was killed by SIGKILL at step {victim}, at: step {victim}; it is started again"
-            in (capfd.readouterr().err)
+        assert f"was killed by SIGKILL at step {victim}, at: step {victim}; it is restarted" in (
+            capfd.readouterr().err
         )
 
 
@@ -372,7 +274,7 @@ def test_a_worker_that_always_dies_ends_the_run(build: Callable[..., StepLoader]
         if step == 3:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    packs = build(Steps(die), 2).iterate(0)
+    packs = build(Stream(die), 2).iterate(0)
     assert [len(next(packs)) > 0 for _ in range(3)] == [False, True, True]
     with pytest.raises(
         WorkerDied, match="was killed by SIGKILL twice at step 3, at: step 3; if mem"

@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 import torch
 
-from emoverse.data.shared_memory import Desk, SharedRing
+from emoverse.data.shared_memory import SharedBuffer, SlotAllocator
 from emoverse.data.workers import PoolOptions, WorkerDied, WorkerPool
 
 SHAPE = (2, 8, 8, 3)
 BYTES = int(np.prod(SHAPE))
 
 
-def frames(step: int, desk: Desk) -> dict[str, object]:
+def frames(step: int, slots: SlotAllocator) -> dict[str, object]:
     """A step's number and two arrays that are full of it."""
-    arrays = [desk.allocate(SHAPE) for _ in range(2)]
+    arrays = [slots.allocate(SHAPE) for _ in range(2)]
     for number, array in enumerate(arrays):
         array[:] = (step + number) % 256
     return {"step": step, "frames": arrays, "small": np.arange(step)}
@@ -32,14 +32,14 @@ def frames(step: int, desk: Desk) -> dict[str, object]:
 def pool_of(
     steps: int,
     workers: int,
-    make: Callable[[int, Desk], object] = frames,
+    make: Callable[[int, SlotAllocator], object] = frames,
     *,
     step_bytes: int = 2 * BYTES,
     **options: float,
 ) -> WorkerPool[dict[str, object]]:
-    said: list[str] = options.pop("said", [])  # type: ignore[arg-type]
+    logged: list[str] = options.pop("logged", [])  # type: ignore[arg-type]
     chosen = PoolOptions(workers=workers, step_bytes=step_bytes, **options)  # type: ignore[arg-type]
-    return WorkerPool(make, range(3, 3 + steps), chosen, say=said.append)  # type: ignore[arg-type]
+    return WorkerPool(make, range(3, 3 + steps), chosen, log=logged.append)  # type: ignore[arg-type]
 
 
 def check(result: dict[str, object], step: int) -> None:
@@ -83,16 +83,16 @@ def test_memory_is_used_again_and_never_while_in_use() -> None:
         check(result, step)
 
 
-def test_a_result_is_a_view_of_the_ring() -> None:
-    ring = SharedRing(2, 10_000)
-    desk = Desk(ring, [1])
-    desk.begin()
-    array = desk.allocate((100,))
+def test_a_result_is_a_view_of_the_buffer() -> None:
+    buffer = SharedBuffer(2, 10_000)
+    slots = SlotAllocator(buffer, [1])
+    slots.begin_step()
+    array = slots.allocate((100,))
     array[:] = 7
-    assert ring.place(array, 1) == 0 and ring.place(array, 0) is None
-    assert ring.place(np.zeros(3, np.uint8), 1) is None
+    assert buffer.offset_in(1, array) == 0 and buffer.offset_in(0, array) is None
+    assert buffer.offset_in(1, np.zeros(3, np.uint8)) is None
     released: list[int] = []
-    (view,) = ring.lend(1, [(0, 100)], released.append)
+    (view,) = buffer.views(1, [(0, 100)], released.append)
     tensor = torch.from_numpy(np.frombuffer(view, np.uint8))
     array[5] = 9
     assert tensor[5] == 9
@@ -103,19 +103,19 @@ def test_a_result_is_a_view_of_the_ring() -> None:
     gc.collect()
     assert released == [1]
     # No room left, no slot left, an empty array: ordinary memory.
-    assert ring.place(desk.allocate((ring.slot_bytes,)), 1) is None
-    desk.begin()
-    assert desk.slot is None and ring.place(desk.allocate((5,)), 0) is None
-    ring.say("x" * 10_000)
-    assert set(ring.said()) == {"x"} and len(ring.said()) < 4096
-    ring.say("short")
-    assert ring.said() == "short"
+    assert buffer.offset_in(1, slots.allocate((buffer.slot_bytes,))) is None
+    slots.begin_step()
+    assert slots.slot is None and buffer.offset_in(0, slots.allocate((5,))) is None
+    buffer.report("x" * 10_000)
+    assert set(buffer.last_report()) == {"x"} and len(buffer.last_report()) < 4096
+    buffer.report("short")
+    assert buffer.last_report() == "short"
 
 
 def test_workers_stay_a_bounded_way_ahead(tmp_path: Path) -> None:
-    def make(step: int, desk: Desk) -> dict[str, object]:
+    def make(step: int, slots: SlotAllocator) -> dict[str, object]:
         (tmp_path / str(step)).touch()
-        return frames(step, desk)
+        return frames(step, slots)
 
     results = iter(pool_of(50, 2, make, prefetch=3))
     for taken in range(1, 6):
@@ -127,25 +127,26 @@ def test_workers_stay_a_bounded_way_ahead(tmp_path: Path) -> None:
 
 def kill_at(
     steps: set[int], marker: Path | None = None
-) -> Callable[[int, Desk], dict[str, object]]:
-    def make(step: int, desk: Desk) -> dict[str, object]:
+) -> Callable[[int, SlotAllocator], dict[str, object]]:
+    def make(step: int, slots: SlotAllocator) -> dict[str, object]:
         if step in steps and (marker is None or not (marker / str(step)).exists()):
             if marker is not None:
                 (marker / str(step)).touch()
-            desk.ring.say(f"record {step}")
+            slots.buffer.report(f"record {step}")
             os.kill(os.getpid(), signal.SIGKILL)
-        return frames(step, desk)
+        return frames(step, slots)
 
     return make
 
 
+@pytest.mark.promise(2)
 def test_killed_workers_begin_again_where_they_were(tmp_path: Path) -> None:
-    said: list[str] = []
+    logged: list[str] = []
     make = kill_at({3, 4, 9, 10, 22}, tmp_path)
-    kept = list(pool_of(20, 2, make, said=said))  # type: ignore[arg-type]
+    kept = list(pool_of(20, 2, make, logged=logged))  # type: ignore[arg-type]
     for step, result in enumerate(kept, 3):  # what was in use survived the new workers
         check(result, step)
-    assert [text.split(";")[0] for text in said] == [
+    assert [text.split(";")[0] for text in logged] == [
         "data worker 0 was killed by SIGKILL at step 3, at: record 3",
         "data worker 1 was killed by SIGKILL at step 4, at: record 4",
         "data worker 0 was killed by SIGKILL at step 9, at: record 9",
@@ -163,6 +164,7 @@ def test_a_step_that_kills_twice_is_an_error() -> None:
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.promise(2)
 def test_a_worker_killed_from_outside_at_any_time() -> None:
     """At whatever it is doing: between steps, in the middle of a message, waiting."""
     for delay in (0.0, 0.002, 0.01, 0.05):
@@ -177,12 +179,13 @@ def test_a_worker_killed_from_outside_at_any_time() -> None:
         assert list(results) == []
 
 
+@pytest.mark.promise(2)
 def test_a_worker_that_hangs_is_an_error_that_names_the_record() -> None:
-    def make(step: int, desk: Desk) -> dict[str, object]:
+    def make(step: int, slots: SlotAllocator) -> dict[str, object]:
         if step == 4:
-            desk.ring.say("record clip_7 in shard-000001.tar, position 12")
+            slots.buffer.report("record clip_7 in shard-000001.tar, position 12")
             time.sleep(60)
-        return frames(step, desk)
+        return frames(step, slots)
 
     results = iter(pool_of(9, 2, make, timeout_s=2))
     check(next(results), 3)
@@ -197,10 +200,10 @@ def test_a_worker_that_hangs_is_an_error_that_names_the_record() -> None:
 
 
 def test_a_worker_that_leaves_is_noticed() -> None:
-    def make(step: int, desk: Desk) -> dict[str, object]:
+    def make(step: int, slots: SlotAllocator) -> dict[str, object]:
         if step == 5:
             os._exit(3)
-        return frames(step, desk)
+        return frames(step, slots)
 
     with pytest.raises(WorkerDied, match="ended with code 3 twice at step 5"):
         list(pool_of(9, 1, make))
@@ -209,7 +212,7 @@ def test_a_worker_that_leaves_is_noticed() -> None:
 PROGRAM = """
 import os, sys, time
 from emoverse.data.workers import PoolOptions, WorkerPool
-results = iter(WorkerPool(lambda step, desk: bytes(10**6), range(99), PoolOptions(workers=2)))
+results = iter(WorkerPool(lambda step, slots: bytes(10**6), range(99), PoolOptions(workers=2)))
 next(results)
 import multiprocessing
 print(*(child.pid for child in multiprocessing.active_children()), flush=True)

@@ -14,8 +14,7 @@ from emoverse.engine import distributed
 from emoverse.engine.deepspeed_engine import Engine, deepspeed_config
 from emoverse.engine.distributed import World
 from emoverse.engine.optim import build_optimizer, lr_factor, parameter_groups
-from emoverse.engine.step_types import BadNumbers, TrainedState
-from emoverse.training.loss_guard import finite
+from emoverse.engine.step_types import BadNumbers, TrainedState, check_finite
 
 OPTIM = SimpleNamespace(
     lr_lora=1e-2, lr_projector=5e-3, weight_decay=0.1, betas=(0.9, 0.99), eps=1e-8
@@ -114,7 +113,7 @@ def train(engine: Engine, world: World, first: int, last: int, pack_size: int) -
     rows = []
     for step in range(first, last):
         packs = share(step, world, pack_size)
-        ballot = distributed.vote(
+        consensus = distributed.agree_on_step(
             world,
             num_packs=len(packs),
             normaliser=float(sum(len(p.inputs) for p in packs)),
@@ -124,8 +123,8 @@ def train(engine: Engine, world: World, first: int, last: int, pack_size: int) -
         )
         result = engine.step(
             packs,
-            num_packs=ballot.num_packs,
-            normaliser=ballot.normaliser,
+            num_packs=consensus.num_packs,
+            normaliser=consensus.normaliser,
             lr_factor=lr_factor(step, num_steps=STEPS, warmup=2, min_ratio=0.1),
             make_empty=empty,
         )
@@ -160,6 +159,7 @@ def plain_run() -> tuple[list[float], dict[str, Tensor]]:
     return losses, {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.promise(2)
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("stage", ENGINES)
 def test_every_zero_stage_is_plain_adamw(
@@ -204,6 +204,7 @@ def half_run(stage: int | str) -> Callable[[World], Any]:
     return work
 
 
+@pytest.mark.promise(2)
 @pytest.mark.parametrize("stage", ENGINES)
 def test_resume_is_bit_identical(run_ranks: Ranks, stage: int | str) -> None:
     rows, end = run_ranks(whole_run(stage, pack_size=2), 2)[0]
@@ -215,6 +216,7 @@ def test_resume_is_bit_identical(run_ranks: Ranks, stage: int | str) -> None:
             assert torch.equal(getattr(end_again, kind)[name], value), (kind, name)
 
 
+@pytest.mark.promise(2)
 @pytest.mark.parametrize(
     ("saved", "loaded", "ranks"),
     [(2, 3, 1), (3, 0, 2), (0, 2, 1), (1, 3, 2), ("3 all", 2, 1), (2, "3 all", 2)],
@@ -253,7 +255,7 @@ def test_bf16_keeps_fp32_masters_and_resumes(run_ranks: Ranks, stage: int | str)
 
 
 def test_bf16_without_sharding_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"zero_stage: 0 .* bf16 .* set train.zero_stage: 1"):
+    with pytest.raises(ValueError, match=r"train.zero_stage: with bf16 .* set it to 1, 2 or 3"):
         deepspeed_config(zero_stage=0, precision="bf16", clip=1.0, world_size=1, num_trainable=10)
 
 
@@ -276,6 +278,7 @@ QUICK = {(0, "fp32", "spike"), (1, "fp32", "loss"), (3, "fp32", "gradient"), (2,
 QUICK |= {("2 optimizer", "bf16", "spike"), ("3 all", "fp32", "gradient")}
 
 
+@pytest.mark.promise(8)
 @pytest.mark.parametrize(
     ("stage", "precision", "poison"),
     [
@@ -292,8 +295,8 @@ def test_a_bad_step_leaves_no_trace(
 ) -> None:
     """On one rank of two: all raise, and training goes on as if the step had not been."""
 
-    def judge(loss: float, norm: float) -> str | None:
-        return "spike: the loss is a spike" if poison == "spike" else finite(loss, norm)
+    def check(loss: float, norm: float) -> str | None:
+        return "spike: the loss is a spike" if poison == "spike" else check_finite(loss, norm)
 
     def work(world: World) -> Any:
         engine = build(world, stage, precision=precision)
@@ -307,7 +310,7 @@ def test_a_bad_step_leaves_no_trace(
         )
         with pytest.raises(BadNumbers, match=f"{poison}.* is (not finite|a spike)") as bad:
             step = {"num_packs": 2, "normaliser": 6.0, "lr_factor": 1.0, "make_empty": empty}
-            engine.step(packs, judge=judge, **step)
+            engine.step(packs, check=check, **step)
         handle.remove()
         after = engine.export_state()
         rows = train(engine, world, 1, STEPS, 2)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from emoverse.engine import distributed
-from emoverse.engine.distributed import RankError, World, agree, read_world, vote
+from emoverse.engine.distributed import RankError, World, agree_on_step, fail_together, read_world
 
 FIVE = {
     "RANK": "1",
@@ -37,7 +37,7 @@ def test_no_variable_is_one_process_alone() -> None:
 @pytest.mark.parametrize("missing", sorted(FIVE))
 def test_half_set_variables_are_refused(missing: str) -> None:
     environ = {name: value for name, value in FIVE.items() if name != missing}
-    with pytest.raises(ValueError, match=rf"half set: .* set, {missing} are not; set all five"):
+    with pytest.raises(ValueError, match=rf"partly set: .* set, {missing} are not; set all five"):
         read_world(environ)
 
 
@@ -54,44 +54,45 @@ def test_impossible_ranks_are_refused(change: dict[str, str], message: str) -> N
         read_world(FIVE | change)
 
 
-def test_agree_alone_keeps_the_reason_and_the_cause() -> None:
-    with pytest.raises(RankError) as raised, agree(ALONE, "reading the data"):
+def test_a_failure_alone_keeps_the_reason_and_the_cause() -> None:
+    with pytest.raises(RankError) as raised, fail_together(ALONE, "reading the data"):
         raise ValueError("no shards")
     assert str(raised.value) == "reading the data: ValueError: no shards"
-    assert raised.value.exit_code == 2
+    assert raised.value.wrong_input
     assert isinstance(raised.value.__cause__, ValueError)
-    with pytest.raises(RankError) as fault, agree(ALONE, "x"):
+    with pytest.raises(RankError) as fault, fail_together(ALONE, "x"):
         raise ZeroDivisionError("1/0")
-    assert fault.value.exit_code == 1
+    assert not fault.value.wrong_input
 
 
+@pytest.mark.promise(5)
 def test_one_failing_rank_fails_all_with_its_reason(run_ranks: Ranks) -> None:
     def work(world: World) -> Any:
-        with agree(world, "loading"):  # nobody fails
+        with fail_together(world, "loading"):  # nobody fails
             pass
         try:
-            with agree(world, "loading"):
+            with fail_together(world, "loading"):
                 if world.rank == 1:
                     raise FileNotFoundError("no base model")
         except RankError as error:
-            return str(error), error.exit_code
+            return str(error), error.wrong_input
         return None
 
-    assert run_ranks(work, 2) == [("loading: rank 1: FileNotFoundError: no base model", 2)] * 2
+    assert run_ranks(work, 2) == [("loading: rank 1: FileNotFoundError: no base model", True)] * 2
 
 
-def test_equal_reasons_are_told_once(run_ranks: Ranks) -> None:
+def test_equal_reasons_are_reported_once(run_ranks: Ranks) -> None:
     def work(world: World) -> Any:
-        with pytest.raises(RankError) as raised, agree(world, "loading"):
+        with pytest.raises(RankError) as raised, fail_together(world, "loading"):
             raise ValueError("bad key")
         return str(raised.value)
 
     assert run_ranks(work, 2) == ["loading: rank 0, 1: ValueError: bad key"] * 2
 
 
-def test_vote_is_max_of_packs_sum_of_weights_any_of_stop(run_ranks: Ranks) -> None:
+def test_consensus_is_max_of_packs_sum_of_weights_any_of_stop(run_ranks: Ranks) -> None:
     def work(world: World) -> Any:
-        ballot = vote(
+        consensus = agree_on_step(
             world,
             num_packs=1 + world.rank,
             normaliser=2.5 + world.rank,
@@ -100,16 +101,16 @@ def test_vote_is_max_of_packs_sum_of_weights_any_of_stop(run_ranks: Ranks) -> No
             doing="step 3",
             extra=[7.0, float(world.rank)],
         )
-        return ballot.num_packs, ballot.normaliser, ballot.stop, ballot.extra
+        return consensus.num_packs, consensus.normaliser, consensus.stop, consensus.extra
 
     assert run_ranks(work, 2) == [(2, 6.0, True, [[7.0, 0.0], [7.0, 1.0]])] * 2
 
 
-def test_a_vote_with_an_error_raises_everywhere(run_ranks: Ranks) -> None:
+def test_a_consensus_with_an_error_raises_everywhere(run_ranks: Ranks) -> None:
     def work(world: World) -> Any:
         error = ValueError("record k is damaged") if world.rank == 0 else None
         with pytest.raises(RankError) as raised:
-            vote(world, num_packs=1, normaliser=1, stop=False, error=error, doing="step 3")
+            agree_on_step(world, num_packs=1, normaliser=1, stop=False, error=error, doing="step 3")
         return str(raised.value)
 
     assert run_ranks(work, 2) == ["step 3: rank 0: ValueError: record k is damaged"] * 2
@@ -126,6 +127,7 @@ def test_main_ranks_value_reaches_all(run_ranks: Ranks) -> None:
     assert run_ranks(lambda world: distributed.from_main(world, world.rank + 5), 2) == [5, 5]
 
 
+@pytest.mark.promise(5)
 def test_a_rank_that_never_comes_ends_in_bounded_time(run_ranks: Ranks) -> None:
     def work(world: World) -> Any:
         if world.rank == 1:

@@ -1,4 +1,4 @@
-"""The check of the nodes: which one is named for what, and that every rank hears it."""
+"""The check of the nodes: which one is named, for what, and that every rank raises it."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,7 +9,7 @@ import pytest
 from emoverse.engine import health
 from emoverse.engine.distributed import RankError, World, is_lost_peer, shutdown
 from emoverse.engine.health import NodeFacts, check_nodes, memory_notes, notes_of, problems_of
-from emoverse.estimate.memory import GIB, Need
+from emoverse.estimate.memory import GIB, MemoryEstimate
 
 
 def facts(rank: int, **changes: Any) -> NodeFacts:
@@ -30,7 +30,7 @@ def facts(rank: int, **changes: Any) -> NodeFacts:
 
 
 # Of an 8B model on one card.
-NEED = Need(
+NEED = MemoryEstimate(
     weights=15 * GIB,
     gathered=0,
     gradients=1 * GIB,
@@ -44,7 +44,7 @@ NEED = Need(
 FOUR = [facts(rank) for rank in range(4)]
 
 
-def test_nodes_that_are_alike() -> None:
+def test_equal_nodes_have_no_problem() -> None:
     assert problems_of(FOUR, NEED) == []
     assert memory_notes(FOUR, NEED) == []
 
@@ -55,51 +55,53 @@ def test_nodes_that_are_alike() -> None:
         ({"versions": {"torch": "2.12.0", "python": "3.11.7"}}, "torch 2.12.0, elsewhere 2.13.0"),
         ({"versions": {"torch": "2.13.0"}}, "python missing, elsewhere 3.11.7"),
         ({"device": "V100"}, "device V100, elsewhere A100"),
-        ({"free_share": 0.4}, "rank 3: 60% of its GPU's memory is in use by somebody else"),
+        ({"free_share": 0.4}, "rank 3: 60% of its GPU's memory is used by another process"),
         (
             {"memory": 16 * GIB},
             "rank 3: its GPU has 16.0 GiB, weights and optimiser states alone take 17.0 GiB; "
-            "emoverse plan says what would fit",
+            "emoverse plan shows what fits",
         ),
         ({"reduced": False}, "rank 3 received a wrong sum from all_reduce"),
     ],
 )
-def test_the_odd_one_is_named(changes: dict[str, Any], problem: str) -> None:
+def test_the_differing_node_is_named(changes: dict[str, Any], problem: str) -> None:
     assert problems_of([*FOUR[:3], facts(3, **changes)], NEED) == [("n1", problem)]
 
 
-def test_gpus_that_torch_cannot_use_are_not_passed_over_in_silence() -> None:
+def test_gpus_that_torch_cannot_use_are_a_problem() -> None:
     alike = {"device": "cpu", "memory": 0, "versions": {"torch": "2.13.0+cpu"}}
-    found = problems_of([facts(rank, **alike) for rank in range(4)], NEED)
-    assert [host for host, _ in found] == ["n0", "n1"]
-    assert found[0][1].startswith("the job has 2 GPUs there, but torch 2.13.0+cpu would train on")
-    assert "EMOVERSE_CPU=1" in found[0][1]
+    problems = problems_of([facts(rank, **alike) for rank in range(4)], NEED)
+    assert [host for host, _ in problems] == ["n0", "n1"]
+    assert problems[0][1].startswith(
+        "the job has 2 GPUs there, but torch 2.13.0+cpu would train on"
+    )
+    assert "EMOVERSE_CPU=1" in problems[0][1]
     assert problems_of([facts(rank, **alike, gpus=0) for rank in range(4)], NEED) == []
     assert health._gpus_given({"SLURM_GPUS_ON_NODE": "8"}) == 8
     assert health._gpus_given({"SLURM_GPUS_ON_NODE": "8", "EMOVERSE_CPU": "1"}) == 0
     assert health._gpus_given({}) == health._gpus_given({"SLURM_GPUS_ON_NODE": "?"}) == 0
 
 
-def test_a_gpu_that_may_be_too_small_is_told() -> None:
+def test_a_gpu_that_may_be_too_small_is_noted() -> None:
     small = [*FOUR[:3], facts(3, memory=24 * GIB)]
     assert problems_of(small, NEED) == []
     (note,) = memory_notes(small, NEED)
     assert note.startswith("plan estimates 47.0 GiB per GPU and the smallest has 24.0 GiB")
 
 
-def test_two_ranks_of_a_host_say_it_once() -> None:
+def test_two_ranks_of_a_host_report_it_once() -> None:
     other = {"torch": "2.12.0", "python": "3.11.7"}
     six = [*FOUR, facts(4, versions=other), facts(5, versions=other)]
     assert problems_of(six, NEED) == [("n2", "torch 2.12.0, elsewhere 2.13.0")]
 
 
-def test_what_is_odd_but_no_reason_to_stop(cpu_world: World) -> None:
-    odd = [*FOUR[:3], facts(3, clock=1070.0, work_s=0.05)]
-    first, *notes = notes_of(odd, odd[0], cpu_world)
-    assert first.startswith("2 nodes alike (A100, torch 2.13.0); all_reduce of 1 MiB in 1.0 ms")
+def test_what_is_suspicious_but_no_error(cpu_world: World) -> None:
+    nodes = [*FOUR[:3], facts(3, clock=1070.0, work_s=0.05)]
+    first, *notes = notes_of(nodes, nodes[0], cpu_world)
+    assert first.startswith("2 equal nodes (A100, torch 2.13.0); all_reduce of 1 MiB in 1.0 ms")
     assert notes == [
         "n1: its clock is +70 s off the others",
-        "n1: rank 3 computes 5.0 times slower than the median; if that stays so, exclude the node",
+        "n1: rank 3 computes 5.0 times slower than the median; if that persists, exclude the node",
     ]
 
 
@@ -110,7 +112,9 @@ def cpu_world() -> World:
     return World(rank=0, world_size=4, local_rank=0, device=torch.device("cpu"))
 
 
-def test_a_lost_peer_is_told_from_other_faults(run_ranks: Callable[..., list[Any]]) -> None:
+def test_a_lost_peer_is_distinguished_from_other_faults(
+    run_ranks: Callable[..., list[Any]],
+) -> None:
     def work(world: World) -> bool | None:
         import torch
         import torch.distributed as dist
@@ -130,13 +134,13 @@ def test_a_lost_peer_is_told_from_other_faults(run_ranks: Callable[..., list[Any
     assert not is_lost_peer(RankError("rank 1: no such file", wrong_input=True))
 
 
-def test_ranks_that_meet(run_ranks: Callable[..., list[Any]]) -> None:
+def test_ranks_of_one_group(run_ranks: Callable[..., list[Any]]) -> None:
     def good(world: World) -> list[str]:
         return check_nodes(world, NEED)
 
     assert run_ranks(good, 1) == [[]]
     notes = run_ranks(good, 2)
-    assert "1 nodes alike (cpu, torch " in notes[0][0] and " GB/s per rank" in notes[0][0]
+    assert "1 equal nodes (cpu, torch " in notes[0][0] and " GB/s per rank" in notes[0][0]
 
     def bad(world: World) -> str:
         if world.rank == 1:
@@ -145,10 +149,10 @@ def test_ranks_that_meet(run_ranks: Callable[..., list[Any]]) -> None:
         try:
             check_nodes(world, NEED)
         except RankError as error:
-            return f"{error.exit_code} {error}"
+            return f"{error.wrong_input}: {error}"
         return "no error"
 
     one, two = run_ranks(bad, 2)
     assert one == two
-    assert one.startswith("1 the nodes are not fit to train together: ")
+    assert one.startswith("False: the nodes cannot train together: ")
     assert "n7: torch 0.1, elsewhere" in one and "emoverse launch --exclude n7" in one

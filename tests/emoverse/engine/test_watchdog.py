@@ -33,7 +33,7 @@ def test_a_rank_whose_run_directory_is_lost_waits_for_a_vote_but_not_for_ever(
         for step in range(16):
             dog.beat("waiting for the other ranks", step)
             time.sleep(0.05)
-        assert not codes, "the ranks go on, so a vote will come"
+        assert not codes, "the ranks go on, so a consensus will follow"
         deadline = time.monotonic() + 30
         while not codes:
             assert time.monotonic() < deadline

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 import torch
 
 from data_shards.tasks import TASKS, Task
-from emoverse.config.schema import Config, ConfigError, to_yaml
+from emoverse.config.schema import Config, ConfigError, freeze_config, load_frozen, to_yaml
 from emoverse.engine.distributed import World
 from emoverse.evaluation.evaluate import run, run_target
 from emoverse.evaluation.predictions import (
@@ -28,6 +30,7 @@ from emoverse.evaluation.target import resolve
 from emoverse.inference.generate import Answerer
 from emoverse.models.emoverse import build_model
 from emoverse.run_dir.checkpoint import save_checkpoint
+from launch.cli import main
 
 MakeRun = Callable[..., tuple[Config, Path]]
 Ranks = Callable[..., list[Any]]
@@ -289,3 +292,39 @@ def test_our_predictions_are_result_lines_and_come_back_unchanged(make_run: Make
     inside, without = score_results(path), score_results(outside)
     for task in ("msa", "er", "fer"):
         assert inside["tasks"][task]["metrics"] == without["tasks"][task]["metrics"]
+
+
+def test_the_command_shares_the_batches_between_workers(
+    make_run: MakeRun, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--processes 2`: two worker programs, which load the config as it was frozen."""
+    _, alone = make_run(run="alone")
+    run(alone, which=["base"], log=quiet)
+    _, shared = make_run(run="shared")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    words = ["evaluate", str(shared), "--processes", "2", "--which", "base", "--json"]
+    assert main(words) == 0
+    metrics = json.loads(capfd.readouterr().out)["base"]
+    assert metrics["answers"] == 25 and file_of(shared) == file_of(alone)
+    (frozen,) = (shared / "eval" / "logs").glob("config-*.json")
+    assert load_frozen(frozen).run.run_dir == shared
+
+
+def test_a_worker_that_evaluates_a_target_ends_at_the_first_signal(make_run: MakeRun) -> None:
+    """Every answered batch is on disk; nothing is agreed on and nothing is requeued."""
+    config, run_dir = make_run()
+    code = f"""
+import os, signal, sys, threading
+from emoverse.evaluation import evaluate
+from launch import worker
+
+def answer(*_, **__):
+    os.kill(os.getpid(), signal.SIGUSR2)
+    threading.Event().wait()
+
+evaluate.run_target = answer
+sys.exit(worker.main([{str(freeze_config(config, run_dir))!r}, "--evaluate-target={run_dir}"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 75, done.stderr
+    assert not (run_dir / "faults").exists() and not (run_dir / "jobs").exists()

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from emoverse.kernels import dropout, reference
+from emoverse.kernels.adapter_types import LoraInput
 from emoverse.kernels.dropout import Dropout, _random_16_bits, draw_seed, keep_mask
-from emoverse.kernels.types import LoraInput
 
 CPU = torch.device("cpu")
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from emoverse.kernels import reference
+from emoverse.kernels.adapter_types import Linears
 from emoverse.kernels.dropout import Dropout
 from emoverse.kernels.lora import lora_linears
-from emoverse.kernels.types import Linears
 
 
 @pytest.mark.usefixtures("backend")

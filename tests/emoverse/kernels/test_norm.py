@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from emoverse.kernels import reference
+from emoverse.kernels.adapter_types import LoraInput
 from emoverse.kernels.dropout import Dropout
 from emoverse.kernels.norm import add_norm_lora, add_norm_lora_backward, norm_lora_grad_a
-from emoverse.kernels.types import LoraInput
 
 EPS = 1e-5
 

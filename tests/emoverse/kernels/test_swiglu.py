@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from emoverse.kernels import reference
+from emoverse.kernels.adapter_types import LoraInput
 from emoverse.kernels.dropout import Dropout
 from emoverse.kernels.swiglu import swiglu_lora, swiglu_lora_backward, swiglu_lora_grad_a
-from emoverse.kernels.types import LoraInput
 
 
 @pytest.mark.usefixtures("backend")

@@ -162,6 +162,7 @@ def test_only_the_trainable_set_changes(
     assert {f"native.{name}" for name in changed} == named
 
 
+@pytest.mark.promise(2)
 @pytest.mark.parametrize(
     ("train", "parts"),
     [("lora", {"projector"}), ("all", {"projector", "vision"})],

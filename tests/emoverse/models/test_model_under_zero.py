@@ -14,6 +14,7 @@ from emoverse.models.internvl.checkpoint import build_native
 Make = Callable[..., Any]
 
 
+@pytest.mark.promise(2)
 @pytest.mark.parametrize(
     ("precision", "dropout"), [("fp32", 0.0), ("fp32", 0.1), ("bf16", 0.1)], ids=str
 )

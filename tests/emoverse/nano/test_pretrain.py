@@ -16,7 +16,7 @@ from emoverse.models.architecture import load_architecture
 from emoverse.models.internvl.checkpoint import build_native, import_checkpoint
 from emoverse.nano import pretrain as pretrain_module
 from emoverse.nano.gates import check_gates, constant_captions, exact_share, sign_f1
-from emoverse.nano.pretrain import pretrain, run
+from emoverse.nano.pretrain import pretrain
 from emoverse.nano.pretrain_config import Gates, PretrainConfig
 from emoverse.nano.pretrain_data import encode_generic, pair_options, world_texts
 
@@ -128,7 +128,7 @@ def test_the_provenance_tells_how_to_repeat_it(
 def test_a_folder_that_holds_something_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"^out: \S+ is not empty; remove it or choose another"):
-        run([NANO], [f"out={tmp_path}"])
+        pretrain(load_model(PretrainConfig, [NANO], [f"out={tmp_path}"]))
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
@@ -268,9 +268,9 @@ def test_the_config_of_the_nano_base_loads() -> None:
     ("override", "message"),
     [
         ("align.batch=33", "align: found .*: batch must be a multiple of processes, which is 2"),
-        ("vision.heads=3", "vision.heads: found 3: the heads share the width evenly, but hidden"),
-        ("llm.heads=7", "llm.heads: found 7: the heads share the width evenly, but hidden is"),
-        ("vision.image_size=224", "found 224: the generic pairs are drawn at 112 pixels; set that"),
+        ("vision.heads=3", "vision.heads: found 3: must divide hidden, which is"),
+        ("llm.heads=7", "llm.heads: found 7: must divide hidden, which is"),
+        ("vision.image_size=224", "found 224: must be 112, the size of the generic pairs"),
         ("gates.samples=0", "gates.samples: found 0: must be at least 1"),
         ("llm.familly=phi3", r"found 'phi3': unknown key \(did you mean 'family'\?\)"),
     ],

@@ -80,6 +80,7 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert names(tmp_path) == ["latest", "step_000006", "step_000008"]
 
 
+@pytest.mark.promise(3)
 def test_a_damaged_later_one_does_not_count_as_kept(tmp_path: Path) -> None:
     """A run that fell back from step 9 keeps two it can load, and replaces the damaged one."""
     for step in (2, 4, 9):
@@ -93,6 +94,7 @@ def test_a_damaged_later_one_does_not_count_as_kept(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path, silent) == tmp_path / "step_000009"
 
 
+@pytest.mark.promise(3)
 def test_a_copy_beside_them_is_none_of_ours(tmp_path: Path) -> None:
     shutil.copytree(save(tmp_path, 2), tmp_path / "step_000002.bak")
     (tmp_path / "step_best").mkdir()
@@ -125,6 +127,7 @@ def test_nothing_saved_is_none(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path / "absent", silent) is None
 
 
+@pytest.mark.promise(3)
 @pytest.mark.parametrize("file", ["trained.safetensors", "optimizer.safetensors", "state.json"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
 def test_damage_falls_back_to_the_previous(tmp_path: Path, file: str, damage: str) -> None:
@@ -139,7 +142,7 @@ def test_damage_falls_back_to_the_previous(tmp_path: Path, file: str, damage: st
         (bad / file).write_bytes(content)
     said: list[str] = []
     assert find_checkpoint(tmp_path, said.append) == good
-    assert len(said) == 1 and f"passed over: {bad / file}" in said[0]
+    assert len(said) == 1 and f"skipped: {bad / file}" in said[0]
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"files": {}}', '{"format": 99, "files": {}}'])
@@ -172,6 +175,7 @@ def test_a_crash_while_saving_keeps_the_last_one(
     assert not names(work_folder(tmp_path))
 
 
+@pytest.mark.promise(3)
 def test_everything_is_on_disk_before_the_rename(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,6 +221,7 @@ def test_a_state_that_json_cannot_hold_exactly_is_refused(tmp_path: Path) -> Non
         save(tmp_path, 1, loss=float("nan"))
 
 
+@pytest.mark.promise(4)
 def test_another_run_is_refused_with_every_difference(tmp_path: Path) -> None:
     saved = json.loads(json.dumps({"plan": "abc", "optim.lr_lora": 1e-5, "model.base": "x"}))
     check_identity(saved, dict(saved), tmp_path)
@@ -226,4 +231,4 @@ def test_another_run_is_refused_with_every_difference(tmp_path: Path) -> None:
     text = str(refused.value)
     assert "optim.lr_lora: saved 1e-05, now 2e-05; train.loss: saved None, now 'token'" in text
     assert "plan" not in text.split("Different")[1]
-    assert text.endswith("or give --accept-changes to go on from there all the same")
+    assert text.endswith("or give --accept-changes to continue anyway")

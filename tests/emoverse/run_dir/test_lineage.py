@@ -19,33 +19,23 @@ from emoverse.models.internvl.checkpoint import import_checkpoint
 from emoverse.models.merge import check_adapters
 from emoverse.run_dir.checkpoint import OtherRun, find_checkpoint, load_trained, read_checkpoint
 from emoverse.run_dir.lineage import adapters_below, handed_over, label_of, read_stage_adapter
-from emoverse.training import shutdown
 from emoverse.training.stage_build import is_done
 from emoverse.training.stages import merged_into
-from emoverse.training.train import Launch, train_in_group
 
 MakeConfig = Callable[..., Config]
-Ranks = Callable[..., list[Any]]
+Train = Callable[..., list[Any]]
 GOOD = Path(__file__).resolve().parents[1] / "good_config.yaml"
 CPU = torch.device("cpu")
 
 
-def train_stages(config: Config, world: World, *stages: str) -> int:
-    with shutdown.listen() as flag:
-        return train_in_group(config, stages, world, launch=Launch(), flag=flag)
-
-
-def run_stages(run_ranks: Ranks, config: Config, *stages: str, ranks: int = 1) -> None:
-    assert run_ranks(lambda world: train_stages(config, world, *stages), ranks) == [0] * ranks
-
-
 @pytest.fixture
-def trained(run_ranks: Ranks, tiny_config: MakeConfig) -> MakeConfig:
+def trained(train: Train, tiny_config: MakeConfig) -> MakeConfig:
     """`trained(*overrides)`: both stages, the second one on the merged first one."""
 
     def make(*overrides: str, run: str = "run", ranks: int = 1) -> Config:
         config = tiny_config("stages.stage2.adapter=merge", *overrides, run=run)
-        run_stages(run_ranks, config, "stage1", "stage2", ranks=ranks)
+        codes = train(config, "stage1", "stage2", world_size=ranks)
+        assert codes == ["done"] * ranks
         return config
 
     return make
@@ -64,9 +54,9 @@ def logits(model: EmoVerse) -> torch.Tensor:
 
 def test_which_stages_are_merged() -> None:
     plain = load_config([GOOD])
-    assert merged_into(plain, "stage1") == merged_into(plain, "stage2") == ()
+    assert merged_into(plain.stages, "stage1") == merged_into(plain.stages, "stage2") == ()
     merging = load_config([GOOD], ["stages.stage2.adapter=merge"])
-    assert merged_into(merging, "stage2") == ("stage1",)
+    assert merged_into(merging.stages, "stage2") == ("stage1",)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +111,7 @@ def test_merging_is_the_same_under_every_zero_stage(trained: MakeConfig) -> None
 
 
 def test_the_lineage_is_recorded_and_checked(
-    trained: MakeConfig, tiny_config: MakeConfig, run_ranks: Ranks
+    trained: MakeConfig, tiny_config: MakeConfig, train: Train
 ) -> None:
     config = trained()
     run_dir = config.run.run_dir
@@ -133,7 +123,7 @@ def test_the_lineage_is_recorded_and_checked(
     assert state["identity"]["start"] == label and label.startswith("stage1 step_")
     # Stage 1 is trained again with another result behind stage 2's back.
     other = tiny_config("stages.stage1.optim.lr_lora=1e-3", run="other")
-    run_stages(run_ranks, other, "stage1")
+    assert train(other, "stage1", world_size=1) == ["done"]
     shutil.rmtree(run_dir / "stage1")
     shutil.copytree(other.run.run_dir / "stage1", run_dir / "stage1")
     with pytest.raises(OtherRun, match=r"was trained on \['stage1 step_.* now holds"):
@@ -141,15 +131,15 @@ def test_the_lineage_is_recorded_and_checked(
 
 
 def test_a_finished_stage_is_not_done_when_the_one_before_it_was_trained_again(
-    run_ranks: Ranks, tiny_config: MakeConfig
+    train: Train, tiny_config: MakeConfig
 ) -> None:
     config, other = tiny_config(), tiny_config("stages.stage1.optim.lr_lora=1e-3")
-    run_stages(run_ranks, config, "stage1", "stage2")
+    assert train(config, "stage1", "stage2", world_size=1) == ["done"]
     stage1 = config.run.run_dir / "stage1"
     shutil.rmtree(stage1)
-    run_stages(run_ranks, config, "stage1", "stage2")  # the same weights again
+    assert train(config, "stage1", "stage2", world_size=1) == ["done"]  # the same weights again
     shutil.rmtree(stage1)
-    run_stages(run_ranks, other, "stage1")
+    assert train(other, "stage1", world_size=1) == ["done"]
     with pytest.raises(OtherRun, match=r"stage2 was trained from stage1 step_.* trained again"):
         is_done(other, "stage2")
     assert is_done(other, "stage2", accept_changes=True)
@@ -158,10 +148,10 @@ def test_a_finished_stage_is_not_done_when_the_one_before_it_was_trained_again(
 
 
 def test_an_earlier_checkpoint_is_not_handed_over_in_silence(
-    run_ranks: Ranks, tiny_config: MakeConfig
+    train: Train, tiny_config: MakeConfig
 ) -> None:
     config = tiny_config()
-    run_stages(run_ranks, config, "stage1")
+    assert train(config, "stage1", world_size=1) == ["done"]
     stage1 = config.run.run_dir / "stage1"
     last = handed_over(stage1)
     shutil.rmtree(last)
@@ -172,10 +162,10 @@ def test_an_earlier_checkpoint_is_not_handed_over_in_silence(
         handed_over(stage1)
 
 
-def test_moments_are_handed_over_when_asked(run_ranks: Ranks, tiny_config: MakeConfig) -> None:
+def test_moments_are_handed_over_when_asked(train: Train, tiny_config: MakeConfig) -> None:
     """AdamW's count of updates goes on, and the moments with it; else both begin anew."""
     config = tiny_config("stages.stage2.optimizer=continue")
-    run_stages(run_ranks, config, "stage1", "stage2")
+    assert train(config, "stage1", "stage2", world_size=1) == ["done"]
     first, second = (
         read_checkpoint(handed_over(config.run.run_dir / stage)).state
         for stage in ("stage1", "stage2")
@@ -184,24 +174,26 @@ def test_moments_are_handed_over_when_asked(run_ranks: Ranks, tiny_config: MakeC
     assert second["updates"] == first["step"] + second["step"]
 
 
-def test_the_frozen_part_is_the_file_bit_for_bit(run_ranks: Ranks, tiny_config: MakeConfig) -> None:
+def test_the_frozen_part_is_the_file_bit_for_bit(
+    run_ranks: Train, train_rank: Callable[..., str], tiny_config: MakeConfig
+) -> None:
     """After real training under every ZeRO stage, in bf16: tower, base, rotary table."""
 
     def work(world: World, config: Config) -> dict[str, Any]:
         import emoverse.training.train as module
 
         kept: dict[str, Any] = {}
-        original = module.build_run
+        original = module.start_run
 
-        def watched(parts: Any, *others: Any) -> Any:
-            kept["model"] = parts.model
-            return original(parts, *others)
+        def watched(setup: Any, *others: Any) -> Any:
+            kept["model"] = setup.model
+            return original(setup, *others)
 
-        module.build_run = watched
+        module.start_run = watched
         try:
-            assert train_stages(config, world, "stage1") == 0
+            assert train_rank(config, world) == "done"
         finally:
-            module.build_run = original
+            module.start_run = original
         native = kept["model"].native
         rotary = native.model.language_model.rotary_emb.inv_freq
         return {
@@ -236,7 +228,7 @@ def test_the_frozen_part_is_the_file_bit_for_bit(run_ranks: Ranks, tiny_config: 
 
 def test_the_adapter_of_a_stage_has_the_names_of_the_base(trained: MakeConfig) -> None:
     config = trained()
-    adapter = read_stage_adapter(config, config.run.run_dir / "stage1")
+    adapter = read_stage_adapter(config.run.run_dir / "stage1", config.model.lora)
     assert adapter.scale == 2.0
     base, _ = import_checkpoint(config.model.base)
     check_adapters([adapter], {name: value.shape for name, value in base.named_parameters()})

@@ -1,4 +1,4 @@
-"""A stage of another run is adopted if, and only if, it is the very same training."""
+"""A stage of another run is reused if, and only if, it was trained in exactly the same way."""
 
 import dataclasses
 import json
@@ -13,44 +13,33 @@ from data_shards.build.build import build_shards
 from data_shards.shards.index import ShardIndex
 from data_shards.shards.reader import ShardReader
 from emoverse.config.schema import Config
-from emoverse.engine.distributed import World
 from emoverse.run_dir.checkpoint import TRAINED, OtherRun, read_state
 from emoverse.run_dir.lineage import handed_over
-from emoverse.run_dir.stage_reuse import adopt_stage
-from emoverse.training import shutdown
+from emoverse.run_dir.stage_reuse import reuse_stage
 from emoverse.training.stage_build import is_done
-from emoverse.training.train import Launch, train_in_group
 
 MakeConfig = Callable[..., Config]
-Ranks = Callable[..., list[Any]]
+Train = Callable[..., list[Any]]
 ER_ALONE = [f"stages.stage2.rates.{task}={task == 'er':d}" for task in ("msa", "er", "eri", "ecpe")]
-
-
-def train(run_ranks: Ranks, config: Config, *stages: str) -> None:
-    def work(world: World) -> int:
-        with shutdown.listen() as flag:
-            return train_in_group(config, stages, world, launch=Launch(), flag=flag)
-
-    assert run_ranks(work, 1) == [0]
 
 
 def weights(config: Config, stage: str) -> bytes:
     return (handed_over(config.run.run_dir / stage) / TRAINED).read_bytes()
 
 
-def test_a_run_on_an_adopted_stage_is_the_run_that_trained_it(
-    run_ranks: Ranks, tiny_config: MakeConfig, capfd: pytest.CaptureFixture[str]
+def test_a_run_on_a_reused_stage_is_the_run_that_trained_it(
+    train: Train, tiny_config: MakeConfig, capfd: pytest.CaptureFixture[str]
 ) -> None:
     donor, alone, adopter = (
         tiny_config(*overrides, run=run)
         for run, overrides in (("donor", []), ("alone", ER_ALONE), ("adopter", ER_ALONE))
     )
-    train(run_ranks, donor, "stage1")
-    train(run_ranks, alone, "stage1", "stage2")
-    assert adopt_stage(adopter, "stage1", donor.run.run_dir)
+    train(donor, "stage1", world_size=1)
+    train(alone, "stage1", "stage2", world_size=1)
+    assert reuse_stage(adopter, "stage1", donor.run.run_dir)
     assert is_done(adopter, "stage1")
     capfd.readouterr()
-    train(run_ranks, adopter, "stage1", "stage2")
+    train(adopter, "stage1", "stage2", world_size=1)
     assert "stage1 already done" in capfd.readouterr().out
     for stage in ("stage1", "stage2"):
         assert weights(adopter, stage) == weights(alone, stage)
@@ -59,20 +48,20 @@ def test_a_run_on_an_adopted_stage_is_the_run_that_trained_it(
     marker = json.loads((adopter.run.run_dir / "stage1" / "DONE").read_text())
     assert marker["adopted_from"] == str(donor.run.run_dir)
     # The second stage is another training than the donor's, and the first one has begun here.
-    assert not adopt_stage(alone, "stage1", donor.run.run_dir)
+    assert not reuse_stage(alone, "stage1", donor.run.run_dir)
     shutil.rmtree(adopter.run.run_dir / "stage2")
-    train(run_ranks, donor, "stage2")
-    assert not adopt_stage(adopter, "stage2", donor.run.run_dir)
-    assert adopt_stage(adopter, "stage2", alone.run.run_dir)
+    train(donor, "stage2", world_size=1)
+    assert not reuse_stage(adopter, "stage2", donor.run.run_dir)
+    assert reuse_stage(adopter, "stage2", alone.run.run_dir)
 
 
 def test_anything_that_differs_is_trained(
-    run_ranks: Ranks, tiny_config: MakeConfig, tmp_path: Path
+    train: Train, tiny_config: MakeConfig, tmp_path: Path
 ) -> None:
     donor = tiny_config(run="donor")
     home = donor.run.run_dir
-    assert not adopt_stage(tiny_config(run="early"), "stage1", home)  # nothing is there yet
-    train(run_ranks, donor, "stage1")
+    assert not reuse_stage(tiny_config(run="early"), "stage1", home)  # nothing is there yet
+    train(donor, "stage1", world_size=1)
     # The same keys and tasks, other clips.
     index = ShardIndex.load(donor.data.shards)
     reader = ShardReader(index.folder, index)
@@ -100,17 +89,17 @@ def test_anything_that_differs_is_trained(
         )
     ):
         other = tiny_config(override, run=f"other{number}")
-        assert not adopt_stage(other, "stage1", home), override
+        assert not reuse_stage(other, "stage1", home), override
         assert not (other.run.run_dir / "stage1").exists()
     # Stage 2 begins with a stage that this run does not have.
-    assert not adopt_stage(tiny_config(run="late"), "stage2", home)
+    assert not reuse_stage(tiny_config(run="late"), "stage2", home)
     marker = home / "stage1" / "DONE"
     done = json.loads(marker.read_text())
     for change in ({"skipped": [3]}, {"audit": "0" * 16}):
         marker.write_text(json.dumps(done | change))
-        assert not adopt_stage(tiny_config(run="same"), "stage1", home), change
+        assert not reuse_stage(tiny_config(run="same"), "stage1", home), change
     marker.write_text(json.dumps(done))
     last = handed_over(home / "stage1")
     last.rename(last.with_name("gone"))
     with pytest.raises(OtherRun, match="newest intact checkpoint"):
-        adopt_stage(tiny_config(run="same"), "stage1", home)
+        reuse_stage(tiny_config(run="same"), "stage1", home)

@@ -19,7 +19,7 @@ from emoverse.run_dir.checkpoint import (
     save_checkpoint,
     verify_checkpoint,
 )
-from emoverse.run_dir.run_lock import Lease, LostLease, acquire
+from emoverse.run_dir.run_lock import RunLock, RunLockLost, acquire
 
 Operation = Callable[..., None]
 
@@ -120,6 +120,7 @@ def runs(tmp_path: Path) -> Iterator[Path]:
     return (tmp_path / f"run{number}" for number in range(1000))
 
 
+@pytest.mark.promise(3)
 @pytest.mark.parametrize("act", [before, denied, read_only, afterwards, torn])
 @pytest.mark.parametrize("keep", [1, 2])
 def test_each_file_operation_of_a_save_may_fail(
@@ -144,6 +145,7 @@ def test_each_file_operation_of_a_save_may_fail(
     assert seen == {2, 3}
 
 
+@pytest.mark.promise(3)
 def test_a_kill_at_each_file_operation(
     runs: Iterator[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,14 +165,15 @@ def test_a_kill_at_each_file_operation(
         assert loadable(run) == 4
 
 
+@pytest.mark.promise(7)
 def test_an_owner_cut_off_at_any_file_operation_of_a_save(
     runs: Iterator[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a successor finds when it has the run directory stays as it is."""
 
-    def publish(lease: Lease, step: int) -> None:
-        with lease.writing() as work:
-            save(lease.run_dir, step, work=work)
+    def publish(lock: RunLock, step: int) -> None:
+        with lock.writing() as work:
+            save(lock.run_dir, step, work=work)
 
     def found(run: Path) -> list[str]:
         root = run / "checkpoints"
@@ -189,18 +192,18 @@ def test_an_owner_cut_off_at_any_file_operation_of_a_save(
 
         with monkeypatch.context() as patch:
             Faults(patch, cut_off).fail_at = number
-            with contextlib.suppress(LostLease):  # none if all was published before
+            with contextlib.suppress(RunLockLost):  # none if all was published before
                 publish(former, 3)
             assert found(run) == seen[1]
-            with pytest.raises(LostLease):
+            with pytest.raises(RunLockLost):
                 publish(former, 4)
             assert found(run) == seen[1]
         before = loadable(run)
         assert before == (3 if "step_000003" in seen[1] else 2)
         publish(seen[0], 5)
         assert loadable(run) == 5
-        for lease in (former, seen[0]):
-            lease.release()
+        for lock in (former, seen[0]):
+            lock.release()
 
 
 WITHOUT_ROOM = """
@@ -224,6 +227,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.promise(3)
 def test_no_room_is_an_os_error(tmp_path: Path, run_python: Callable[..., Any]) -> None:
     """Also where a library writes, which has an error of its own; no file beyond 1000 bytes."""
     done = run_python("-B", "-c", WITHOUT_ROOM, str(tmp_path))
@@ -236,6 +240,7 @@ def test_no_room_is_an_os_error(tmp_path: Path, run_python: Callable[..., Any]) 
 FILES = ("trained.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
 
 
+@pytest.mark.promise(3)
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "remove"])
 def test_every_damage_is_found_and_named(tmp_path: Path, file: str, damage: str) -> None:
@@ -256,6 +261,7 @@ def test_every_damage_is_found_and_named(tmp_path: Path, file: str, damage: str)
         assert file in str(found.value)
 
 
+@pytest.mark.promise(4)
 def test_no_pickle_is_ever_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A payload in the place of any file is refused, and unpickling anything at all would fail."""
     import pickle

@@ -19,6 +19,7 @@ from emoverse.run_dir import storage
 from emoverse.run_dir.checkpoint import find_checkpoint, read_checkpoint
 from emoverse.training import shutdown
 from emoverse.training.stages import DONE
+from launch.exit_codes import OF_OUTCOME
 
 MakeConfig = Callable[..., Config]
 RANKS = 2
@@ -29,7 +30,7 @@ def _live(config: Config, rank: int, meeting: Path, kill_at_operation: int | Non
     """One rank of one life."""
     torch.set_num_threads(1)
     from emoverse.engine.deepspeed_engine import start_process_group
-    from emoverse.training.train import Launch, train_in_group
+    from emoverse.training.train import train_stages
 
     if rank == 0 and kill_at_operation is not None:
         _kill_at(kill_at_operation)
@@ -42,8 +43,8 @@ def _live(config: Config, rank: int, meeting: Path, kill_at_operation: int | Non
     )
     start_process_group(world, timeout_s=LIMIT_S / 2)
     with shutdown.listen() as flag:
-        code = train_in_group(config, ["stage1"], world, launch=Launch(), flag=flag)
-    os._exit(code)
+        outcome = train_stages(config, ["stage1"], world, flag=flag)
+    os._exit(OF_OUTCOME[outcome])
 
 
 def _kill_at(number: int) -> None:
@@ -172,12 +173,14 @@ def imported() -> None:
     import emoverse.training.train  # noqa: F401
 
 
+@pytest.mark.promise(2)
 @pytest.mark.timeout(280)
 def test_five_kills_change_nothing(tiny_config: MakeConfig, tmp_path: Path, imported: None) -> None:
     knobs = ("train.save_every=1", "train.keep_checkpoints=2", "model.lora.dropout=0.1")
     run_chaos(lambda name: tiny_config(*knobs, run=name), tmp_path, 5)
 
 
+@pytest.mark.promise(2)
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_fifty_kills_of_a_nano_run_change_nothing(

@@ -1,17 +1,31 @@
-"""The local run as a user starts it, and the small rules of the loop that need no run."""
+"""Runs of `emoverse train` on this machine, with real processes."""
 
+import contextlib
+import os
+import signal
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from data_shards.files import read_complete_lines
 from emoverse.config.schema import Config
-from emoverse.training.train import step_seed
 from launch.local import run_local
 
 MakeConfig = Callable[..., Config]
+Train = Callable[..., list[Any]]
+AtStep = Callable[..., contextlib.AbstractContextManager[None]]
 
 
+def records(config: Config, kind: str, stage: str = "stage1") -> list[dict[str, Any]]:
+    lines = read_complete_lines(config.run.run_dir / stage / "metrics.jsonl")
+    return [record for record in lines if record["kind"] == kind]
+
+
+@pytest.mark.promise(9)
 def test_local_processes_need_no_compiler_and_are_quiet(
     tiny_config: MakeConfig,
     tmp_path: Path,
@@ -37,12 +51,24 @@ def test_local_processes_need_no_compiler_and_are_quiet(
     assert (logs / "rank_1.log").read_text() == ""
 
 
-def test_step_seeds_differ() -> None:
-    seeds = {
-        step_seed(seed, stage, step, rank)
-        for seed in (0, 1)
-        for stage in ("stage1", "stage2")
-        for step in range(50)
-        for rank in (0, 1)
-    }
-    assert len(seeds) == 400 and all(0 <= seed < 2**63 for seed in seeds)
+@pytest.mark.promise(6)
+def test_local_processes_stop_together(
+    tiny_config: MakeConfig, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C after the first log line: saved where they stand, exit code 75, no second stage."""
+    config = tiny_config("stages.stage1.epochs=2000", "train.save_every=10000")
+    metrics = config.run.run_dir / "stage1" / "metrics.jsonl"
+
+    def interrupt() -> None:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            if metrics.exists() and '"interval"' in metrics.read_text():
+                break
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    assert run_local(config, stages=["stage1", "stage2"]) == 75
+    out = capfd.readouterr().out
+    step = int(out.split("stopped after step ")[1].split(";")[0])
+    assert records(config, "end")[-1]["step"] == step == len(records(config, "step"))

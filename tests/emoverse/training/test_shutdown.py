@@ -1,4 +1,4 @@
-"""The wish to stop: the flag, the time limit, and the second signal, also in a blocking call."""
+"""Graceful shutdown: the flag, the time limit, and the second signal, also in a blocking call."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ def test_a_signal_sets_the_flag_and_nothing_else(number: signal.Signals) -> None
     assert signal.getsignal(number) is before
 
 
-def test_the_time_limit_is_a_wish_to_stop() -> None:
+def test_the_time_limit_is_a_stop_request() -> None:
     now = 100.0
     flag = StopFlag(clock=lambda: now)
     flag.limit(None)
@@ -41,7 +41,7 @@ def test_the_time_limit_is_a_wish_to_stop() -> None:
     now = 0.0
     assert flag.requested  # never false again
     later = StopFlag(clock=lambda: now)
-    later.began_before(60.0)  # the stage before took a minute
+    later.add_elapsed(60.0)  # an earlier process took a minute
     later.limit(1.5)
     now += 29.9
     assert not later.requested
@@ -72,22 +72,24 @@ def listener(body: str, before: str = "") -> subprocess.Popen[str]:
 BLOCKED = "ctypes.CDLL(None).pause(); ctypes.CDLL(None).sleep(60); ctypes.CDLL(None).sleep(60)"
 
 
+@pytest.mark.promise(6)
 def test_a_second_signal_ends_a_process_that_is_blocked() -> None:
     process = listener(BLOCKED)
     process.send_signal(signal.SIGUSR2)
-    time.sleep(shutdown.ONE_WISH_S + 0.2)
+    time.sleep(shutdown.ONE_REQUEST_S + 0.2)
     assert process.poll() is None
     deadline = time.monotonic() + 60
-    while process.poll() is None:  # a busy machine may have told it late of the first one
+    while process.poll() is None:  # a busy machine may have delivered the first one late
         assert time.monotonic() < deadline
         process.send_signal(signal.SIGTERM)
         time.sleep(0.3)
     out, err = process.communicate()
     assert process.returncode == 75
-    assert out == "" and "second signal: leaving at once" in err
+    assert out == "" and "second signal: exiting at once" in err
 
 
-def test_signals_close_together_are_one_wish() -> None:
+@pytest.mark.promise(6)
+def test_signals_close_together_are_one_request() -> None:
     process = listener("time.sleep(0.6); time.sleep(0.6)")
     # Halted meanwhile, or a busy machine might let a second pass between two of them.
     for number in (signal.SIGSTOP, signal.SIGTERM, signal.SIGUSR2, signal.SIGCONT):
@@ -96,7 +98,7 @@ def test_signals_close_together_are_one_wish() -> None:
     assert process.returncode == 0 and out in ("end SIGTERM\n", "end SIGUSR2\n")
 
 
-def test_other_signals_are_no_wish() -> None:
+def test_other_signals_are_no_request() -> None:
     process = listener("time.sleep(1.8)", "signal.signal(signal.SIGUSR1, lambda *_: None)")
     for _ in range(2):
         time.sleep(0.5)

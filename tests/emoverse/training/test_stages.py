@@ -25,7 +25,7 @@ def load(*overrides: str) -> Config:
 
 
 def test_the_specs_say_what_the_config_says() -> None:
-    first, second = stage_specs(load("stages.stage2.shortage=shrink"))
+    first, second = stage_specs(load("stages.stage2.shortage=shrink").stages)
     assert (first.name, first.take, first.rest_of, first.epochs) == ("stage1", 100, (), 2)
     assert first.rates[:2] == ((Task.MSA, Fraction(2, 5)), (Task.ER, Fraction(1, 5)))
     assert (second.take, second.rest_of, second.shortage) == (None, ("stage1",), "shrink")

@@ -2,15 +2,13 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from emoverse.evaluation.predictions import PartWriter, remove_parts
-from launch.context import Door
+from launch.context import RankContext
 from launch.slurm import job_log
-from launch.slurm.job_log import MAX_STARTS_WITHOUT_PROGRESS, JobRecord, why_not_again
+from launch.slurm.job_log import MAX_STARTS_WITHOUT_PROGRESS, JobRecord, restart_refusal
 from launch.slurm.requeue import job_state, requeue
 
 
@@ -20,59 +18,59 @@ def record(*progress: int) -> JobRecord:
 
 
 def test_a_job_that_goes_on_may_begin_again() -> None:
-    assert why_not_again(record(), 0, 3) is None
-    assert why_not_again(record(0, 10, 20), 30, 3) is None
+    assert restart_refusal(record(), 0, 3) is None
+    assert restart_refusal(record(0, 10, 20), 30, 3) is None
 
 
 def test_too_many_starts_are_the_end() -> None:
-    reason = why_not_again(record(0, 10, 20, 30), 40, 3)
-    assert reason is not None and "begun 4 times and max_requeues is 3" in reason
+    reason = restart_refusal(record(0, 10, 20, 30), 40, 3)
+    assert reason is not None and "started 4 times and max_requeues is 3" in reason
     assert "submit again" in reason
 
 
 def test_starts_that_save_nothing_are_the_end() -> None:
     same = [10] * MAX_STARTS_WITHOUT_PROGRESS
-    reason = why_not_again(record(0, *same), 10, 99)
+    reason = restart_refusal(record(0, *same), 10, 99)
     assert reason is not None and "saved nothing new (step 10)" in reason
-    assert why_not_again(record(0, *same), 11, 99) is None
-    assert why_not_again(record(0, *same[1:]), 10, 99) is None
+    assert restart_refusal(record(0, *same), 11, 99) is None
+    assert restart_refusal(record(0, *same[1:]), 10, 99) is None
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> Any:
-    return SimpleNamespace(run=SimpleNamespace(run_dir=tmp_path / "run"))
+def run_dir(tmp_path: Path) -> Path:
+    return tmp_path / "run"
 
 
-def test_starts_are_counted_over_lost_nodes(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    door = Door(launcher="slurm", job="7", address="n1", world_size=2)
+def test_starts_are_counted_over_lost_nodes(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = RankContext(launcher="slurm", job="7", address="n1", world_size=2)
     for _ in range(MAX_STARTS_WITHOUT_PROGRESS):
-        job_log.begin_start(config, ["stage1"], door, 20, "LOG")
-    with pytest.raises(RuntimeError, match=r"job 7 does not begin again: .* saved nothing new"):
-        job_log.begin_start(config, ["stage1"], door, 20, "LOG")
-    (config.run.run_dir / "stage1/checkpoints/step_000004").mkdir(parents=True)
-    job_log.begin_start(config, ["stage1"], door, 20, "LOG")
-    found = job_log.read_job(config.run.run_dir, "7")
+        job_log.record_start(run_dir, ["stage1"], context, 20, "LOG")
+    with pytest.raises(RuntimeError, match=r"job 7 does not start again: .* saved nothing new"):
+        job_log.record_start(run_dir, ["stage1"], context, 20, "LOG")
+    (run_dir / "stage1/checkpoints/step_000004").mkdir(parents=True)
+    job_log.record_start(run_dir, ["stage1"], context, 20, "LOG")
+    found = job_log.read_job(run_dir, "7")
     assert [event["progress"] for event in found.starts] == [0, 0, 0, 4]
     # Only rank 0 of a job speaks.
-    for silent in (Door(launcher="slurm", job="7", rank=1), Door(launcher="nobody")):
-        job_log.begin_start(config, ["stage1"], silent, 0, "LOG")
-    assert len(job_log.read_job(config.run.run_dir, "7").starts) == 4
+    for silent in (RankContext(launcher="slurm", job="7", rank=1), RankContext(launcher="none")):
+        job_log.record_start(run_dir, ["stage1"], silent, 0, "LOG")
+    assert len(job_log.read_job(run_dir, "7").starts) == 4
 
 
-def test_an_evaluation_that_keeps_answers_may_begin_again(config: Any) -> None:
+def test_an_evaluation_that_keeps_answers_may_begin_again(run_dir: Path) -> None:
     """It has no checkpoints; a killed one goes on with the batches that are not answered yet."""
-    door = Door(launcher="slurm", job="7", address="n1", world_size=2)
-    target = config.run.run_dir / "eval/stage1"
+    context = RankContext(launcher="slurm", job="7", address="n1", world_size=2)
+    target = run_dir / "eval/stage1"
     for number in range(2 * MAX_STARTS_WITHOUT_PROGRESS):
-        job_log.begin_start(config, [job_log.EVAL], door, 20, "LOG")
+        job_log.record_start(run_dir, [job_log.EVAL], context, 20, "LOG")
         with PartWriter(target / "parts", "identity", rank=0) as parts:
             parts.write(number, [])
     remove_parts(target / "parts")
     (target / "predictions.jsonl").write_text("{}\n" * 40)
     for _ in range(MAX_STARTS_WITHOUT_PROGRESS):
-        job_log.begin_start(config, [job_log.EVAL], door, 20, "LOG")
-    with pytest.raises(RuntimeError, match=r"job 7 does not begin again: .* saved nothing new"):
-        job_log.begin_start(config, [job_log.EVAL], door, 20, "LOG")
+        job_log.record_start(run_dir, [job_log.EVAL], context, 20, "LOG")
+    with pytest.raises(RuntimeError, match=r"job 7 does not start again: .* saved nothing new"):
+        job_log.record_start(run_dir, [job_log.EVAL], context, 20, "LOG")
 
 
 def test_jobs_are_read_in_order_and_a_torn_line_is_left_out(tmp_path: Path) -> None:
@@ -105,44 +103,48 @@ def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-DOOR = Door(launcher="slurm", job="4700_3", address="n1", world_size=2)
+CONTEXT = RankContext(launcher="slurm", job="4700_3", address="n1", world_size=2)
 
 
 def test_a_running_job_is_requeued(scontrol: Path) -> None:
     (scontrol / "says").write_text("JobId=4711 ArrayJobId=4700 JobState=RUNNING Reason=None")
-    assert requeue(DOOR) is None
+    assert requeue(CONTEXT) is None
     asked = (scontrol / "asked").read_text().splitlines()
     assert asked == ["show job --oneliner 4700_3", "requeue 4700_3"]
 
 
 def test_a_cancelled_job_stays_cancelled(scontrol: Path) -> None:
     (scontrol / "says").write_text("JobId=4711 JobState=CANCELLED Reason=None")
-    assert requeue(DOOR) == "the scheduler says that it is CANCELLED"
+    assert requeue(CONTEXT) == "its state is CANCELLED"
     assert "requeue" not in (scontrol / "asked").read_text()
 
 
 def test_a_job_that_was_requeued_from_outside_is_left_alone(scontrol: Path) -> None:
     """`scontrol requeue` by hand, or a pre-emption without a signal before it."""
-    says = f"JobId=4711 JobState=COMPLETING Reason=None Requeue=1 Restarts={DOOR.start + 1}"
+    says = (
+        f"JobId=4711 JobState=COMPLETING Reason=None Requeue=1 Restarts={CONTEXT.num_restarts + 1}"
+    )
     (scontrol / "says").write_text(says)
-    assert requeue(DOOR) is None
+    assert requeue(CONTEXT) is None
     assert "requeue" not in (scontrol / "asked").read_text()
     # A cancelled job looks the same, but for this number.
-    (scontrol / "says").write_text(says.replace(f"={DOOR.start + 1}", f"={DOOR.start}"))
-    assert requeue(DOOR) == "the scheduler says that it is COMPLETING"
+    (scontrol / "says").write_text(
+        says.replace(f"={CONTEXT.num_restarts + 1}", f"={CONTEXT.num_restarts}")
+    )
+    assert requeue(CONTEXT) == "its state is COMPLETING"
 
 
 def test_a_refusal_is_a_reason(scontrol: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (scontrol / "says").write_text("JobState=RUNNING")
     (scontrol / "refuses").touch()
-    assert requeue(DOOR) == "scontrol failed (no permission); submit again to resume"
+    assert requeue(CONTEXT) == "scontrol failed (no permission); submit again to resume"
     monkeypatch.setenv("PATH", "/nowhere")
-    reason = requeue(DOOR)
+    reason = requeue(CONTEXT)
     assert reason is not None and "scontrol failed" in reason
 
 
 def test_only_srun_and_submitit_can_requeue() -> None:
-    reason = requeue(Door(launcher="variables"))
+    reason = requeue(RankContext(launcher="variables"))
     assert reason is not None and "the same command resumes" in reason
-    assert requeue(Door(launcher="submitit", job="1")) is None
+    assert requeue(RankContext(launcher="submitit", job="1")) is None
     assert job_state("nothing") == "UNKNOWN"

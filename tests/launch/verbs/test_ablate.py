@@ -11,7 +11,7 @@ import pytest
 
 from emoverse.config.schema import Config, load_config
 from launch.cli import main
-from launch.subcommands import StepError
+from launch.subcommands import SubcommandError
 from launch.verbs import ablate
 
 NANO = str(Path(__file__).resolve().parents[3] / "configs" / "nano.yaml")
@@ -95,9 +95,9 @@ def test_a_failed_variant_leaves_the_others_alone_and_a_stop_ends_resumable(
         ran.append(line)
         for name, code in codes.items():
             if f"/{name}.yaml" in line:
-                raise StepError(f"emoverse train ended with exit code {code}", code=code)
+                raise SubcommandError(f"emoverse train ended with exit code {code}", code=code)
 
-    monkeypatch.setattr(ablate, "run_step", step)
+    monkeypatch.setattr(ablate, "run_subcommand", step)
     words = ["ablate", NANO, f"run.run_dir={tmp_path}", "--table", "VI"]
     assert main([*words, "--json"]) == 1
     result = json.loads(capsys.readouterr().out)
@@ -114,12 +114,12 @@ def test_the_page_names_the_variants_that_failed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def step(words: Any, **options: Any) -> None:
-        raise StepError("emoverse train ended with exit code 1", code=1)
+        raise SubcommandError("emoverse train ended with exit code 1", code=1)
 
     conditions = {"lines": [], "unequal_protocols": [], "unfinished": []}
     evaluated = {"tables": [], "effects": [], "conditions": conditions}  # of an earlier run
     monkeypatch.setattr(ablate, "ablation_json", lambda home, tables: evaluated)
-    monkeypatch.setattr(ablate, "run_step", step)
+    monkeypatch.setattr(ablate, "run_subcommand", step)
     assert main(["ablate", NANO, f"run.run_dir={tmp_path}", "--variant", "t3"]) == 1
     assert "t3 failed: emoverse train ended with exit code 1" in capsys.readouterr().out
     assert list(json.loads((tmp_path / "ablations.json").read_text())["failed"]) == ["t3"]
@@ -138,8 +138,8 @@ def test_what_variants_share_is_looked_for_before_each_is_trained(
             raise ValueError("its checkpoint is damaged")
         return (config.run.run_dir.name, donor.name) == ("t1", "m2se")
 
-    monkeypatch.setattr("emoverse.run_dir.stage_reuse.adopt_stage", adopt)
-    monkeypatch.setattr(ablate, "run_step", lambda words, **options: ran.append(words[0]))
+    monkeypatch.setattr("emoverse.run_dir.stage_reuse.reuse_stage", adopt)
+    monkeypatch.setattr(ablate, "run_subcommand", lambda words, **options: ran.append(words[0]))
     words = ["ablate", NANO, f"run.run_dir={tmp_path}", "--variant", "t1", "--variant", "ecpe_only"]
     assert main(words) == 2  # nothing really ran, so there is nothing to collect
     assert ran == ["train", "evaluate"] * 2
@@ -162,7 +162,7 @@ def test_a_cluster_gets_one_job_array_of_the_overlays(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ran: list[list[str]] = []
-    monkeypatch.setattr(ablate, "run_step", lambda words, **options: ran.append(list(words)))
+    monkeypatch.setattr(ablate, "run_subcommand", lambda words, **options: ran.append(list(words)))
     words = ["ablate", NANO, f"run.run_dir={tmp_path}", "--table", "VIII"]
     assert main([*words, "--cluster", "a100.yaml"]) == 0
     (launch,) = ran

@@ -1,4 +1,4 @@
-"""The parts of `make demo`: memory of a process tree, the table, steps that fail, the folder."""
+"""The verb `demo`: memory of a process tree, commands that fail, the folder."""
 
 import json
 import os
@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.subcommands import StepError, run_step
-from launch.verbs.demo import MemoryWatch, build_parser, descendants, main, pss_bytes
+from launch.cli import main, parse
+from launch.subcommands import SubcommandError, run_subcommand
+from launch.verbs.demo import MemoryWatch, descendants, pss_bytes
 
 ROOT = Path(__file__).resolve().parents[3]
 MIB = 2**20
@@ -22,7 +23,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), re
 
 @pytest.fixture(autouse=True)
 def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps are started as `python -m launch.cli`, as `make demo` does."""
+    """Commands are started as `python -m launch.cli`, as `make demo` does."""
     monkeypatch.chdir(ROOT)
 
 
@@ -74,12 +75,12 @@ def test_memory_is_that_of_the_whole_tree() -> None:
     assert pss_bytes(grandchild) == 0  # it has ended
 
 
-def test_a_failing_step_is_told_with_the_end_of_its_log(
+def test_a_failing_command_is_reported_with_the_end_of_its_log(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log = tmp_path / "new" / "plan.log"
-    with pytest.raises(StepError) as caught:
-        run_step(["plan", str(tmp_path / "no config.yaml")], quiet_log=log)
+    with pytest.raises(SubcommandError) as caught:
+        run_subcommand(["plan", str(tmp_path / "no config.yaml")], log_file=log)
     head, *tail = str(caught.value).splitlines()
     assert head == "emoverse plan ended with exit code 2"
     assert tail == log.read_text().splitlines()[-15:]
@@ -87,16 +88,16 @@ def test_a_failing_step_is_told_with_the_end_of_its_log(
     assert capsys.readouterr().out == f"$ emoverse plan '{tmp_path}/no config.yaml'\n"
 
 
-def test_a_failing_step_without_a_log_has_said_why_already(
+def test_a_failing_command_without_a_log_shows_its_own_message(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    with pytest.raises(StepError, match=r"^emoverse plan ended with exit code 2$"):
-        run_step(["plan", "nowhere.yaml"])
+    with pytest.raises(SubcommandError, match=r"^emoverse plan ended with exit code 2$"):
+        run_subcommand(["plan", "nowhere.yaml"])
     assert "nowhere.yaml: no such file" in capfd.readouterr().err
 
 
-def test_a_step_that_works_is_silent_in_its_log(tmp_path: Path) -> None:
-    run_step(["--version"], quiet_log=tmp_path / "version.log")
+def test_the_output_of_a_command_goes_to_its_log(tmp_path: Path) -> None:
+    run_subcommand(["--version"], log_file=tmp_path / "version.log")
     assert (tmp_path / "version.log").read_text().startswith("emoverse ")
 
 
@@ -104,9 +105,9 @@ def test_a_folder_that_is_no_demo_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    assert main(["--out", str(tmp_path)]) == 1
+    assert main(["demo", "--out", str(tmp_path)]) == 1
     assert capsys.readouterr().err == (
-        f"demo: {tmp_path} exists and is not a demo's folder; "
+        f"emoverse demo: {tmp_path} exists and is not a demo's folder; "
         "remove it or name another with --out\n"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
@@ -119,18 +120,17 @@ def test_an_earlier_demo_is_replaced_and_a_failing_one_ends_with_1(
     out.mkdir()
     (out / "demo.json").write_text("{}")
     (out / "stage1").mkdir()
-    assert main(["--out", str(out), "--clips", "0"]) == 1
+    assert main(["demo", "--out", str(out), "--clips", "0"]) == 1
     error = capfd.readouterr().err
     assert "clips and identities: must be at least 1, found 0 and 2" in error
-    assert "demo: emoverse build ended with exit code 2" in error
+    assert "emoverse demo: emoverse build ended with exit code 2" in error
     assert [path.name for path in out.iterdir()] == ["demo.json"]
     assert json.loads((out / "demo.json").read_text())["clips"] == 0
 
 
 def test_the_defaults_are_those_of_make_demo() -> None:
-    args = build_parser().parse_args([])
+    args = parse(["demo"])
     assert (args.config, args.out) == (Path("configs/nano.yaml"), Path("runs/demo"))
     assert args.overrides == []
-    assert build_parser().parse_args(["stages.stage1.epochs=1"]).overrides == [
-        "stages.stage1.epochs=1"
-    ]
+    args = parse(["demo", "--clips", "9", "stages.stage1.epochs=1"])
+    assert (args.clips, args.overrides) == (9, ["stages.stage1.epochs=1"])

@@ -15,9 +15,9 @@ import pytest
 
 from data_shards.shards.index import ShardIndex
 from data_shards.tasks import TASKS
-from emoverse.config.schema import load_config
+from emoverse.config.schema import freeze_config, frozen_path, load_config, load_frozen
 from launch import cli
-from launch.context import Door
+from launch.context import RankContext
 from launch.slurm import job_log, preflight, snapshot, submit
 from launch.slurm.cluster import load_cluster, split_overrides
 from launch.slurm.preflight import check_memory
@@ -67,7 +67,7 @@ def test_a_dry_run_prints_the_exact_scripts(
     for found, name_of in {
         sys.executable: "PYTHON",
         snapshot.code_hash(ROOT): "CODE",
-        snapshot.config_file(config).stem: "config-HASH",
+        frozen_path(config, tmp_path).stem: "config-HASH",
         str(tmp_path): "HERE",
     }.items():
         out = out.replace(found, name_of)
@@ -257,12 +257,16 @@ def test_accepted_changes_pass_the_checks_of_a_job(
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     assert job_log.main(["stage1", str(NANO), *shards, "--accept-changes"]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'run/stage1/logs/7'}\n"
-    door = Door(launcher="slurm", job="7", address="n1", world_size=1)
+    context = RankContext(launcher="slurm", job="7", address="n1", world_size=1)
     refused = Job(
-        config=load_config([NANO], shards), parts=("stage1",), door=door, max_requeues=3, logs="L"
+        config=load_config([NANO], shards),
+        parts=("stage1",),
+        context=context,
+        max_requeues=3,
+        logs="L",
     )
-    assert refused.begin() == 2 and "give --accept-changes" in capsys.readouterr().err
-    assert dataclasses.replace(refused, accept_changes=True).begin() == 0
+    assert refused.start() == 2 and "give --accept-changes" in capsys.readouterr().err
+    assert dataclasses.replace(refused, accept_changes=True).start() == 0
 
 
 @pytest.mark.parametrize("suffix", ["idx", "keys"])
@@ -314,8 +318,8 @@ def test_a_frozen_config_is_never_written_over(tmp_path: Path) -> None:
         load_config([NANO], [f"run.run_dir={tmp_path / 'run'}", f"train.keep_checkpoints={kept}"])
         for kept in (2, 3)
     ]
-    files = [snapshot.freeze_config(config) for config in configs]
-    assert [load_config([file]) for file in files] == configs
+    files = [freeze_config(config, tmp_path) for config in configs]
+    assert [load_frozen(file) for file in files] == configs
 
 
 def test_the_variables_of_a_surrounding_job_are_not_passed_on(
@@ -363,7 +367,7 @@ def test_two_launches_freeze_the_same_at_the_same_time(tmp_path: Path) -> None:
         begin.wait(60)
         snapshot.freeze_code(config.run.run_dir)
         for _ in range(100):
-            assert load_config([snapshot.freeze_config(config)]) == config
+            assert load_frozen(freeze_config(config, tmp_path / "run/jobs")) == config
 
     both = [context.Process(target=freeze) for _ in range(2)]
     for process in both:

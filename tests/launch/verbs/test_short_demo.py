@@ -31,7 +31,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The run directory and what the demo printed."""
     out = tmp_path_factory.mktemp("short") / "demo"
     done = subprocess.run(
-        [sys.executable, "-m", "launch.verbs.demo", "--out", str(out), *SHORT],
+        [sys.executable, "-m", "launch.cli", "demo", "--out", str(out), *SHORT],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -47,10 +47,10 @@ def test_from_files_alone(
     assert lines[0] == "scheduler: does not answer; from files alone"
     assert lines[2] == str(run_dir)
     assert lines[3].startswith(
-        "  stage1: begun, step 40/100, loss 1.500, 12.0 samples/s, 1h02m to go, checkpoint at "
-        "step 30, last word 0s ago"
+        "  stage1: begun, step 40/100, loss 1.500, 12.0 samples/s, 1h02m left, checkpoint at "
+        "step 30, last line 0s ago"
     )
-    assert lines[4].startswith("  job 7 (stage1): begun, no end noted, start 2 on n[3-4], ")
+    assert lines[4].startswith("  job 7 (stage1): begun, no end recorded, start 2 on n[3-4], ")
     assert lines[5] == "    log LOG7"
     assert lines[6].startswith("  job 8 (stage2): submitted, not begun, waits for afterok:7, ")
     assert lines[8] == "  next: wait for 7, 8"
@@ -81,8 +81,8 @@ def test_a_job_that_was_ended_by_force(
 ) -> None:
     scheduler(tmp_path, monkeypatch, "true")  # it answers, and knows no job
     out = call(capsys, "status", run_dir)[1]
-    assert out.count("ended by force or cancelled: no end noted") == 2
-    assert "next: submit again to go on" in out
+    assert out.count("killed or cancelled: no end recorded") == 2
+    assert "next: submit again; the same command resumes" in out
     # The local executor's jobs are processes of this machine.
     job_log.write_submission(run_dir, "1", executor="local", parts=["stage1"], logs="L")
     assert "next: wait for 1\n" in call(capsys, "status", run_dir)[1]
@@ -109,7 +109,7 @@ def test_how_a_job_ended(
         )
         assert text in call(capsys, "status", run_dir)[1].replace(", start 2", "")
     (run_dir / "jobs/8.json").unlink()
-    assert "next: submit again to go on" in call(capsys, "status", run_dir)[1]
+    assert "next: submit again; the same command resumes" in call(capsys, "status", run_dir)[1]
     (run_dir / "stage1/DONE").write_text("{}")
     out = call(capsys, "status", run_dir)[1]
     assert "stage1: done, step 40/100" in out

@@ -1,4 +1,4 @@
-"""`emoverse build`: stopped by a scheduler it ends with 75, and the same command goes on."""
+"""`emoverse build`: stopped by a scheduler it ends with 75, and the same command resumes."""
 
 import json
 import os
@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from data_shards.build.build import build_shards
-from data_shards.build.cli import _cut_alike
 from data_shards.build.journal import work_folder
+from data_shards.build.source_build import built_with_limits
 from data_shards.shards.writer import pack_record
 from data_shards.sources.synthetic import SyntheticOptions, make_record
 from launch import cli
@@ -45,7 +45,7 @@ def test_a_signal_to_all_its_processes_stops_it(
     os.killpg(process.pid, number)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 75, told
-    assert "stopped early, finished shards are kept; the same command goes on" in told
+    assert "stopped early, finished shards are kept; the same command resumes" in told
     assert not out.exists()
     assert cli.main([*words(out, clips=60), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["records"] == 60
@@ -74,5 +74,5 @@ def test_shards_that_were_cut_by_their_size_are_those_of_the_same_limits(tmp_pat
         records, tmp_path / "a", provenance={}, max_records_per_shard=8, max_bytes=limit
     )
     assert index.num_shards > 1 and max(info.records for info in index.shards) < 8
-    assert _cut_alike(index, 8, limit) and _cut_alike(index, 9, limit)
-    assert not _cut_alike(index, 8, 2 * limit) and not _cut_alike(index, 1, limit)
+    assert built_with_limits(index, 8, limit) and built_with_limits(index, 9, limit)
+    assert not built_with_limits(index, 8, 2 * limit) and not built_with_limits(index, 1, limit)
