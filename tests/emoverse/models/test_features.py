@@ -165,7 +165,7 @@ def test_a_foreign_or_cut_file_is_refused(tmp_path: Path) -> None:
 def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(features.shutil, "disk_usage", lambda _: usage(10, 5, 5))
-    with pytest.raises(ValueError, match=r"needs up to .* GiB .* or set model.cache_features: fal"):
+    with pytest.raises(ValueError, match=r"requires up to .* or set model.cache_features: false"):
         FeatureCache(tmp_path, KEY)
 
 
