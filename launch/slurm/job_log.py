@@ -57,7 +57,8 @@ def log_folder(run_dir: Path, part: str, job: str) -> Path:
 def read_jobs(run_dir: Path) -> list[JobRecord]:
     """All jobs of a run, in the order of their submission or first start."""
     folder = run_dir / JOBS
-    names = {path.stem for path in folder.glob("*.json*")} if folder.is_dir() else set()
+    # The frozen configs of the jobs are in the same folder; the name of a job starts with a digit.
+    names = {path.stem for path in folder.glob("[0-9]*.json*")} if folder.is_dir() else set()
     records = [read_job(run_dir, name) for name in names]
 
     def when(record: JobRecord) -> tuple[str, str]:

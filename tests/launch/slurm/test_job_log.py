@@ -76,6 +76,7 @@ def test_an_evaluation_that_keeps_answers_may_begin_again(run_dir: Path) -> None
 def test_jobs_are_read_in_order_and_a_torn_line_is_left_out(tmp_path: Path) -> None:
     assert job_log.read_jobs(tmp_path) == []
     job_log.write_submission(tmp_path, "9", parts=["stage1"])
+    (tmp_path / "jobs/config-0123456789ab.json").write_text("{}")  # is no job
     job_log.add_event(tmp_path, "9", "start", progress=0)
     (tmp_path / "jobs/8.jsonl").write_text('{"event": "start", "time": "2020-01-01T')
     (tmp_path / "jobs/7.jsonl").write_text(
