@@ -75,9 +75,11 @@ _ER_WORDS: Final = {e: e for e in EMOTIONS} | _ER_SYNONYMS
 
 _PAIR_EXACT: Final = re.compile(r"([1-9][0-9]{0,5})_([a-z]+),([1-9][0-9]{0,5})")
 _PAIR_LOOSE: Final = re.compile(
-    r"(?<![0-9A-Za-z_.])(?P<u1>[uU]?)\s?0*(?P<target>[1-9][0-9]{0,5})\s*_\s*(?P<emotion>[A-Za-z]+)"
-    r"\s*,\s*(?P<u2>[uU]?)\s?0*(?P<cause>[1-9][0-9]{0,5})(?![0-9_])"
+    r"(?<![0-9A-Za-z_.\-+])(?P<u1>[uU]?)\s?0*(?P<target>[1-9][0-9]{0,5})\s*_\s*(?P<emotion>[A-Za-z]+)"
+    r"\s*,\s*(?P<u2>[uU]?)\s?0*(?P<cause>[1-9][0-9]{0,5})(?![0-9_]|\.[0-9])"
 )
+# Anything of the form A_B,C. What is left of it beside the readable pairs is an unreadable pair.
+_PAIR_ATTEMPT: Final = re.compile(r"[^\s;,_]+\s*_\s*[^\s;,_]+\s*,\s*[^\s;,]+")
 _NO_PAIR_WORDS: Final = frozenset({"none", "no pair", "no pairs", "empty"})
 _NEGATION: Final = re.compile(r"(?:\b(?:not|no|never|neither|nor|without)|n't)\s+(?:\w+\s+)?$")
 
@@ -113,13 +115,16 @@ class Parsed:
     """The outcome of `parse_answer`.
 
     value: the answer, None when unparseable.
-    status: 'parsed' (the exact format), 'repaired' (another form, clear meaning) or 'unparseable'.
-    rule: 'exact', or the applied repairs joined by '+', or why the text is unparseable.
+    status: 'parsed' (the exact format), 'repaired' (clear meaning, other form) or 'unparseable'.
+    rule: 'exact', or the repairs that were needed joined by '+', or why the text is unreadable.
+    unread_pairs: ECPE, tolerant: distinct texts in the form of a pair that are none, such as
+        '1_love,2' or '1_joy,2.7'. Each is one wrong predicted pair to the metrics.
     """
 
     value: Answer | None
     status: Literal["parsed", "repaired", "unparseable"]
     rule: str
+    unread_pairs: int = 0
 
 
 def bit(task: Task) -> int:
@@ -195,13 +200,13 @@ def parse_answer(task: Task, text: str, *, strict: bool = False) -> Parsed:
     return repair(text)
 
 
-def _unparseable(rule: str) -> Parsed:
-    return Parsed(value=None, status="unparseable", rule=rule)
+def _unparseable(rule: str, *, unread_pairs: int = 0) -> Parsed:
+    return Parsed(value=None, status="unparseable", rule=rule, unread_pairs=unread_pairs)
 
 
-def _repaired(value: Answer, seen: Mapping[str, bool]) -> Parsed:
+def _repaired(value: Answer, seen: Mapping[str, bool], *, unread_pairs: int = 0) -> Parsed:
     rule = "+".join(name for name, happened in seen.items() if happened) or "spaces"
-    return Parsed(value=value, status="repaired", rule=rule)
+    return Parsed(value=value, status="repaired", rule=rule, unread_pairs=unread_pairs)
 
 
 def _squeeze(text: str) -> str:
@@ -321,7 +326,17 @@ def _repair_pairs(text: str) -> Parsed:
     if not plain or plain.rstrip(" .").lower() in _NO_PAIR_WORDS:
         return _repaired((), {"no-pair-word": bool(plain)})
     seen = dict.fromkeys(
-        ("spaces", "utterance-prefix", "case", "synonym", "duplicate", "text", "period"), False
+        (
+            "spaces",
+            "utterance-prefix",
+            "case",
+            "synonym",
+            "duplicate",
+            "unreadable-pair",
+            "text",
+            "period",
+        ),
+        False,
     )
     pairs: set[Pair] = set()
     rest = plain
@@ -337,12 +352,14 @@ def _repair_pairs(text: str) -> Parsed:
         seen["duplicate"] |= pair in pairs
         pairs.add(pair)
         rest = rest.replace(match[0], "", 1)
+    unread = len({_squeeze(attempt) for attempt in _PAIR_ATTEMPT.findall(rest)})
     if not pairs:
-        return _unparseable("no-pair")
+        return _unparseable("unreadable-pair" if unread else "no-pair", unread_pairs=unread)
+    seen["unreadable-pair"] = unread > 0
     left = rest.replace(";", "").strip()
     seen["period"] = left == "."
     seen["text"] = left not in ("", ".")
-    return _repaired(tuple(sorted(pairs)), seen)
+    return _repaired(tuple(sorted(pairs)), seen, unread_pairs=unread)
 
 
 _READERS: Final[dict[Task, tuple[Callable[[str], Answer | None], Callable[[str], Parsed]]]] = {

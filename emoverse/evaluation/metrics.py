@@ -79,7 +79,8 @@ def set_f1(answer: Sequence[str], reference: Sequence[str]) -> float:
 
 Floats = NDArray[np.float64]
 
-PAIR_EMOTIONS = tuple(name for name in EMOTIONS if name != "neutral")
+NEUTRAL = "neutral"
+PAIR_EMOTIONS = tuple(name for name in EMOTIONS if name != NEUTRAL)
 
 
 END_OF_SCALE = 3.0  # sentiment lies between -3 and 3
@@ -92,7 +93,8 @@ class Row:
 
     sentiment: reference intensity, -3 to 3. number: predicted intensity, for numeric answers.
     conversation: identifier shared by the records of one conversation, empty without one.
-    judge: verdict of the judge model on an ERI answer, 0 to 1.
+    judge: verdict of the judge model on an ERI answer, 0 to 1. unread_pairs: wrong pairs of an ECPE
+    answer that could not be read (`tasks.Parsed`).
     """
 
     key: str
@@ -107,6 +109,7 @@ class Row:
     number: float | None = None
     conversation: str = ""
     judge: float | None = None
+    unread_pairs: int = 0
 
 
 # --- contributions: one clip -> a short vector that may be summed over clips ---
@@ -145,6 +148,8 @@ def predicted_polarity(row: Row, *, zero: str = "positive") -> str | None:
     """The answered polarity; a number of exactly 0 is `zero`: positive in N/N, negative in N/P."""
     if row.number is not None:
         return zero if row.number == 0 else polarity(row.number)
+    if row.value == NEUTRAL:
+        return zero
     return None if row.value is None else str(row.value)
 
 
@@ -272,36 +277,42 @@ def pair_counts(row: Row) -> list[float]:
     predicted, true = as_pairs(row.value), as_pairs(row.reference)
     if not true:
         return [0.0, 0.0, 0.0]
-    return [float(len(predicted & true)), float(len(predicted)), float(len(true))]
+    count = len(predicted) + row.unread_pairs
+    return [float(len(predicted & true)), float(count), float(len(true))]
 
 
-def _counts_by_emotion(predicted: set[Pair], true: set[Pair]) -> list[float]:
+def _counts_by_emotion(predicted: set[Pair], true: set[Pair], unread: int) -> list[float]:
+    """Per emotion (hit, predicted, true); the last class holds unreadable pairs."""
     counts: list[float] = []
     for name in PAIR_EMOTIONS:
         p, t = ({pair for pair in pairs if pair.emotion == name} for pairs in (predicted, true))
         counts += [float(len(p & t)), float(len(p)), float(len(t))]
-    return counts
+    return [*counts, 0.0, float(unread), 0.0]
 
 
 def pair_counts_by_emotion(row: Row) -> list[float]:
     """`pair_counts` for each of the six emotions."""
     true = as_pairs(row.reference)
-    return _counts_by_emotion(as_pairs(row.value) if true else set(), true)
+    if not true:
+        return [0.0] * (3 * len(PAIR_EMOTIONS) + 3)
+    return _counts_by_emotion(as_pairs(row.value), true, row.unread_pairs)
 
 
 def conversation_counts(rows: Sequence[Row]) -> list[float]:
     """One conversation of the official protocol: sets over all its targets, without neutral."""
     predicted = {pair for row in rows for pair in as_pairs(row.value)}
     true = {pair for row in rows for pair in as_pairs(row.reference)}
-    return _counts_by_emotion(predicted, true)
+    return _counts_by_emotion(predicted, true, sum(row.unread_pairs for row in rows))
 
 
 def cause_counts(row: Row) -> list[float]:
     """Cause numbers alone, by the rule of `pair_counts`."""
-    predicted, true = (
-        {str(pair.cause) for pair in as_pairs(a)} for a in (row.value, row.reference)
-    )
-    return _counts(predicted, true) if true else [0.0, 0.0, 0.0]
+    if not row.reference:
+        return [0.0, 0.0, 0.0]
+    answers = (row.value, row.reference)
+    predicted, true = ({str(pair.cause) for pair in as_pairs(answer)} for answer in answers)
+    hit, count, support = _counts(predicted, true)
+    return [hit, count + row.unread_pairs, support]
 
 
 # --- finishes: sums [..., K] -> metric [...] ---

@@ -13,11 +13,11 @@ from collections.abc import Iterable
 from typing import Literal
 
 from data_shards.tasks import Parsed, Task, TurnLike, parse_answer, polarity
-from emoverse.evaluation.metrics import END_OF_SCALE, Row
+from emoverse.evaluation.metrics import END_OF_SCALE, NEUTRAL, Row
 from emoverse.evaluation.predictions import Prediction
 
-Mode = Literal["tolerant", "strict"]
-MODES: tuple[Mode, ...] = ("tolerant", "strict")
+Mode = Literal["tolerant", "strict", "mmsa"]
+MODES: tuple[Mode, ...] = ("tolerant", "strict", "mmsa")
 
 _NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)")
 
@@ -26,16 +26,24 @@ def read_text(row: Row, text: str, *, mode: Mode = "tolerant") -> tuple[Row, str
     """The row with the answer that `text` holds, and the rule by which it was read; never raises.
 
     tolerant: `parse_answer`, and for MSA one number between -3 and 3 is an intensity (rule
-    'number'). strict: the exact format alone.
+    'number'). strict: the exact format alone. mmsa: tolerant, and for MSA a neutral answer is a
+    predicted 0 as in MMSA's metrics: non-negative in N/N, negative in N/P (rule 'neutral').
     """
     parsed = parse_answer(row.task, text, strict=mode == "strict")
     number = None
-    if row.task is Task.MSA and mode == "tolerant" and parsed.value is None:
+    if row.task is Task.MSA and mode != "strict" and parsed.value is None:
         number = _intensity(text)
         if number is not None:
             parsed = Parsed(value=polarity(number), status="repaired", rule="number")
+        elif mode == "mmsa" and parse_answer(Task.ER, text).value == NEUTRAL:
+            parsed = Parsed(value=NEUTRAL, status="repaired", rule="neutral")
     read = dataclasses.replace(
-        row, value=parsed.value, response=text, status=parsed.status, number=number
+        row,
+        value=parsed.value,
+        response=text,
+        status=parsed.status,
+        number=number,
+        unread_pairs=parsed.unread_pairs,
     )
     return read, parsed.rule
 

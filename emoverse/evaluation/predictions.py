@@ -74,6 +74,7 @@ def to_json(prediction: Prediction) -> dict[str, Any]:
         "number": row.number,
         "conversation": row.conversation,
         "judge": row.judge,
+        "unread_pairs": row.unread_pairs,
         "confidence": prediction.confidence,
         "shard": prediction.shard,
         "slot": prediction.slot,
@@ -101,6 +102,7 @@ def from_json(fields: Mapping[str, Any]) -> Prediction:
             number=fields["number"],
             conversation=fields["conversation"],
             judge=fields["judge"],
+            unread_pairs=fields.get("unread_pairs", 0),  # absent before version 0.2
         ),
         label=fields["label"],
         rule=fields["rule"],

@@ -8,7 +8,7 @@ of training records on which the baseline rules are fitted. Torch-free.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,6 +96,16 @@ def training_references(
     }
     reader.close()
     return rows
+
+
+def all_reference_rows(shards: str | Path, cache: CacheOptions | None = None) -> Iterator[Row]:
+    """A row per (record, task) entry of a shard folder. Raises what `open_index` raises."""
+    index = open_index(shards, cache)
+    reader = ShardReader(index.folder, index)
+    for task, entries in choose_entries(index, None).items():
+        for entry in entries:
+            yield reference_row(reader.read(entry.shard, entry.slot), task)
+    reader.close()
 
 
 def reference_row(record: Record, task: Task) -> Row:

@@ -187,11 +187,11 @@ def _pair_scores(
         return _undefined(function, "divides by zero: nothing is right")
     f1 = {}
     for name in PAIR_EMOTIONS:
-        for what, counts in (("predicted", predicted), ("true", true), ("right", hits)):
+        for what, counts in (("predicted", predicted), ("true", true)):
             if not counts[name]:
                 return _undefined(function, f"divides by zero: {name} is never {what}")
         precision, recall = hits[name] / predicted[name], hits[name] / true[name]
-        f1[name] = 2 * precision * recall / (precision + recall)
+        f1[name] = 2 * precision * recall / (precision + recall) if hits[name] else 0.0
     precision, recall = hits.total() / predicted.total(), hits.total() / true.total()
     return ScriptResult(
         function=function,

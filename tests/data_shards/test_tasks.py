@@ -145,7 +145,7 @@ def test_answers_of_the_paper() -> None:
         (Task.ECPE, "The pairs are 3_sad,2", (Pair(3, "sadness", 2),), "synonym+text"),
         (Task.ECPE, "003_fear,01", (Pair(3, "fear", 1),), None),
         (Task.ECPE, "None.", (), "no-pair-word"),
-        (Task.ECPE, "3_joy,1 4_glad,2", (Pair(3, "joy", 1),), "text"),
+        (Task.ECPE, "3_joy,1 4_glad,2", (Pair(3, "joy", 1),), "unreadable-pair+text"),
     ],
 )
 def test_repairs(task: Task, text: str, value: Answer, rule: str | None) -> None:
@@ -174,8 +174,8 @@ def test_pairs_in_any_order_are_exact() -> None:
         (Task.ERI, "\n", "empty"),
         (Task.ECPE, "utterance 3 and 2024", "no-pair"),
         (Task.ECPE, "3_joy", "no-pair"),
-        (Task.ECPE, "3_glad,1", "no-pair"),
-        (Task.ECPE, "0_joy,0", "no-pair"),
+        (Task.ECPE, "3_glad,1", "unreadable-pair"),
+        (Task.ECPE, "0_joy,0", "unreadable-pair"),
     ],
 )
 def test_unparseable(task: Task, text: str, rule: str) -> None:

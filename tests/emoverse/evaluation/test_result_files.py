@@ -11,9 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_shards.tasks import POLARITIES, Pair, Task
-from emoverse.evaluation.metrics import Row
+from emoverse.evaluation.metrics import Row, acc2_nn, acc2_np, pair_counts
 from emoverse.evaluation.parsing import MODES, Mode, read_text
-from emoverse.evaluation.result_files import read_results, score_results
+from emoverse.evaluation.registry import METRICS
+from emoverse.evaluation.result_files import expected_rows, read_results, score_results
+from tests.builders import make_record, make_shards
 
 
 def swift2(**fields: Any) -> dict[str, Any]:
@@ -37,7 +39,7 @@ def test_result_files_of_ms_swift_are_scored(tmp_path: Path) -> None:
         tmp_path / "results.jsonl",
         swift2(query=asked, response="Happy.", label="Happy."),
         {"response": "happy", "labels": "Happy.", "logprobs": None, "messages": messages},
-        swift2(query=asked, response="who knows", label="Anger."),
+        swift2(query=f"{asked} now", response="who knows", label="Anger."),
         swift2(query=talk, response="2_joy,1;2_joy,2", label="2_joy,1"),
     )
     found = read_results(path)
@@ -147,6 +149,87 @@ def test_reading_never_raises_and_says_what_it_did(text: str, task: Task, mode: 
     )
     assert found.response == text and rule
     assert (found.value is None) == (found.status == "unparseable")
-    assert mode == "tolerant" or found.status != "repaired"
+    assert mode != "strict" or found.status != "repaired"
     if found.number is not None:
         assert -3 <= found.number <= 3 and found.value in POLARITIES
+
+
+@pytest.mark.parametrize(
+    ("answer", "counts"),
+    [
+        ("1_disgust,1;1_love,2;9_confusion,2", [1, 3, 1]),
+        ("1_disgust,1;-1_fear,1", [1, 2, 1]),
+        ("1_disgust,1;1_joy,2.7", [1, 2, 1]),
+        ("1_disgust,1;0_joy,1", [1, 2, 1]),
+        ("1_disgust,1;x_joy,y;x_joy,y", [1, 2, 1]),
+        ("1_love,1", [0, 1, 1]),
+        ("- 1_disgust,1", [1, 1, 1]),
+        ("The pair is 1_disgust,1.", [1, 1, 1]),
+        ("1_disgust,1", [1, 1, 1]),
+    ],
+)
+def test_an_unreadable_pair_is_a_wrong_pair(answer: str, counts: list[float]) -> None:
+    row = Row(key="a", task=Task.ECPE, reference=(Pair(1, "disgust", 1),), value=None)
+    row, _ = read_text(row, answer)
+    assert pair_counts(row) == counts
+    precision, recall = counts[0] / counts[1], counts[0] / counts[2]
+    f1 = 2 * precision * recall / (precision + recall) if counts[0] else 0.0
+    for name in ("pair_f1", "cause_f1", "official_f1"):
+        metric = next(metric for metric in METRICS[Task.ECPE] if metric.name == name)
+        assert metric.value([row]) == pytest.approx(f1, abs=1e-6), name
+
+
+def test_a_neutral_sentiment_is_a_predicted_zero_on_request() -> None:
+    def scores(sentiment: float, mode: Mode) -> tuple[list[float], list[float]]:
+        label = "positive" if sentiment >= 0 else "negative"
+        row = Row(key="a", task=Task.MSA, reference=label, value=None, sentiment=sentiment)
+        row, _ = read_text(row, "Neutral.", mode=mode)
+        return acc2_nn(row), acc2_np(row)
+
+    # MMSA: 0 is non-negative in N/N and negative in N/P, where references of 0 do not count.
+    assert scores(1.0, "mmsa") == ([1, 1], [0, 1])
+    assert scores(-1.0, "mmsa") == ([0, 1], [1, 1])
+    assert scores(0.0, "mmsa") == ([1, 1], [0, 0])
+    assert scores(1.0, "tolerant") == ([0, 1], [0, 1])
+    assert scores(1.0, "strict") == ([0, 1], [0, 1])
+
+
+def er_line(key: str, answer: str, label: str = "Happy.") -> dict[str, Any]:
+    return {"task": "er", "id": key, "response": answer, "label": label}
+
+
+def test_missing_clips_count_as_wrong(tmp_path: Path) -> None:
+    expected = write(tmp_path / "all.jsonl", *(er_line(key, "") for key in "abcd"))
+    path = write(tmp_path / "r.jsonl", er_line("a", "Happy."), er_line("c", "Anger."))
+    er = score_results(path, expect=expected)["tasks"]["er"]
+    assert er["n"] == 4 and er["metrics"]["accuracy"]["value"] == 0.25
+    assert er["answers"] == {"missing": 2, "parsed": 2}
+    assert score_results(path)["tasks"]["er"]["metrics"]["accuracy"]["value"] == 0.5
+
+
+def test_what_is_not_expected_is_refused(tmp_path: Path) -> None:
+    expected = write(tmp_path / "all.jsonl", er_line("a", ""), er_line("b", ""))
+    path = write(tmp_path / "r.jsonl", er_line("a", "Happy."), er_line("x", "Happy."))
+    with pytest.raises(ValueError, match=r"1 answers are to clips that are not expected.* er of x"):
+        score_results(path, expect=expected)
+    path = write(tmp_path / "r.jsonl", er_line("a", "Happy.", label="Fear."))
+    with pytest.raises(ValueError, match=r"er of a: the label must be 'joy'.*found 'fear'"):
+        score_results(path, expect=expected)
+
+
+@pytest.mark.parametrize("extra", [{}, {"query": "1. A: hm <emotion cause-pair> Please"}])
+def test_a_repeated_answer_is_refused(tmp_path: Path, extra: dict[str, str]) -> None:
+    line = {"task": "ecpe", "id": "c1", "response": "1_joy,1", "label": "1_joy,1", **extra}
+    path = write(tmp_path / "r.jsonl", line, line)
+    with pytest.raises(ValueError, match=r"r.jsonl:2: .*ecpe of c1 is answered on line 1 already"):
+        read_results(path)
+
+
+def test_shards_give_the_intensity_that_a_file_lacks(tmp_path: Path) -> None:
+    shards = make_shards(
+        tmp_path / "shards", [make_record(f"clip_{n}", sentiment=0.5) for n in range(3)]
+    )
+    keys = [row.key for row in expected_rows(shards, [Task.MSA]).values()]
+    lines = [{"task": "msa", "id": key, "response": "1.5", "label": "Positive."} for key in keys]
+    msa = score_results(write(tmp_path / "r.jsonl", *lines), expect=shards)["tasks"]["msa"]
+    assert msa["metrics"]["mae"]["value"] == pytest.approx(1.0)  # every clip has 0.5

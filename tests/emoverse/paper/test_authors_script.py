@@ -189,3 +189,14 @@ def test_no_text_makes_the_paper_mode_raise(pairs: list[tuple[str, str]]) -> Non
         for found in script_results(task, texts(*pairs)):
             assert isinstance(found, ScriptResult)
             assert bool(found.values) != bool(found.undefined)
+
+
+def test_an_emotion_without_a_right_pair_has_f1_0() -> None:
+    """The script raises only where an emotion is never predicted or never true."""
+    wrong_joy = [
+        text._replace(response=text.response.replace(",1", ",2")) if "joy" in text.label else text
+        for text in ALL_SIX
+    ]
+    result = emoverse_ecf2(wrong_joy)
+    assert result.undefined is None
+    assert result.values["weighted_f1"] == pytest.approx(5 / 6)
