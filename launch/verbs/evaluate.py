@@ -52,7 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--parser",
         choices=MODES,
         default=MODES[0],
-        help="tolerant reads other forms of an answer and counts them, strict only the exact one",
+        help="tolerant reads other forms of an answer and counts them, strict only the exact one, "
+        "mmsa also reads a neutral sentiment as 0",
     )
     parser.add_argument(
         "--paper", action="store_true", help="also show what the authors' script would print"
@@ -66,6 +67,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--give-emotion", action="store_true", help="a FILE's ECPE queries held the gold emotion"
+    )
+    parser.add_argument(
+        "--expect",
+        metavar="SHARDS|FILE",
+        help="shards or labels .jsonl of all clips that a FILE answers; missing ones are wrong",
     )
     parser.add_argument(
         "--judge", metavar="URL", help="also let a model behind this endpoint judge ERI answers"
@@ -87,6 +93,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     if args.processes < 1:
         raise ValueError(f"--processes: must be 1 or more, found {args.processes}")
     target = target_of(args)
+    if args.expect and target.kind != "predictions":
+        raise ValueError(f"--expect: only for a FILE of answers, found {target.path}")
     endpoint = None
     if args.judge:
         from data_shards.annotate.endpoint import Endpoint
@@ -112,6 +120,7 @@ def _evaluate(args: argparse.Namespace, target: Target) -> dict[str, Any]:
             task=task,
             mode=args.parser,
             give_emotion=args.give_emotion,
+            expect=args.expect,
             out=_scores_file(args, target),
         )
         return {target.path.name: scores}
