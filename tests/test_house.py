@@ -1,6 +1,7 @@
 """Rules of the code base, read from the syntax trees: layers, cycles, sizes, names."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -203,3 +204,12 @@ def test_a_file_of_tests_stays_in_one_process(request: pytest.FixtureRequest) ->
     if not getattr(request.config.option, "loadgroup", False):
         pytest.skip("these tests run in one process")
     assert request.node.nodeid.endswith("@test_house.py")
+
+
+def test_the_documentation_names_files_that_exist() -> None:
+    """`folder/module.py` in README and docs, from the root or from one of the packages."""
+    named = re.compile(r"`((?:[a-z_]+/)+[a-z_]+\.py)`")
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for name in named.findall(page.read_text(encoding="utf-8")):
+            places = [ROOT, *(ROOT / package for package in (*PACKAGES, "tests"))]
+            assert any((place / name).is_file() for place in places), f"{page.name}: {name}"
