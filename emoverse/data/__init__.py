@@ -1,4 +1,4 @@
 """From records to packed batches: prompt, token ids, packs, data workers, shared memory.
 
-Entry point: `pipeline.build_loader`.
+Entry points: `loader.build_loader`; `pipeline.BatchPipeline` shows the data flow of one step.
 """
