@@ -29,6 +29,7 @@ from data_shards.shards.index import INDEX_FILE, ShardIndex
 from data_shards.sources.registry import Source
 from data_shards.tasks import tasks_in
 
+_NAMED: Final = 20  # names per kind in the report
 _REPORTED: Final = ("suspicious", "leakage", "left_out", "attached")  # of the provenance
 _LIBRARIES: Final = ("emoverse", "av", "numpy", "pillow", "simplejpeg")
 
@@ -176,5 +177,15 @@ def _report(index: ShardIndex, out: Path) -> dict[str, Any]:
         "skipped": index.provenance.get("skipped", {}),
         # The choices of the source, and what is suspicious.
         **{name: value for name, value in index.provenance.items() if name in _REPORTED},
+        **_named(index.provenance.get("unplaced", {})),
         "fingerprint": index.fingerprint,
     }
+
+
+def _named(unplaced: Mapping[str, list[str]]) -> dict[str, dict[str, list[str]]]:
+    """The first names of what a source could not place; index.json has all."""
+    shown = {
+        why: [*names[:_NAMED], *([f"and {len(names) - _NAMED} more"] if names[_NAMED:] else [])]
+        for why, names in unplaced.items()
+    }
+    return {"unplaced": shown} if shown else {}
