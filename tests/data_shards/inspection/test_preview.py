@@ -115,7 +115,7 @@ def test_save_video(folder: Path, tmp_path: Path) -> None:
 def test_wrong_input(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="none: no such folder; build it"):
         preview(tmp_path / "none")
-    with pytest.raises(FileNotFoundError, match="neither index.json nor a"):
+    with pytest.raises(FileNotFoundError, match=r"neither index\.json nor a"):
         preview(tmp_path)
     with pytest.raises(ValueError, match="number of records must be at least 1, found 0"):
         preview(tmp_path, 0)

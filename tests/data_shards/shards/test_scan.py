@@ -94,7 +94,7 @@ def test_damage_after_the_scan_is_found(folder: Path) -> None:
         reader.read(0, 2)
     reader.close()
     path.unlink()
-    with pytest.raises(FileNotFoundError, match=r"train\.0\.tar: the shard was there .* is gone"):
+    with pytest.raises(FileNotFoundError, match=r"train\.0\.tar: the shard existed .* is gone"):
         reader.read(0, 1)
 
 
