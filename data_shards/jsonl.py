@@ -1,10 +1,20 @@
 """Reading JSONL files of users, one object per line; errors name file, line and field."""
 
+import codecs
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+# Byte order marks; that of UTF-32 begins like that of UTF-16.
+_MARKS: Final = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,11 +39,23 @@ class Row:
 
 
 def read_utf8(path: Path) -> str:
-    """The text of a file, without a byte order mark. Raises ValueError that names the file."""
+    """The text of a UTF-8 file, or of a UTF-16 or UTF-32 file that begins with its mark.
+
+    Raises ValueError that names file and line.
+    """
+    data = path.read_bytes()
+    encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8")
     try:
-        return path.read_text(encoding="utf-8-sig")
+        text = data.decode(encoding)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: must be UTF-8: {error}") from error
+        line = data[: error.start].count(b"\n") + 1
+        raise ValueError(
+            f"{path}:{line}: must be UTF-8: {error.reason} 0x{data[error.start]:02x}, byte "
+            f"{error.start} of the file; convert it (for example iconv -f WINDOWS-1252 -t UTF-8)"
+        ) from error
+    if encoding == "utf-8" and "\0" in text[:1000]:
+        raise ValueError(f"{path}: must be UTF-8, found zero bytes; is it UTF-16? convert it")
+    return text
 
 
 def read_rows(path: Path, what: str) -> Iterator[Row]:

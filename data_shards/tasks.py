@@ -3,6 +3,9 @@
 In: the labels of a record. Out: the text of a prompt (query) and of the expected answer, and the
 label of a written answer: `format_answer` and `parse_answer` are inverse functions. The rest of the
 project takes its task vocabulary from this file. Standard library only.
+
+Words of people that look like structure (a task identifier, a media tag, a special token of a
+tokenizer) are escaped in queries: see `escape_tags`.
 """
 
 import enum
@@ -81,6 +84,17 @@ _PAIR_LOOSE: Final = re.compile(
 # Anything of the form A_B,C. What is left of it beside the readable pairs is an unreadable pair.
 _PAIR_ATTEMPT: Final = re.compile(r"[^\s;,_]+\s*_\s*[^\s;,_]+\s*,\s*[^\s;,]+")
 _NO_PAIR_WORDS: Final = frozenset({"none", "no pair", "no pairs", "empty"})
+# Words that some program would read as structure: the identifiers above, the media tags of ms-swift
+# and InternVL, the special tokens of Phi-3, InternLM2, Qwen and the nano tokenizer.
+_TAG_NAMES: Final = (
+    *(re.escape(identifier.strip("<>")) for identifier in IDENTIFIER.values()),
+    *("image", "/image", "video", "/video", "audio", "/audio", "img", "/img", "IMG_CONTEXT"),
+    *("quad", "/quad", "ref", "/ref", "box", "/box", "bbox", "ref-object"),
+    *("s", "/s", "unk", "pad", "bos", "eos", "mask", "sep", "cls"),
+    *("think", "/think", "tool_call", "/tool_call", "tool_response", "/tool_response"),
+    r"\|[^<>|\s\\]{1,40}\|",  # <|end|>, <|im_start|>, <|vision_pad|>, ...
+)
+_TAG: Final = re.compile(rf"<(\\*)({'|'.join(_TAG_NAMES)})>")
 _NEGATION: Final = re.compile(r"(?:\b(?:not|no|never|neither|nor|without)|n't)\s+(?:\w+\s+)?$")
 
 
@@ -371,6 +385,39 @@ _READERS: Final[dict[Task, tuple[Callable[[str], Answer | None], Callable[[str],
 }
 
 
+# -------------------------------------------------------------------------------- words like tags
+
+
+def find_tags(text: str) -> tuple[str, ...]:
+    """The distinct identifiers, media tags and special tokens in a text, in order of appearance."""
+    return tuple(dict.fromkeys(match[0] for match in _TAG.finditer(text) if not match[1]))
+
+
+def escape_tags(text: str) -> str:
+    r"""The text with `<\image>` for `<image>`, and so on for everything that `find_tags` finds.
+
+    No program reads the result as structure. Exact: `unescape_tags` gives the text back, also if it
+    holds such a backslash already. Other texts stay as they are.
+    """
+    return _TAG.sub(r"<\\\1\2>", text)
+
+
+def unescape_tags(text: str) -> str:
+    """The inverse of `escape_tags`."""
+    return _TAG.sub(lambda match: f"<{match[1][1:]}{match[2]}>", text)
+
+
+def _escape_speaker(speaker: str) -> str:
+    """A speaker's name as it stands before the colon of a turn: a colon of its own is escaped."""
+    name = escape_tags(_squeeze(speaker))
+    return re.sub(r"[\\:]", r"\\\g<0>", name) if ":" in name or "\\" in name else name
+
+
+def unescape_speaker(name: str) -> str:
+    """The speaker of a name in an ECPE query."""
+    return unescape_tags(re.sub(r"\\([\\:])", r"\1", name))
+
+
 # ------------------------------------------------------------------------------------------ queries
 
 
@@ -380,13 +427,13 @@ def build_query(record: QuerySource, task: Task, *, give_emotion: bool) -> str:
     MSA, ER, FER, ERI: 'The person says: {utterance} {identifier} {instruction}'. ECPE: the whole
     conversation, one numbered turn per line, then identifier, instruction, and the number and text
     of the target; with `give_emotion` also its reference emotion (which makes the task easier and
-    is therefore recorded with every metric).
+    is therefore recorded with every metric). Words that look like tags are escaped.
 
     Raises ValueError for an ECPE query of a record without conversation, or without the emotion.
     """
     tail = f"{IDENTIFIER[task]} {INSTRUCTION[task]}"
     if task is not Task.ECPE:
-        utterance = _squeeze(record.utterance)
+        utterance = escape_tags(_squeeze(record.utterance))
         return f"The person says: {utterance} {tail}" if utterance else tail
     turns = record.conversation
     if not 1 <= record.target <= len(turns):
@@ -395,9 +442,10 @@ def build_query(record: QuerySource, task: Task, *, give_emotion: bool) -> str:
             f"of {len(turns)} turns, found {record.target}"
         )
     lines = [
-        f"{n}. {_squeeze(t.speaker)}: {_squeeze(t.text)}" for n, t in enumerate(turns, start=1)
+        f"{n}. {_escape_speaker(t.speaker)}: {escape_tags(_squeeze(t.text))}"
+        for n, t in enumerate(turns, start=1)
     ]
-    target = f"Target {record.target}: {_squeeze(turns[record.target - 1].text)}"
+    target = f"Target {record.target}: {escape_tags(_squeeze(turns[record.target - 1].text))}"
     query = "\n".join([*lines, f"{tail} {target}"])
     if not give_emotion:
         return query

@@ -8,24 +8,27 @@ Flow: sources, annotate -> here -> shards.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeAlias
 
 from data_shards.build.journal import BuildJournal
 from data_shards.build.source_item import (
     BY_CURATION,
     SKIPPED_FILE,
+    SUSPICIOUS_FILE,
     FileStamp,
+    Remark,
     Skipped,
     SourceItem,
-    count_skipped,
+    Suspicious,
+    count_remarks,
     file_stamp,
-    skipped_lines,
+    remark_lines,
 )
 from data_shards.build.worker_pool import ordered_map
 from data_shards.media.pixels import jpeg_encode, resize_frame
@@ -33,10 +36,12 @@ from data_shards.media.video import clip_indices, count_frames, decode_frames
 from data_shards.shards.index import ShardIndex, ShardInfo, write_index
 from data_shards.shards.record import SCHEMA_VERSION, Frames, Record, Video
 from data_shards.shards.writer import Packed, ShardWriter, pack_record
+from data_shards.text_checks import text_findings
 
 Amend = Callable[[Record], Record | Skipped]
 
 MAX_SHARD_BYTES: Final = 2**28
+_SHOWN_SUSPICIOUS: Final = 10  # notices per build; suspicious.jsonl has all
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,8 +84,8 @@ def build_shards(
         items: the same items in the same order at every start; a record factory must be picklable
             if there is more than one worker.
         provenance: where the records come from; JSON values, stored in index.json unchanged, with
-            `skipped` (source -> reason -> count) added if clips were skipped. A killed build
-            resumes only with the same provenance and options.
+            `skipped` and `suspicious` (source -> reason -> count) added where there are any. A
+            killed build resumes only with the same provenance and options.
         max_bytes: largest size of a tar, unless a single record is larger.
         workers: processes that make and pack records; 1 = this process.
         strict: stop at a clip that cannot become a record; otherwise list it in skipped.jsonl.
@@ -88,8 +93,8 @@ def build_shards(
         fresh: discard what a killed build has left.
         progress: called with the number of items done so far, once per item; the first call
             includes the items that an earlier start has finished.
-        notice: called with a sentence when finished shards of an earlier start are built again
-            because a media file has changed.
+        notice: called with a sentence about a suspicious record, and when finished shards of an
+            earlier start are built again because a media file has changed.
 
     Raises:
         ValueError: the folder is not empty, there is no record, a record is too large, a key is not
@@ -116,14 +121,18 @@ def build_shards(
     try:
         source = iter(items)
         outdated = journal.drop_outdated(source, notice)
-        output = _ShardSequence(journal, max_records_per_shard, max_bytes, strict, progress)
+        output = _ShardSequence(journal, max_records_per_shard, max_bytes, strict, progress, notice)
         prepare = partial(_prepare, options, amend, strict)
         with closing(ordered_map(prepare, chain(outdated, source), workers=workers)) as results:
             shards = output.write(results)
-        if output.skipped:
-            text = skipped_lines(output.skipped)
-            (journal.shards / SKIPPED_FILE).write_text(text, encoding="ascii")
-            provenance = {**provenance, "skipped": count_skipped(output.skipped)}
+        remarks: dict[str, list[Remark]] = {
+            SKIPPED_FILE: [*output.skipped],
+            SUSPICIOUS_FILE: [*output.suspicious],
+        }
+        for name, rows in remarks.items():
+            if rows:
+                (journal.shards / name).write_text(remark_lines(rows), encoding="ascii")
+                provenance = {**provenance, Path(name).stem: count_remarks(rows)}
         write_index(journal.shards, shards, options=asdict(options), provenance=provenance)
         ShardIndex.load(journal.shards)
         journal.publish(out_dir)
@@ -170,12 +179,30 @@ def extract_frames(record: Record, count: int, size: int, quality: int) -> Recor
     return replace(record, media=Frames(jpegs=tuple(jpegs[:count]), peak_jpeg=peak))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Stored:
+    """A record as it goes into a shard."""
+
+    packed: Packed
+    suspicious: tuple[Suspicious, ...]
+
+
+_Result: TypeAlias = _Stored | Skipped
+
+
+def _suspicious(record: Record) -> Iterator[Suspicious]:
+    for detail in text_findings(record):
+        yield Suspicious(
+            key=record.key, source=record.source, split=record.split, reason="text", detail=detail
+        )
+
+
 def _prepare(
     options: BuildOptions,
     amend: Amend | None,
     strict: bool,
     item: SourceItem,
-) -> tuple[Packed | Skipped, FileStamp | None]:
+) -> tuple[_Result, FileStamp | None]:
     """Everything that costs time, for one item; runs in the workers.
 
     The stamp is taken first: a file that changes while it is read counts as changed.
@@ -184,16 +211,15 @@ def _prepare(
     return _pack(options, amend, strict, item), stamp
 
 
-def _pack(
-    options: BuildOptions, amend: Amend | None, strict: bool, item: SourceItem
-) -> Packed | Skipped:
+def _pack(options: BuildOptions, amend: Amend | None, strict: bool, item: SourceItem) -> _Result:
     record = item if isinstance(item, (Record, Skipped)) else item()
     if amend is not None and isinstance(record, Record):
         record = amend(record)
     if isinstance(record, Skipped):
         return record
     try:
-        return pack_record(_stored_form(record, options))
+        packed = pack_record(_stored_form(record, options))
+        return _Stored(packed=packed, suspicious=tuple(_suspicious(record)))
     except ValueError as error:
         if strict:
             raise
@@ -238,22 +264,24 @@ class _ShardSequence:
         max_bytes: int,
         strict: bool,
         progress: Callable[[int], None] | None,
+        notice: Callable[[str], None] | None,
     ) -> None:
         self._journal = journal
         self._limits = max_records, max_bytes
         self._strict = strict
         self._progress = progress
+        self._notice = notice
         self._shards: list[ShardInfo] = [shard.info for shard in journal.finished]
         self._keys = {key for shard in journal.finished for key in shard.keys}
         self._items = journal.finished[-1].items if journal.finished else 0
-        # Since the last finished shard: the skipped clips, and the stamp of each item's file.
+        # Since the last finished shard: what was remarked, and the stamp of each item's file.
         self._skipped_since: list[Skipped] = []
+        self._suspicious_since: list[Suspicious] = []
         self._stamps_since: list[FileStamp | None] = []
         self.skipped = [row for shard in journal.finished for row in shard.skipped]
+        self.suspicious = [row for shard in journal.finished for row in shard.suspicious]
 
-    def write(
-        self, results: Iterable[tuple[Packed | Skipped, FileStamp | None]]
-    ) -> tuple[ShardInfo, ...]:
+    def write(self, results: Iterable[tuple[_Result, FileStamp | None]]) -> tuple[ShardInfo, ...]:
         """Write the results of all items after the last finished shard; returns all shards."""
         if self._items and self._progress is not None:
             self._progress(self._items)
@@ -263,15 +291,17 @@ class _ShardSequence:
                 if isinstance(result, Skipped):
                     self._skip(result)
                 else:
-                    self._require_new(result.key)
-                    if writer is not None and writer.is_full(len(result.blocks), *self._limits):
+                    packed = result.packed
+                    self._require_new(packed.key)
+                    if writer is not None and writer.is_full(len(packed.blocks), *self._limits):
                         self._finish(writer)
                         writer = None
                     if writer is None:
                         name = f"shard-{len(self._shards):06d}.tar"
                         writer = ShardWriter(self._journal.shards / name)
-                    writer.add(result)
-                    self._keys.add(result.key)
+                    writer.add(packed)
+                    self._keys.add(packed.key)
+                    self._remark(result.suspicious)
                 self._items += 1
                 self._stamps_since.append(stamp)
                 if self._progress is not None:
@@ -313,6 +343,15 @@ class _ShardSequence:
         self._skipped_since.append(row)
         self.skipped.append(row)
 
+    def _remark(self, rows: tuple[Suspicious, ...]) -> None:
+        for row in rows:
+            self._suspicious_since.append(row)
+            self.suspicious.append(row)
+            if self._notice is not None and len(self.suspicious) <= _SHOWN_SUSPICIOUS:
+                self._notice(f"suspicious: record {row.key}: {row.detail}")
+            elif self._notice is not None and len(self.suspicious) == _SHOWN_SUSPICIOUS + 1:
+                self._notice(f"suspicious: there are more; {SUSPICIOUS_FILE} lists all")
+
     def _finish(self, writer: ShardWriter) -> None:
         info = writer.finish()
         self._journal.mark_finished(
@@ -320,7 +359,8 @@ class _ShardSequence:
             info=info,
             items=self._items,
             skipped=self._skipped_since,
+            suspicious=self._suspicious_since,
             media=self._stamps_since,
         )
         self._shards.append(info)
-        self._skipped_since, self._stamps_since = [], []
+        self._skipped_since, self._suspicious_since, self._stamps_since = [], [], []

@@ -106,25 +106,30 @@ def make_record(pending: PendingRecord, options: MediaOptions = DEFAULT_MEDIA) -
                 return _skipped(pending, "media-black", f"{path}: every checked frame is black")
     except (OSError, ValueError) as error:
         return _skipped(pending, "media-damaged", f"{path}: {error}")
-    return Record(
-        key=pending.key,
-        source=pending.source,
-        split=pending.split,
-        utterance=pending.utterance,
-        speaker=pending.speaker,
-        conversation=pending.conversation,
-        target=pending.target,
-        sentiment=pending.sentiment,
-        emotion=pending.emotion,
-        expressions=pending.expressions,
-        reason=pending.reason,
-        pairs=pending.pairs,
-        tasks=pending.tasks,
-        num_frames=num_frames,
-        peak_frame=0 if pending.still else pending.peak_frame,
-        notes=pending.notes,
-        media=Video(mp4=mp4),
-    )
+    try:
+        return Record(
+            key=pending.key,
+            source=pending.source,
+            split=pending.split,
+            utterance=pending.utterance,
+            speaker=pending.speaker,
+            conversation=pending.conversation,
+            target=pending.target,
+            sentiment=pending.sentiment,
+            emotion=pending.emotion,
+            expressions=pending.expressions,
+            reason=pending.reason,
+            pairs=pending.pairs,
+            tasks=pending.tasks,
+            num_frames=num_frames,
+            peak_frame=0 if pending.still else pending.peak_frame,
+            notes=pending.notes,
+            media=Video(mp4=mp4),
+        )
+    except ValueError as error:
+        return _skipped(
+            pending, "record-invalid", str(error).removeprefix(f"record {pending.key}: ")
+        )
 
 
 def _read_clip(pending: PendingRecord, path: Path, options: MediaOptions) -> bytes:

@@ -22,8 +22,8 @@ from data_shards.build.source_item import (
     FileStamp,
     Skipped,
     SourceItem,
+    Suspicious,
     file_stamp,
-    skipped_from_json,
 )
 from data_shards.files import flush_to_disk, write_atomically
 from data_shards.shards.index import ENTRY_DTYPE, ShardInfo
@@ -40,6 +40,7 @@ class FinishedShard:
     info: ShardInfo
     items: int  # source items up to the end of this shard, counted from the first
     skipped: tuple[Skipped, ...]  # clips skipped since the shard before
+    suspicious: tuple[Suspicious, ...]  # of its records
     keys: tuple[str, ...]  # of its records
     media: tuple[FileStamp | None, ...]  # per item since the shard before
 
@@ -132,11 +133,17 @@ class BuildJournal:
         info: ShardInfo,
         items: int,
         skipped: Sequence[Skipped],
+        suspicious: Sequence[Suspicious],
         media: Sequence[FileStamp | None],
     ) -> None:
         """Record that a shard is finished; its files are on the disk already."""
-        rows = [asdict(row) for row in skipped]
-        document = {"info": info.to_json(), "items": items, "skipped": rows, "media": media}
+        document = {
+            "info": info.to_json(),
+            "items": items,
+            "skipped": [asdict(row) for row in skipped],
+            "suspicious": [asdict(row) for row in suspicious],
+            "media": media,
+        }
         write_atomically(_done_file(self._folder, index), json.dumps(document) + "\n")
 
     def publish(self, out_dir: Path) -> None:
@@ -243,7 +250,8 @@ def _read_done_file(path: Path, shards: Path) -> FinishedShard | None:
     return FinishedShard(
         info=info,
         items=document["items"],
-        skipped=tuple(skipped_from_json(row) for row in document["skipped"]),
+        skipped=tuple(Skipped(**row) for row in document["skipped"]),
+        suspicious=tuple(Suspicious(**row) for row in document.get("suspicious", ())),
         keys=keys,
         media=tuple(None if at is None else (at[0], at[1]) for at in document.get("media", ())),
     )

@@ -29,6 +29,8 @@ from data_shards.shards.index import INDEX_FILE, ShardIndex
 from data_shards.sources.registry import Source
 from data_shards.tasks import tasks_in
 
+_NAMED: Final = 20  # names per kind in the report
+_REPORTED: Final = ("suspicious", "leakage", "left_out", "attached")  # of the provenance
 _LIBRARIES: Final = ("emoverse", "av", "numpy", "pillow", "simplejpeg")
 
 
@@ -103,7 +105,7 @@ def _finished(
     if not (out / INDEX_FILE).is_file():
         return None
     index = ShardIndex.load(out)
-    stored = {name: value for name, value in index.provenance.items() if name != "skipped"}
+    stored = {n: v for n, v in index.provenance.items() if n not in ("skipped", "suspicious")}
     same = stored == json.loads(json.dumps(dict(provenance))) and index.options == asdict(options)
     return index if same and built_with_limits(index, max_records, MAX_SHARD_BYTES) else None
 
@@ -173,11 +175,17 @@ def _report(index: ShardIndex, out: Path) -> dict[str, Any]:
         "bytes": sum(shard.bytes for shard in index.shards),
         "entries": entries,
         "skipped": index.provenance.get("skipped", {}),
-        # The choices of the source.
-        **{
-            name: value
-            for name, value in index.provenance.items()
-            if name in ("leakage", "left_out", "attached")
-        },
+        # The choices of the source, and what is suspicious.
+        **{name: value for name, value in index.provenance.items() if name in _REPORTED},
+        **_named(index.provenance.get("unplaced", {})),
         "fingerprint": index.fingerprint,
     }
+
+
+def _named(unplaced: Mapping[str, list[str]]) -> dict[str, dict[str, list[str]]]:
+    """The first names of what a source could not place; index.json has all."""
+    shown = {
+        why: [*names[:_NAMED], *([f"and {len(names) - _NAMED} more"] if names[_NAMED:] else [])]
+        for why, names in unplaced.items()
+    }
+    return {"unplaced": shown} if shown else {}

@@ -2,7 +2,8 @@
 
 A record factory takes no arguments and is picklable, so that a worker process can call it. It gives
 the same record every time, as long as the file that it reads (`FileItem`) stays the same. Clips
-that do not become records are counted, and listed in `skipped.jsonl` beside the shards.
+that do not become records are counted, and listed in `skipped.jsonl` beside the shards; records
+that a person should look at are listed in `suspicious.jsonl`.
 """
 
 import json
@@ -10,17 +11,18 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Final, TypeAlias
 
 from data_shards.shards.record import Record
 
 SKIPPED_FILE: Final = "skipped.jsonl"
+SUSPICIOUS_FILE: Final = "suspicious.jsonl"
 BY_CURATION: Final = "curation"  # the reason of clips that the user leaves out: never an error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Skipped:
-    """A clip of the annotation that does not become a record."""
+class Remark:
+    """What the build has to say about a clip."""
 
     key: str
     source: str
@@ -30,6 +32,16 @@ class Skipped:
 
     def __str__(self) -> str:
         return f"{self.key}: {self.reason}: {self.detail}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Skipped(Remark):
+    """A clip of the annotation that does not become a record."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Suspicious(Remark):
+    """A clip that becomes a record and that a person should look at."""
 
 
 RecordFactory: TypeAlias = Callable[[], Record | Skipped]
@@ -63,7 +75,7 @@ def file_stamp(item: SourceItem) -> FileStamp | None:
     return status.st_size, status.st_mtime_ns
 
 
-def count_skipped(rows: Iterable[Skipped]) -> dict[str, dict[str, int]]:
+def count_remarks(rows: Iterable[Remark]) -> dict[str, dict[str, int]]:
     """Source -> reason -> count, both sorted."""
     counts: dict[str, dict[str, int]] = {}
     for (source, reason), count in sorted(
@@ -73,11 +85,6 @@ def count_skipped(rows: Iterable[Skipped]) -> dict[str, dict[str, int]]:
     return counts
 
 
-def skipped_lines(rows: Iterable[Skipped]) -> str:
+def remark_lines(rows: Iterable[Remark]) -> str:
     """One JSON object per line, each ended by a newline."""
     return "".join(json.dumps(asdict(row), ensure_ascii=True) + "\n" for row in rows)
-
-
-def skipped_from_json(document: dict[str, Any]) -> Skipped:
-    """The inverse of one line."""
-    return Skipped(**document)

@@ -27,6 +27,7 @@ from data_shards.shards.reader import DamagedRecord, ShardReader
 from data_shards.shards.record import Frames, Record, Video
 from data_shards.shards.writer import shard_files
 from data_shards.tasks import Task, build_query, format_answer, parse_answer, tasks_in
+from data_shards.text_checks import text_findings
 
 _END_OF_TAR: Final = 1024  # two empty blocks
 _ORIGIN_NOTES: Final = ("season", "episode", "video")  # where in the source a clip is from
@@ -173,6 +174,8 @@ def _text_findings(record: Record) -> Iterator[Finding]:
     for index, turn in enumerate(record.conversation, start=1):
         if not turn.text.strip():
             yield Finding(False, f"turn {index} of the conversation is empty")
+    for cause in text_findings(record):
+        yield Finding(False, cause)
     for phrase in record.expressions or ():
         if phrase not in _PHRASES:
             yield Finding(False, f"the phrase {phrase!r} is in no phrase table")

@@ -4,7 +4,7 @@ In: a folder or a tar. Out: per record its key, tasks with query and answer, fra
 with `save` also the media as files. Flow: build -> here; `emoverse preview DIR`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ from typing import Any
 from data_shards.build.curation import read_curation
 from data_shards.inspection.preview_page import media_files, write_page
 from data_shards.media.mp4 import mp4_seconds
-from data_shards.shards.index import INDEX_FILE, ShardIndex
-from data_shards.shards.reader import iter_plain, iter_records
-from data_shards.shards.record import Record, Video, from_members
+from data_shards.shards.open import open_index
+from data_shards.shards.reader import iter_records
+from data_shards.shards.record import Record, Video
 from data_shards.tasks import Task, build_query, format_answer
 
 
@@ -29,8 +29,8 @@ def preview(
     """Describe the first `count` records, in the order of the shards.
 
     Args:
-        source: a shard folder (read through its index, checksums verified), a folder of tars
-            without index, or one tar.
+        source: what `data.shards` may say (a shard folder, a folder of tars without index, an
+            address), or one tar; read as training reads it, checksums verified.
         task: only records that serve this task, and only this task of them.
         give_emotion: state the gold emotion in ECPE queries.
         save: folder for the media: KEY.mp4, or KEY.f0.jpg, ...; made if missing.
@@ -42,7 +42,7 @@ def preview(
     if count < 1:
         raise ValueError(f"preview: the number of records must be at least 1, found {count}")
     shown: list[dict[str, Any]] = []
-    for record in _records(Path(source)):
+    for record in iter_records(open_index(source)):
         if task is not None and task not in record.tasks:
             continue
         shown.append(describe(record, task=task, give_emotion=give_emotion))
@@ -79,16 +79,6 @@ def describe(
     }
 
 
-def _records(source: Path) -> Iterator[Record]:
-    if (source / INDEX_FILE).is_file():
-        yield from iter_records(ShardIndex.load(source))
-        return
-    if not source.exists():
-        raise FileNotFoundError(f"{source}: no such folder or tar; give a shard folder or a tar")
-    for key, members in iter_plain(source):
-        yield from_members(key, members)
-
-
 def _save(record: Record, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in media_files(record).items():
@@ -110,7 +100,8 @@ def write_preview_page(
     """
     if count < 1:
         raise ValueError(f"preview: the number of records must be at least 1, found {count}")
-    chosen = (record for record in _records(source) if task is None or task in record.tasks)
+    records = iter_records(open_index(source))
+    chosen = (record for record in records if task is None or task in record.tasks)
     page, keys = write_page(
         islice(chosen, count),
         folder,

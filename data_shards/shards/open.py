@@ -15,7 +15,7 @@ from data_shards.files import write_atomically
 from data_shards.shards.cache import CacheTooSmall, ShardCache
 from data_shards.shards.fetch import download, is_remote
 from data_shards.shards.index import INDEX_FILE, ShardIndex
-from data_shards.shards.scan import scan_folder
+from data_shards.shards.scan import scan_tars
 
 _GIB: Final = 2**30
 
@@ -38,7 +38,7 @@ def open_index(source: str | Path, cache: CacheOptions | None = None) -> ShardIn
     """The index of a shard folder, local or remote, with or without an index.json.
 
     Args:
-        source: a folder, or an address such as https://host/folder or s3://bucket/folder.
+        source: a folder, a tar, or an address such as https://host/folder or s3://bucket/folder.
         cache: for remote files and for indexes of scanned tars.
 
     Raises:
@@ -50,8 +50,8 @@ def open_index(source: str | Path, cache: CacheOptions | None = None) -> ShardIn
     if is_remote(source):
         return _open_remote(str(source), cache)
     folder = Path(source)
-    if folder.is_dir() and not (folder / INDEX_FILE).exists():
-        return scan_folder(folder, cache.folder)
+    if folder.is_file() or (folder.is_dir() and not (folder / INDEX_FILE).exists()):
+        return scan_tars(folder, cache.folder)
     return ShardIndex.load(folder)
 
 

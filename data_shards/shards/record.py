@@ -5,6 +5,7 @@ sample, `json` plus `mp4` or the clip's frames as JPEG, and the inverse. The for
 (docs/data_format.md). A Record is valid by construction, so readers need not check it again.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -25,6 +26,10 @@ from data_shards.tasks import (
 
 SCHEMA_VERSION: Final = 1
 Note = str | int | float | bool
+
+# Longest keys: a tar stores names of 100 characters, of which `.json` or `.f9999.jpg` are a part.
+KEY_MAX: Final = 95
+KEY_MAX_FRAMES: Final = 90
 
 _KEY: Final = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -103,6 +108,19 @@ def validate_key(key: str) -> None:
         )
 
 
+def shorten_key(key: str, key_max: int = KEY_MAX_FRAMES, *, of: str = "") -> str:
+    """The key, or, if it is longer than `key_max`, its end and a hash of all of it.
+
+    Args:
+        of: what the hash is taken of, if not of the key; the key is shortened then in any case.
+    """
+    if len(key) <= key_max and not of:
+        return key
+    digest = hashlib.sha256((of or key).encode("utf-8", "surrogatepass")).hexdigest()[:10]
+    end = key[-(key_max - len(digest) - 1) :].lstrip("-")
+    return f"{end}-{digest}"
+
+
 def _label(record: Record, task: Task) -> Answer | None:
     match task:
         case Task.MSA:
@@ -145,10 +163,23 @@ def _check(r: Record) -> None:
     if not 0 <= r.target <= len(r.conversation) or (r.conversation and r.target == 0):
         rule = f"must be 1..{len(r.conversation)}, or 0 without conversation"
         _fail(r.key, "target", rule, r.target)
+    _check_texts(r)
     _check_labels(r)
     _check_tasks(r)
     _check_notes(r)
     _check_media(r)
+
+
+def _check_texts(r: Record) -> None:
+    texts = [("utterance", r.utterance), ("speaker", r.speaker), ("reason", r.reason or "")]
+    texts += [
+        ("conversation", text) for turn in r.conversation for text in (turn.speaker, turn.text)
+    ]
+    for name, text in texts:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            _fail(r.key, name, "must be valid Unicode without lone surrogates", text)
 
 
 def _check_labels(r: Record) -> None:

@@ -57,8 +57,8 @@ class ScannedFiles:
         """All files are local."""
 
 
-def scan_folder(folder: Path, index_root: Path) -> ShardIndex:
-    """The index of a folder's tars, made unless it exists.
+def scan_tars(source: Path, index_root: Path) -> ShardIndex:
+    """The index of a folder's tars, or of one tar, made unless it exists.
 
     Args:
         index_root: folder of indexes, one subfolder per state of the tars (names, sizes, times).
@@ -67,10 +67,10 @@ def scan_folder(folder: Path, index_root: Path) -> ShardIndex:
         FileNotFoundError: there is no tar.
         ValueError: a tar is damaged or holds something else; names tar, key and offset.
     """
-    tars = sorted(folder.glob("*.tar"))
+    tars = sorted(source.glob("*.tar")) if source.is_dir() else [source]
     if not tars:
         raise FileNotFoundError(
-            f"{folder}: neither {INDEX_FILE} nor a *.tar is there; build the folder with 'emoverse "
+            f"{source}: neither {INDEX_FILE} nor a *.tar is there; build the folder with 'emoverse "
             "build' or correct the path"
         )
     digest = hashlib.sha256()
@@ -195,6 +195,7 @@ def _members(stream: BinaryIO, tar: Path) -> Iterator[tuple[str, int, bytes]]:
                     f"{tar}: ends at byte {start} without the end mark of a tar: it is cut short"
                 )
             if not blocks and not any(header):
+                _require_end(stream, tar, start)
                 return
             try:
                 info = read_header(header)
@@ -216,3 +217,14 @@ def _members(stream: BinaryIO, tar: Path) -> Iterator[tuple[str, int, bytes]]:
                 break
         yield info.name, start, blocks
         start += len(blocks)
+
+
+def _require_end(stream: BinaryIO, tar: Path, end: int) -> None:
+    """Raise ValueError if anything but empty blocks follows the end mark at byte `end`."""
+    while chunk := stream.read(2**20):
+        if any(chunk):
+            more = os.fstat(stream.fileno()).st_size - end
+            raise ValueError(
+                f"{tar}: {more} bytes follow its end mark at byte {end} and are not empty; are "
+                "these several tars in one file? Make a file of each"
+            )

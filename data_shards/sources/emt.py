@@ -17,6 +17,7 @@ from typing import Any, Final, get_args
 from data_shards.build.clip_record import Clip, MediaOptions, PendingRecord, hash_file, make_record
 from data_shards.build.source_item import FileItem
 from data_shards.jsonl import read_rows
+from data_shards.shards.record import shorten_key
 from data_shards.sources.ecf import (
     SPLITS_OF,
     EcfClips,
@@ -94,10 +95,13 @@ def open_source(args: argparse.Namespace) -> Source:
     _require_folders(args)
     left_out: dict[str, Counter[str]] = {name: Counter() for name in CORPORA}
     files: dict[str, list[dict[str, Any]]] = {}
+    unplaced: dict[str, list[str]] = {}
     records: list[PendingRecord] = []
-    for corpus, read in (("meld", _meld), ("mosei", _mosei), ("ecf", _ecf)):
+    mosei = partial(_mosei, unplaced=unplaced)
+    for corpus, read in (("meld", _meld), ("mosei", mosei), ("ecf", _ecf)):
         if args.source in (corpus, "emt") and getattr(args, corpus):
             records += read(args, left_out[corpus], files)
+    records = [replace(record, key=shorten_key(record.key)) for record in records]
     attached: dict[str, dict[str, int]] = {}
     if args.fer is not None:
         records, attached["fer"] = attach_fer(records, args.fer)
@@ -116,6 +120,7 @@ def open_source(args: argparse.Namespace) -> Source:
             "leakage": args.leakage,
             "drafts": dict(Counter(record.source for record in records)),
             "left_out": {name: dict(counts) for name, counts in left_out.items() if counts},
+            **({"unplaced": unplaced} if unplaced else {}),
             "attached": attached,
             "choices": _choices(args),
             "files": files,
@@ -174,7 +179,7 @@ def _meld(
 
 
 def _mosei(
-    args: argparse.Namespace, left_out: Counter[str], files: Files
+    args: argparse.Namespace, left_out: Counter[str], files: Files, unplaced: dict[str, list[str]]
 ) -> Iterator[PendingRecord]:
     corpus = load_mosei(args.mosei)
     files["mosei"] = [hash_file(path) for path in corpus.files]
@@ -187,6 +192,11 @@ def _mosei(
     for name, count in corpus.joined.items():
         if name.startswith("videos_") and count:
             left_out[f"emotions-of-{name.replace('_', '-')}"] = count
+    if in_no_fold := corpus.joined.get("segments_in_no_fold"):
+        left_out["segments-in-no-fold"] = in_no_fold
+    for why, videos in corpus.unplaced.items():
+        left_out[why] = len(videos)
+        unplaced[why] = list(videos)
     for segment in corpus.segments:
         if segment.split != args.split:
             continue

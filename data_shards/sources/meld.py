@@ -119,7 +119,7 @@ def read_meld(folder: Path, splits: Sequence[str] = SPLITS) -> list[MeldRow]:
 
 def _read_csv(path: Path, split: str) -> Iterator[MeldRow]:
     seen: set[str] = set()
-    for line, fields in read_csv(path, _COLUMNS, strict=True):
+    for line, fields in read_csv(path, _COLUMNS):
         try:
             row = _row(fields, split)
         except ValueError as error:

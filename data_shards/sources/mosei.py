@@ -8,7 +8,7 @@ Flow: mosei_files -> here -> build.
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -54,11 +54,15 @@ class Segment:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MoseiCorpus:
-    """The segments of a folder. `joined` counts segments, and videos that could not be joined."""
+    """The segments of a folder. `joined` counts segments, and videos that could not be joined.
+
+    `unplaced`: names of videos by why they give no segment, for example 'videos-in-no-fold'.
+    """
 
     edition: Literal["mmsa", "csd", "table"]
     segments: tuple[Segment, ...]
     joined: Mapping[str, int]
+    unplaced: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     files: tuple[Path, ...]
 
 
@@ -95,8 +99,22 @@ def load_mosei(folder: Path) -> MoseiCorpus:
         edition="csd" if csds else "table",
         segments=segments,
         joined=joined,
+        unplaced=_unplaced(intervals, folds),
         files=(path, *more),
     )
+
+
+def _unplaced(
+    intervals: Sequence[Interval], folds: Mapping[str, str]
+) -> dict[str, tuple[str, ...]]:
+    """Videos with labels that are in no fold, and videos of the folds that have no labels."""
+    labelled = {interval.video for interval in intervals}
+    placed = set(folds) if folds else {i.video for i in intervals if i.split}
+    videos = {
+        "videos-in-no-fold": tuple(sorted(labelled - placed)),
+        "videos-of-folds-without-labels": tuple(sorted(set(folds) - labelled)),
+    }
+    return {why: names for why, names in videos.items() if names}
 
 
 def _transcripts(folder: Path) -> Callable[[str], list[Line]]:
@@ -182,6 +200,8 @@ def join_by_time(
             lines[interval.video].remove(line)
         joined["segments"] += 1
         joined["segments_without_words"] += line is None
+        if line is not None and line.was_repaired:
+            joined["segments_with_repaired_words"] += 1
         joined["segments_start_below_zero"] += interval.start_s < 0
         segments.append(
             Segment(

@@ -55,6 +55,7 @@ class Line:
     start_s: float
     end_s: float
     text: str
+    was_repaired: bool = False  # it was not UTF-8
 
 
 def read_label_csv(path: Path) -> list[LabelRow]:
@@ -184,10 +185,13 @@ def read_folds(path: Path) -> dict[str, str]:
 
 
 def read_transcript(path: Path) -> list[Line]:
-    """The lines `video___index___start___end___text` of one video, in the order of the file."""
+    """The lines `video___index___start___end___text` of one video, in the order of the file.
+
+    A line that is not UTF-8 is read as cp1252.
+    """
     lines = []
-    text = path.read_text(encoding="utf-8", errors="replace")
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, encoded in enumerate(path.read_bytes().split(b"\n"), start=1):
+        line, was_repaired = _decoded(encoded)
         if not line.strip():
             continue
         fields = line.rstrip("\r").split("___", 4)
@@ -198,8 +202,24 @@ def read_transcript(path: Path) -> list[Line]:
         if len(fields) != 5:
             raise ValueError(f"{where}: must be video___index___start___end___text, found {line!r}")
         start, end = (_number(value, where, "time", -math.inf, math.inf) for value in fields[2:4])
-        lines.append(Line(index=fields[1], start_s=start, end_s=end, text=repair_text(fields[4])))
+        lines.append(
+            Line(
+                index=fields[1],
+                start_s=start,
+                end_s=end,
+                text=repair_text(fields[4]),
+                was_repaired=was_repaired,
+            )
+        )
     return lines
+
+
+def _decoded(line: bytes) -> tuple[str, bool]:
+    """(text, whether it had to be repaired) of one line."""
+    try:
+        return line.decode("utf-8"), False
+    except UnicodeDecodeError:
+        return line.decode("latin-1"), True  # `repair_text` makes cp1252 of its control characters
 
 
 def _number(text: str, where: str, name: str, low: float, high: float) -> float:

@@ -12,6 +12,7 @@ from typing import Final
 
 from data_shards.jsonl import read_utf8
 
+_WHOLE_CSV: Final = "must be a whole csv file; close its quotation marks or download it again"
 _TIME: Final = re.compile(r"(\d{1,2}):([0-5]?\d):([0-5]?\d)(?:[,.](\d{1,6}))?")
 # A C1 control character is a cp1252 character that was read as Latin-1; five of the 32 are not
 # defined in cp1252 and stay. The no-break space becomes a space.
@@ -38,32 +39,54 @@ def parse_time(text: str) -> float:
     return whole + (int(fraction) / 10 ** len(fraction) if fraction else 0.0)
 
 
-def read_csv(
-    path: Path, columns: Sequence[str], *, strict: bool = False
-) -> Iterator[tuple[int, dict[str, str]]]:
-    """(line number, fields by column name) of the rows of a csv with a header.
+def read_csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """(line number, fields by column name) of the rows of a csv with a header; empty lines go.
 
     Args:
         columns: columns that every row must have; further columns may be there.
-        strict: refuse quotes in wrong places.
 
     Raises:
-        ValueError: a column is missing, a row is too short, or the file is not a whole csv; names
-            file and line.
+        ValueError: a column is missing or comes twice, a row has another number of fields than the
+            header, or a quotation mark is not closed or stands in a wrong place; names file and
+            line.
     """
     # No splitlines(): it would cut at U+0085, which old copies hold for an ellipsis.
-    reader = csv.DictReader(io.StringIO(read_utf8(path), newline=""), strict=strict)
-    missing = [name for name in columns if name not in (reader.fieldnames or ())]
-    if missing:
-        raise ValueError(f"{path}:1: column {missing[0]}: must be in the header, found none")
+    lines = list(io.StringIO(read_utf8(path), newline=""))
+    reader = csv.reader(lines, strict=True)
+    first = 1  # line where the row begins
     try:
-        for fields in reader:
-            if any(fields[name] is None for name in columns):
-                raise ValueError(f"{path}:{reader.line_num}: the row is too short")
-            yield reader.line_num, fields
+        header = [name.strip() for name in next(reader, [])]
+        for name in columns:
+            if header.count(name) != 1:
+                rule = f"column {name}: must be in the header once, found {header.count(name)}"
+                raise ValueError(f"{path}:1: {rule} in {','.join(header)!r:.200}")
+        first = reader.line_num + 1
+        for row in reader:
+            if row:
+                _require_row(row, lines[first : reader.line_num], len(header), f"{path}:{first}")
+                yield first, dict(zip(header, row, strict=False))
+            first = reader.line_num + 1
     except csv.Error as error:
-        rule = "must be a whole csv file; download it again"
-        raise ValueError(f"{path}:{reader.line_num}: {rule}: {error}") from error
+        raise ValueError(f"{path}:{first}: {_WHOLE_CSV}: {error}") from error
+
+
+def _require_row(row: Sequence[str], more_lines: Sequence[str], width: int, where: str) -> None:
+    """Raise ValueError unless a row has the fields of the header, empty ones behind them aside.
+
+    more_lines: the lines of the row after its first.
+    """
+    if len(row) < width:
+        raise ValueError(f"{where}: the row is too short, it has {len(row)} fields of {width}")
+    if any(cell.strip() for cell in row[width:]):
+        rule = f"the row is too long, it has {len(row)} fields, the header {width}"
+        raise ValueError(f"{where}: {rule}; put a text that holds a comma in quotation marks")
+    # A mark that is not closed takes in whole rows, up to the next mark.
+    for line, fields in zip(
+        more_lines, csv.reader(more_lines, quoting=csv.QUOTE_NONE), strict=True
+    ):
+        if len(fields) >= width:
+            rule = f"a quotation mark is not closed before the next row, {line.strip()!r:.80}"
+            raise ValueError(f"{where}: {_WHOLE_CSV}: {rule}")
 
 
 def find_files(folders: Iterable[Path], pattern: str, *, depth: int = 3) -> list[Path]:

@@ -8,6 +8,7 @@ place for the strength of a sentiment, speaker, split and notes, so these are lo
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -16,7 +17,8 @@ from data_shards.media.video import decode_frames
 from data_shards.shards.index import ShardIndex
 from data_shards.shards.reader import iter_records
 from data_shards.shards.record import Frames, Record
-from data_shards.tasks import TASKS, Task, build_query, format_answer
+from data_shards.sources.swift import TEXTS_FIELD, unquote
+from data_shards.tasks import TASKS, Task, build_query, escape_tags, format_answer
 
 Visual = Literal["video", "peak_frame"]
 Form = Literal["jsonl", "json"]
@@ -58,13 +60,17 @@ def export_swift(
                 counts[task] += 1
                 rows.append(
                     {
-                        "query": build_query(record, task, give_emotion=give_emotion),
-                        "response": format_answer(task, record.answer(task)),
+                        "query": _query(record, task, give_emotion),
+                        "response": escape_tags(format_answer(task, record.answer(task))),
                         **_media(record, task, out, visual),
+                        **_texts(record),
                     }
                 )
         if progress is not None:
             progress(done)
+    if any(TEXTS_FIELD in row for row in rows):
+        for row in rows:  # readers of tables want the same fields in every row
+            row.setdefault(TEXTS_FIELD, None)
     path = out / f"data.{form}"
     if form == "json":
         text = json.dumps(rows, ensure_ascii=False, indent=1) + "\n"
@@ -72,6 +78,23 @@ def export_swift(
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     path.write_text(text, encoding="utf-8")
     return {"out": str(path), "records": index.num_records, "rows": len(rows), "tasks": counts}
+
+
+def _query(record: Record, task: Task, give_emotion: bool) -> str:
+    """The query of training; words in quotation marks get a second pair, which import removes."""
+    words = " ".join(record.utterance.split())
+    if task is not Task.ECPE and unquote(words) != words:
+        record = replace(record, utterance=f'"{words}"')
+    return build_query(record, task, give_emotion=give_emotion)
+
+
+def _texts(record: Record) -> dict[str, Any]:
+    """The exact texts, where a query cannot hold them because their white space is unusual."""
+    conversation = [{"speaker": turn.speaker, "text": turn.text} for turn in record.conversation]
+    texts = [record.utterance, *(text for turn in conversation for text in turn.values())]
+    if all(text == " ".join(text.split()) for text in texts):
+        return {}
+    return {TEXTS_FIELD: {"utterance": record.utterance, "conversation": conversation}}
 
 
 def _media(record: Record, task: Task, out: Path, visual: Visual) -> dict[str, list[str]]:

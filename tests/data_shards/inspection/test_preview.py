@@ -84,7 +84,8 @@ def test_choice_of_records(folder: Path) -> None:
     assert preview(folder, task=Task.ERI) == []
 
 
-def test_plain_tars(folder: Path) -> None:
+def test_plain_tars(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_shards.shards.open.default_cache_folder", lambda: tmp_path / "cache")
     whole = preview(folder, 99)
     one = preview(folder / "shard-000000.tar", 99)
     (folder / "index.json").unlink()
@@ -112,9 +113,9 @@ def test_save_video(folder: Path, tmp_path: Path) -> None:
 
 
 def test_wrong_input(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no such folder or tar; give a shard folder"):
+    with pytest.raises(FileNotFoundError, match="none: no such folder; build it"):
         preview(tmp_path / "none")
-    with pytest.raises(FileNotFoundError, match="no tar to read"):
+    with pytest.raises(FileNotFoundError, match=r"neither index\.json nor a"):
         preview(tmp_path)
     with pytest.raises(ValueError, match="number of records must be at least 1, found 0"):
         preview(tmp_path, 0)

@@ -250,7 +250,7 @@ def test_keys() -> None:
 
 
 def test_text_must_be_unicode() -> None:
-    with pytest.raises(ValueError, match=r"record dia3_utt-2: json: text must be valid Unicode"):
+    with pytest.raises(ValueError, match=r"record dia3_utt-2: utterance: must be valid Unicode"):
         to_members(full(utterance="\ud800"))
 
 

@@ -153,7 +153,7 @@ def test_wrong_files_are_named(write_csv: Callable[..., Path], tmp_path: Path) -
     with pytest.raises(ValueError, match=r"must be one file, found .*name its own folder"):
         read_meld(folder, ["train"])
     (folder / "dev_sent_emo.csv").write_bytes(HEADER.encode() + b"\r\n1,\x92,")
-    with pytest.raises(ValueError, match=r"dev_sent_emo\.csv: must be UTF-8: "):
+    with pytest.raises(ValueError, match=r"dev_sent_emo\.csv:2: must be UTF-8: "):
         read_meld(folder, ["dev"])
     (folder / "dev_sent_emo.csv").write_text(f'{HEADER}\n1,"Hel')  # a download that broke off
     with pytest.raises(ValueError, match=r"dev_sent_emo\.csv:\d: must be a whole csv file"):

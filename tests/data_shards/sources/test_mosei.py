@@ -237,7 +237,7 @@ def test_words_are_found_by_time(tmp_path: Path) -> None:
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     path = tmp_path / "label.csv"
     path.write_bytes(b"video_id,clip_id,text,label,mode\nv,1,caf\xe9,1,train\n")
-    with pytest.raises(ValueError, match=r"label\.csv: must be UTF-8: "):
+    with pytest.raises(ValueError, match=r"label\.csv:2: must be UTF-8: "):
         read_label_csv(path)
     path.write_text('video_id,clip_id,text,label,mode\nv,1,"' + "never closed " * 20_000)
     with pytest.raises(ValueError, match=r"label\.csv:\d: must be a whole csv file; .*field"):

@@ -103,7 +103,7 @@ def test_missing_and_empty_result_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such file; give a jsonl file"):
         read_results(tmp_path / "no.jsonl")
     (tmp_path / "latin.jsonl").write_bytes(b'{"response": "caf\xe9"}')
-    with pytest.raises(ValueError, match=r"latin\.jsonl: must be UTF-8: "):
+    with pytest.raises(ValueError, match=r"latin\.jsonl:1: must be UTF-8: "):
         read_results(tmp_path / "latin.jsonl")
     with pytest.raises(ValueError, match="holds no answer"):
         read_results(write(tmp_path / "empty.jsonl"))
