@@ -116,13 +116,6 @@ def test_pattern_is_anchored(config_json: dict[str, Any], make_settings: Make) -
         assert not pattern.fullmatch(outside), outside
 
 
-def test_authors_need_a_projector_with_adapters(adapted: Make) -> None:
-    with pytest.raises(ValueError, match=r"authors .* needs model.projector: lora, found 'full'"):
-        adapted("authors", "full")
-    with pytest.raises(ValueError, match=r"model.projector must be one of .* found 'no'"):
-        adapted("paper", "no")
-
-
 def test_start_is_the_base(adapted: Make, config_json: dict[str, Any]) -> None:
     base = logits(build_native(config_json, seed=1), config_json)
     assert torch.equal(logits(adapted(), config_json), base)
