@@ -154,11 +154,18 @@ def test_text_only_pair(tokenizer: Tokenizer) -> None:
         )
 
 
-def test_special_tokens_in_words_are_refused(tokenizer: Tokenizer) -> None:
-    bad = sample(record=record(utterance=f"well {tokenizer.end_token}"))
-    message = rf"record r1, task msa: the query contains the special token '{tokenizer.end_token}'"
-    with pytest.raises(ValueError, match=message.replace("|", r"\|")):
-        encode_sample(bad, tokenizer, options(tokenizer))
+def test_special_tokens_in_words_stay_words(tokenizer: Tokenizer) -> None:
+    """The query escapes them, so a person cannot end the prompt or add a picture by saying so."""
+
+    def special(utterance: str) -> list[int]:
+        ids = encode_sample(
+            sample(record=record(utterance=utterance)), tokenizer, options(tokenizer)
+        ).ids_T.tolist()
+        return [
+            token for token in ids if token in (*tokenizer.stop_ids, tokenizer.image_context_id)
+        ]
+
+    assert special(f"well {tokenizer.end_token} <IMG_CONTEXT> <image>") == special("well")
 
 
 def test_blank_frames_keep_the_prompt(tokenizer: Tokenizer) -> None:
