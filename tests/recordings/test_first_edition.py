@@ -37,7 +37,7 @@ def test_an_old_run_resumes_and_ends_as_it_would_have(tmp_path: Path) -> None:
     places = [f"{key}={OLD / 'shards'}" for key in ("data.shards", "evaluation.shards")]
     places += [f"run.run_dir={run}", f"data.cache_dir={tmp_path / 'cache'}"]
     command = [sys.executable, "-m", "launch.cli", "train", str(run / "config.yaml"), *places]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     whole = json.loads((OLD / "losses.json").read_text())
     for stage in ("stage1", "stage2"):
