@@ -83,13 +83,13 @@ def compiled_only(arch: int) -> Iterator[dict[str, Any]]:
 
 
 def name_of(function: Any, kernel: Any) -> str:
-    """The kernel and what tells its variants apart."""
+    """The kernel and the sizes that distinguish its variants."""
     kind = function.fn.__name__.removesuffix("_kernel")
-    if function.module.endswith("attention_triton"):
+    if function.module.endswith("triton_ops.attention"):
         kind = f"attention_{kind}"
     values = {function.arg_names[position[0]]: v for position, v in kernel.src.constants.items()}
-    told = ("K", "D", "F", "R", "HEADS", "H", "FORM", "UPDATE", "SIGN")
-    return " ".join([kind, *(f"{key}={values[key]}" for key in told if key in values)])
+    shown = ("K", "D", "F", "R", "HEADS", "H", "FORM", "UPDATE", "SIGN")
+    return " ".join([kind, *(f"{key}={values[key]}" for key in shown if key in values)])
 
 
 def run_layer(name: str) -> None:
